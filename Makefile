@@ -1,0 +1,34 @@
+.DEFAULT_GOAL := help
+PYTHON := .venv/bin/python
+RESULTS ?= model_cards/results
+
+.PHONY: help setup demo test lint fix types bench card
+
+help: ## list what can be made
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: ## create .venv from the pinned lock
+	@bash scripts/setup.sh
+
+demo: ## the main job: teacher, distilled, quantized, adapted, published to a folder
+	@bash scripts/demo.sh $(ARGS)
+
+test: ## set up, then the whole test suite (ARGS="tests/test_house.py -x" narrows it)
+	@bash scripts/test.sh $(ARGS)
+
+lint: setup ## ruff check and format, without changing anything
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+fix: setup ## let ruff mend what it can
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+types: setup ## mypy on the files that travel to the Hub
+	$(PYTHON) -m mypy modeling_flashlite/*_flashlite.py
+
+bench: setup ## speed and memory against named peers
+	$(PYTHON) scripts/bench.py $(ARGS)
+
+card: setup ## rewrite README's table from the results files
+	$(PYTHON) scripts/readme_table.py
