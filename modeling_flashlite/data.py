@@ -1,0 +1,335 @@
+"""From any data set to batches: load, tokenise, pack or segment, collate; one function per step."""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from .corpus import hash_fraction, python_corpus
+
+__all__ = [
+    "PaddingCollator",
+    "column_names",
+    "hash_fraction",
+    "load_data",
+    "pack",
+    "pick_split",
+    "python_corpus",
+    "require_columns",
+    "segment_streams",
+    "tokenize_texts",
+]
+
+_BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+_COMPRESSIONS = {".xz", ".gz", ".bz2", ".zst"}
+_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+
+
+def load_data(
+    dataset: str,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    limit: int | None = None,
+) -> DatasetDict | IterableDatasetDict:
+    """Load a data set with all of its splits, wherever it lives.
+
+    Args:
+        dataset (`str`): one of
+            `python`: the documentation of the running Python (see `python_corpus`);
+            a file, a glob or a comma-separated list, each with an optional `split=` before it, of json, jsonl, csv,
+            tsv, parquet or txt, also compressed with xz, gz, bz2 or zst: `train=a.jsonl.xz,test=b.jsonl.xz`
+            (without a `split=` the rows are `train`);
+            a directory of such files; or the id of a data set on the Hub, `owner/name`.
+        name (`str`, *optional*): configuration of a Hub data set.
+        revision (`str`, *optional*): git revision of a Hub data set.
+        streaming (`bool`, *optional*, defaults to `False`): read rows as they are needed instead of preparing all.
+        limit (`int`, *optional*): keep the first `limit` rows of every split.
+
+    Returns:
+        `datasets.DatasetDict`, or `datasets.IterableDatasetDict` with `streaming`.
+
+    Raises:
+        `FileNotFoundError`: a file does not exist. `ValueError`: files of unknown or mixed formats, or no rows.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}, but at least one row is needed; pass a positive number or leave it out.")
+    if dataset == "python":
+        splits = python_corpus()
+    elif files := _data_files(dataset):
+        builder, options = _builder(files)
+        splits = load_dataset(builder, data_files=files, streaming=streaming, **options)
+    else:
+        splits = load_dataset(dataset, name, revision=revision, streaming=streaming)
+    if limit is not None:
+        splits = type(splits)({split: _take(rows, limit) for split, rows in splits.items()})
+    for split, rows in splits.items():
+        if isinstance(rows, Dataset) and len(rows) == 0:
+            raise ValueError(f"Split {split!r} of {dataset!r} has 0 rows, but at least 1 is needed; check the files.")
+    return splits
+
+
+def pick_split(splits: DatasetDict | IterableDatasetDict, split: str) -> Dataset | IterableDataset:
+    """Return one split; `validation`, `valid`, `val` and `dev` mean the same; a missing one lists those there are."""
+    for candidate in (split, *(_VALIDATION_NAMES if split in _VALIDATION_NAMES else ())):
+        if candidate in splits:
+            return splits[candidate]
+    raise ValueError(
+        f"Split {split!r} does not exist; choose one of {', '.join(splits)}{_suggest(split, list(splits))}."
+    )
+
+
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """List the columns of a data set; a streamed one may have to read its first row for it."""
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
+def require_columns(dataset: Dataset | IterableDataset, columns: list[str], hint: str = "") -> None:
+    """Raise a `ValueError` that lists the columns there are, with a suggestion, if one of `columns` is missing."""
+    available = column_names(dataset)
+    for column in columns:
+        if column not in available:
+            raise ValueError(
+                f"Column {column!r} does not exist; the data set has {', '.join(available) or 'no columns'}"
+                f"{_suggest(column, available)}.{' ' + hint if hint else ''}"
+            )
+
+
+def tokenize_texts(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str = "text",
+    *,
+    end: str | None = None,
+    num_proc: int | None = None,
+) -> Dataset | IterableDataset:
+    """Replace `column` by `input_ids`: one row per document, nothing truncated.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): rows of text.
+        tokenizer (`PreTrainedTokenizerBase`): its own special tokens are not added.
+        column (`str`, *optional*, defaults to `"text"`): where the text is.
+        end (`str`, *optional*): what closes each row; the tokenizer's end-of-sequence token if unset. Use a newline
+            where the rows are the lines of one long text, as in WikiText.
+        num_proc (`int`, *optional*): worker processes.
+    """
+    require_columns(dataset, [column], "Name another with columns, e.g. text=content.")
+    if end is None and tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no end-of-sequence token to close documents with; set one, or pass end.")
+    last = [tokenizer.eos_token_id] if end is None else tokenizer(end, add_special_tokens=False)["input_ids"]
+
+    def encode(batch):
+        encoded = tokenizer(batch[column], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return {"input_ids": [ids + last for ids in encoded["input_ids"]]}
+
+    return _map(dataset, encode, "tokenise", num_proc)
+
+
+def pack(
+    dataset: Dataset | IterableDataset, length: int, *, batch_size: int = 1000, num_proc: int | None = None
+) -> Dataset | IterableDataset:
+    """Concatenate documents and cut them into rows of `length` tokens; no token is lost and none is repeated.
+
+    Columns of the result, each a list of at most `length` numbers: `input_ids`; `position_ids`, which restart at 0
+    with every document (and with every row), which is how attention knows the boundaries; `labels`, equal to
+    `input_ids` except -100 at the first token of a document, which no earlier token of it can predict. Rows are full
+    except the last of every `batch_size` documents.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): rows with `input_ids`, and `labels` if they differ.
+        length (`int`): tokens per row, at least 2.
+        batch_size (`int`, *optional*, defaults to 1000): documents packed together.
+        num_proc (`int`, *optional*): worker processes.
+    """
+    if length < 2:
+        raise ValueError(f"length is {length}, but a row of 1 token has no target; choose at least 2, better 128.")
+    require_columns(dataset, ["input_ids"], "Call tokenize_texts first.")
+    return _map(dataset, lambda batch: _pack_batch(batch, length), "pack", num_proc, batch_size)
+
+
+def _pack_batch(batch: dict, length: int) -> dict:
+    documents = [ids for ids in batch["input_ids"] if len(ids)]
+    targets = [ids for ids in batch.get("labels", batch["input_ids"]) if len(ids)]
+    ids = [token for document in documents for token in document]
+    labels = [label for target in targets for label in [-100, *target[1:]]]
+    document_starts = np.repeat(np.cumsum([0, *map(len, documents)])[:-1], [len(document) for document in documents])
+    places = np.arange(len(ids))
+    # a document that continues from the row before starts again at 0: its earlier tokens are out of sight
+    positions = (places - np.maximum(document_starts, places // length * length)).tolist()
+    columns = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    rows = range(0, len(ids), length)
+    return {key: [values[row : row + length] for row in rows] for key, values in columns.items()}
+
+
+def segment_streams(
+    dataset: Dataset,
+    segment_length: int,
+    batch_size: int,
+    *,
+    document_column: str | None = None,
+    pad_token_id: int = 0,
+) -> Dataset:
+    """Lay documents out for segment recurrence: row `n * batch_size + b` is segment n of stream b.
+
+    Read in order with `batch_size` rows a step (all processes together), row b of a batch continues row b of the
+    batch before, so the memory that the model returned for it is its own past. Columns: `input_ids`, `labels` (-100
+    at the first token of a stream or, with `document_column`, of a document), `memory_reset` (`bool`: the row has no
+    past, its memory must be emptied first), `attention_mask` (0 on the padding of a last segment).
+
+    Args:
+        dataset (`Dataset`): rows with `input_ids`, as `tokenize_texts` returns; kept in order.
+        segment_length (`int`): tokens per row.
+        batch_size (`int`): number of streams.
+        document_column (`str`, *optional*): consecutive rows with the same value are one document, and every document
+            starts in a segment of its own with an empty memory. Without it all rows are one long text, as in
+            Transformer-XL.
+        pad_token_id (`int`, *optional*, defaults to 0): fills up last segments.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError("segment_streams got a streamed data set, but needs its length; load it without streaming.")
+    if segment_length < 2 or batch_size < 1:
+        raise ValueError(
+            f"segment_length is {segment_length} and batch_size {batch_size}, but they must be at least 2 and 1; "
+            "512 and 8 are usual."
+        )
+    require_columns(dataset, ["input_ids", *filter(None, [document_column])], "Call tokenize_texts first.")
+    segments: list[np.ndarray] = []
+    first: list[bool] = []
+    for document in _documents(dataset, document_column):
+        cuts = range(0, len(document), segment_length)
+        segments += [document[cut : cut + segment_length] for cut in cuts]
+        first += [cut == 0 for cut in cuts]
+    if not segments:
+        raise ValueError(f"The data set has {len(dataset)} rows but 0 tokens; check the text column.")
+    steps = -(-len(segments) // batch_size)
+    ids = np.full((steps * batch_size, segment_length), pad_token_id, dtype=np.int32)
+    mask = np.zeros_like(ids, dtype=np.int8)
+    reset = np.ones(len(ids), dtype=bool)
+    for place, segment in enumerate(segments):
+        stream, step = divmod(place, steps)
+        row = step * batch_size + stream
+        ids[row, : len(segment)] = segment
+        mask[row, : len(segment)] = 1
+        reset[row] = first[place] or step == 0
+    labels = np.where(mask == 1, ids, -100)
+    labels[reset, 0] = -100
+    mask[:, 0] = 1  # a stream that has ended still shows one token, without a label
+    columns = {"input_ids": ids, "labels": labels, "attention_mask": mask, "memory_reset": reset}
+    return Dataset.from_dict(columns)
+
+
+def _documents(dataset: Dataset, document_column: str | None) -> Iterator[np.ndarray]:
+    """Yield the tokens of each document; consecutive rows with the same `document_column` are joined."""
+    parts: list[np.ndarray] = []
+    current = None
+    for row in dataset:
+        document = row[document_column] if document_column else None
+        if parts and document != current:
+            yield np.concatenate(parts)
+            parts = []
+        current = document
+        if len(row["input_ids"]):
+            parts.append(np.asarray(row["input_ids"], dtype=np.int32))
+    if parts:
+        yield np.concatenate(parts)
+
+
+@dataclass
+class PaddingCollator:
+    """Pad the per-token columns of a batch to their longest rows and stack the rest; text columns are left out.
+
+    `labels` are padded with -100, `input_ids` with the tokenizer's pad token, everything else (masks, positions,
+    cached teacher columns `[T, K]`) with 0. The model makes its decoder inputs from the labels. An attention mask is
+    added unless the rows are packed: there `position_ids` alone tell the documents apart, padding included.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): gives the pad token and the padding side of `input_ids`.
+        pad_to_multiple_of (`int`, *optional*): rounds lengths up, for accelerators that like it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        if not rows:
+            raise ValueError("The batch has 0 rows, but at least 1 is needed; check the batch size.")
+        batch = {key: [np.asarray(row[key]) for row in rows] for key in rows[0] if not isinstance(rows[0][key], str)}
+        if "input_ids" in batch and not {"attention_mask", "position_ids"} & set(batch):
+            batch["attention_mask"] = [np.ones(len(ids), dtype=np.int64) for ids in batch["input_ids"]]
+        return {key: self._stack(key, values) for key, values in batch.items()}
+
+    def _stack(self, key: str, values: list[np.ndarray]) -> torch.Tensor:
+        if values[0].ndim:
+            fill = {"labels": -100, "input_ids": self.tokenizer.pad_token_id}.get(key, 0)
+            multiple = self.pad_to_multiple_of or 1
+            length = -(-max(len(value) for value in values) // multiple) * multiple
+            left = self.tokenizer.padding_side == "left"
+            values = [_pad(value, length, fill, left) for value in values]
+        stacked = torch.from_numpy(np.stack(values))
+        return stacked if stacked.is_floating_point() or stacked.dtype == torch.bool else stacked.long()
+
+
+def _pad(value: np.ndarray, length: int, fill: int, left: bool) -> np.ndarray:
+    missing = (length - len(value), 0) if left else (0, length - len(value))
+    return np.pad(value, [missing] + [(0, 0)] * (value.ndim - 1), constant_values=fill)
+
+
+def _map(dataset, function, description: str, num_proc: int | None, batch_size: int = 1000):
+    """Map batches to batches of new columns; streamed data sets know neither progress bars nor processes."""
+    options = {"batched": True, "batch_size": batch_size, "remove_columns": column_names(dataset)}
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(function, **options)
+    return dataset.map(function, desc=description, num_proc=num_proc, **options)
+
+
+def _take(rows, limit: int):
+    return rows.take(limit) if isinstance(rows, IterableDataset) else rows.select(range(min(limit, len(rows))))
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _suffixes(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix in _COMPRESSIONS else path).suffix
+
+
+def _data_files(dataset: str) -> dict[str, list[str]]:
+    """Parse `split=path,split=path`; an empty result means that `dataset` is not a description of local files."""
+    files: dict[str, list[str]] = {}
+    for part in dataset.split(","):
+        split, _, path = part.rpartition("=")
+        if not (split or Path(path).is_file() or _suffixes(Path(path)) in _BUILDERS):
+            return {}
+        where = Path(path).expanduser()
+        matches = sorted(str(match) for match in where.parent.glob(where.name)) if "*" in where.name else [str(where)]
+        if not matches or not all(Path(match).is_file() for match in matches):
+            raise FileNotFoundError(f"{path!r} is not a file; give an existing path, e.g. train=data/train.jsonl.")
+        files.setdefault(split or "train", []).extend(matches)
+    return files
+
+
+def _builder(files: dict[str, list[str]]) -> tuple[str, dict]:
+    formats = {_suffixes(Path(path)) for paths in files.values() for path in paths}
+    builders = {_BUILDERS.get(suffix) for suffix in formats}
+    if len(builders) != 1 or None in builders:
+        raise ValueError(
+            f"The files end in {', '.join(sorted(formats))}, but one data set must have one format of "
+            f"{', '.join(sorted(_BUILDERS))}; convert them or load them apart."
+        )
+    return builders.pop(), {"sep": "\t"} if formats == {".tsv"} else {}

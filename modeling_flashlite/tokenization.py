@@ -1,0 +1,103 @@
+"""Train a byte-level BPE tokenizer: a plain transformers tokenizer, which `AutoTokenizer` loads anywhere."""
+
+from collections.abc import Iterable, Iterator
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
+CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+_FIXED_TOKENS = len(SPECIAL_TOKENS) + len(CHAT_TOKENS) + 256
+
+# {% generation %} marks what an assistant says, so that `return_assistant_tokens_mask` can restrict the loss to it
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
+    "{{- raise_exception('role ' + message['role'] + ' is not one of system, user, assistant; rename or drop it.') -}}"
+    "{%- endif -%}"
+    "{{- '<|' + message['role'] + '|>' -}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{% generation %}{{- message['content'] + '<|end|>' -}}{% endgeneration %}"
+    "{%- else -%}{{- message['content'] + '<|end|>' -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int = 8192,
+    *,
+    add_eos_token: bool = False,
+    model_max_length: int = 1024,
+    min_frequency: int = 2,
+    split_digits: bool = True,
+    total: int | None = None,
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on a stream of texts.
+
+    All 256 bytes are in the vocabulary and nothing is normalised, so `decode(encode(text)) == text` for every string
+    that UTF-8 can hold and `<unk>` never appears. Ids: `<pad>` 0, `<s>` 1 (bos), `</s>` 2 (eos), `<unk>` 3,
+    `<|system|>` 4, `<|user|>` 5, `<|assistant|>` 6, `<|end|>` 7, then bytes, then merges. Training is deterministic.
+
+    Args:
+        texts (iterable of `str`): consumed once, as a stream; a generator over a streamed dataset is fine.
+        vocab_size (`int`, *optional*, defaults to 8192): at least 264; fewer come out if the text has too few merges.
+        add_eos_token (`bool`, *optional*, defaults to `False`): append `</s>` to encoded text: the convention of
+            encoder inputs. Leave it off for decoder-only models, where a prompt must stay open. Labels and packed
+            documents get their `</s>` from `data.py` either way. `tokenizer.add_eos_token = True` switches it later.
+        model_max_length (`int`, *optional*, defaults to 1024): where `truncation=True` cuts, in tokens.
+        min_frequency (`int`, *optional*, defaults to 2): pairs seen less often are not merged.
+        split_digits (`bool`, *optional*, defaults to `True`): every digit is a token of its own.
+        total (`int`, *optional*): number of texts, for the progress bar only.
+
+    Returns:
+        `transformers.PreTrainedTokenizerFast` (`TokenizersBackend`) with a chat template.
+
+    Raises:
+        `ValueError`: the vocabulary is too small, or there is no text.
+        `TypeError`: a text is not a string.
+    """
+    if vocab_size < _FIXED_TOKENS:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but bytes and special tokens need {_FIXED_TOKENS}; choose 1024 or more."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS + CHAT_TOKENS],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_checked(texts, total), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=list(CHAT_TOKENS),
+        add_eos_token=add_eos_token,
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+        truncation_side="right",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _checked(texts: Iterable[str], total: int | None) -> Iterator[str]:
+    count = 0
+    for text in tqdm(texts, desc="tokenizer", unit="text", total=total):
+        if not isinstance(text, str):
+            raise TypeError(f"text {count} is a {type(text).__name__}, but must be a string; name the text column.")
+        count += bool(text)
+        yield text
+    if not count:
+        raise ValueError("The texts hold 0 characters, but a tokenizer needs some; check the files and the column.")

@@ -1,0 +1,62 @@
+"""Train a byte-level BPE tokenizer on any text and save it where `AutoTokenizer` finds it.
+
+python scripts/train_tokenizer.py --dataset python --vocab_size 4096 --output_dir runs/tokenizer
+python scripts/train_tokenizer.py --dataset train=pairs.jsonl.xz --columns en,de --add_eos_token --output_dir runs/tok
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from modeling_flashlite.data import load_data, pick_split, require_columns
+from modeling_flashlite.tokenization import train_tokenizer
+
+
+@dataclass
+class TokenizerArgs:
+    output_dir: str = field(metadata={"help": "directory that receives tokenizer.json and its configuration"})
+    dataset: str = field(default="python", metadata={"help": "python, local files (train=a.jsonl.xz), or a Hub id"})
+    dataset_name: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
+    split: str = field(default="train", metadata={"help": "split to learn from"})
+    columns: str = field(default="text", metadata={"help": "text columns, comma separated; all are learned from"})
+    vocab_size: int = field(default=8192, metadata={"help": "tokens, bytes and special tokens included"})
+    add_eos_token: bool = field(
+        default=False, metadata={"help": "close encoded text with </s>: encoder-decoder models"}
+    )
+    model_max_length: int = field(default=1024, metadata={"help": "tokens kept by truncation=True"})
+    streaming: bool = field(default=False, metadata={"help": "read the data as it is needed"})
+    limit: int | None = field(default=None, metadata={"help": "rows to learn from; all if unset"})
+
+
+def main(args: TokenizerArgs) -> dict:
+    splits = load_data(args.dataset, name=args.dataset_name, streaming=args.streaming, limit=args.limit)
+    rows = pick_split(splits, args.split)
+    columns = args.columns.split(",")
+    require_columns(rows, columns, "Name the text columns with --columns.")
+
+    def texts() -> Iterator[str]:
+        for row in rows:
+            yield from (row[column] for column in columns)
+
+    tokenizer = train_tokenizer(
+        texts(),
+        args.vocab_size,
+        add_eos_token=args.add_eos_token,
+        model_max_length=args.model_max_length,
+        total=None if args.streaming else len(rows) * len(columns),
+    )
+    tokenizer.save_pretrained(args.output_dir)
+    sample = next(texts())
+    result = {
+        "output_dir": args.output_dir,
+        "vocab_size": len(tokenizer),
+        "characters_per_token": round(len(sample) / max(1, len(tokenizer(sample)["input_ids"])), 3),
+    }
+    print(json.dumps(result))
+    return result
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(TokenizerArgs).parse_args_into_dataclasses()[0])
