@@ -1,8 +1,8 @@
 """The loss hook: token-chunked losses that never build the whole `[B, T, V]` logits.
 
 A language-model head of this package calls `loss_function(hidden_states=, lm_head=, labels=, vocab_size=,
-num_items_in_batch=, **kwargs)` and gets a scalar back. Cross-entropy lives here; distillation plugs in a callable of the
-same signature. Letters: B batch, T target, D model, V vocabulary, N labelled tokens, C tokens of a chunk.
+num_items_in_batch=, **kwargs)` and gets a scalar back. Cross-entropy lives here; distillation plugs in a callable of
+the same signature. Letters: B batch, T target, D model, V vocabulary, N labelled tokens, C tokens of a chunk.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-
 
 # logits of one chunk, 64 MiB in float32: large enough for a full-speed product, small against the model's activations
 CHUNK_LOGITS = 1 << 24
@@ -28,8 +27,8 @@ def check_loss_function(loss_function) -> None:
     """
     if isinstance(loss_function, nn.Module):
         raise TypeError(
-            f"loss_function is the nn.Module {type(loss_function).__name__}, which PyTorch would file as a submodule and "
-            "never call; pass a plain callable, such as a function or a dataclass with __call__."
+            f"loss_function is the nn.Module {type(loss_function).__name__}, which PyTorch would file as a submodule "
+            "and never call; pass a plain callable, such as a function or a dataclass with __call__."
         )
     if not callable(loss_function):
         raise TypeError(f"loss_function is {loss_function!r}, which is not callable; pass a function.")
@@ -43,8 +42,8 @@ def is_sharded(lm_head: nn.Module) -> bool:
 def is_plain_linear(lm_head: nn.Module) -> bool:
     """Whether reading `lm_head.weight` is the same as calling `lm_head`.
 
-    False for subclasses and wrappers (adapters, fake-quantized heads, parametrizations), for tensor subclasses, and where
-    hooks or a replaced `forward` (offloading, tensor parallelism) would be skipped.
+    False for subclasses and wrappers (adapters, fake-quantized heads, parametrizations), for tensor subclasses, and
+    where hooks or a replaced `forward` (offloading, tensor parallelism) would be skipped.
     """
     hooks = (lm_head._forward_hooks, lm_head._forward_pre_hooks, lm_head._backward_hooks, lm_head._backward_pre_hooks)
     return (
@@ -68,12 +67,12 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     r"""Cross-entropy of `softmax(lm_head(hidden_states))` against aligned labels, a chunk of tokens at a time.
 
-    `L = -1/n * sum over labels != -100 of log softmax(lm_head(h_t))[y_t]`, in float32, `n = num_items_in_batch` or else the
-    number of labelled tokens. Equal to [`chunked_cross_entropy_reference`], values and gradients.
+    `L = -1/n * sum over labels != -100 of log softmax(lm_head(h_t))[y_t]`, in float32, `n = num_items_in_batch` or
+    else the number of labelled tokens. Equal to [`chunked_cross_entropy_reference`], values and gradients.
 
     Args:
         hidden_states (`torch.Tensor` of shape `[B, T, D]`): states before the head.
-        lm_head (`nn.Module`): the head, `[*, D] -> [*, V]`; anything but an untouched `nn.Linear` is called as a module.
+        lm_head (`nn.Module`): the head, `[*, D] -> [*, V]`; all but an untouched `nn.Linear` are called as modules.
         labels (`torch.Tensor` of shape `[B, T]`): target of each state, already shifted; -100 is ignored.
         vocab_size (`int`, *optional*): part of the hook's signature; the head decides the width.
         num_items_in_batch (`int` or `torch.Tensor`, *optional*): labelled tokens of the whole accumulated batch.
@@ -110,12 +109,12 @@ def chunked_sum(
 ) -> tuple[tuple[torch.Tensor, ...], int]:
     """Sum `row_loss` over the labelled tokens without building all logits.
 
-    Only the first sum carries a gradient, to the hidden states and to the head. The label mask is the only mask: a token
-    whose label is -100 never reaches the head. With an untouched `nn.Linear` the gradient is computed in the forward pass,
-    chunk by chunk; any other head is called as a module and recomputed in the backward pass.
+    Only the first sum carries a gradient, to the hidden states and to the head. The label mask is the only mask: a
+    token whose label is -100 never reaches the head. With an untouched `nn.Linear` the gradient is computed in the
+    forward pass, chunk by chunk; any other head is called as a module and recomputed in the backward pass.
 
     Args:
-        row_loss (`Callable`): `(logits [C, V], labels [C], *columns [C, ...]) -> tuple` of scalars summed over the rows.
+        row_loss (`Callable`): `(logits [C, V], labels [C], *columns [C, ...]) -> tuple` of sums over the rows.
         columns (sequence of `torch.Tensor` of shape `[B, T, ...]`): what `row_loss` needs beside the labels.
 
     Returns:
@@ -136,15 +135,15 @@ def chunked_sum(
     if torch.is_grad_enabled() and is_plain_linear(lm_head):
         return _LinearSum.apply(states, lm_head.weight, lm_head.bias, row_loss, rows, pieces), len(index)
 
-    def head_loss(states, piece):
-        return row_loss(at_least_float32(lm_head(states)), *rows(piece))
+    def head_loss(part, piece):
+        return row_loss(at_least_float32(lm_head(part)), *rows(piece))
 
     values = []
-    for states, piece in zip(states.split([len(p) for p in pieces]), pieces, strict=True):
+    for part, piece in zip(states.split([len(p) for p in pieces]), pieces, strict=True):
         if torch.is_grad_enabled():
-            values.append(checkpoint(head_loss, states, piece, use_reentrant=False))
+            values.append(checkpoint(head_loss, part, piece, use_reentrant=False))
         else:
-            values.append(head_loss(states, piece))
+            values.append(head_loss(part, piece))
     first, *others = map(sum, zip(*values, strict=True))
     return (first, *(other.detach() for other in others)), len(index)
 
@@ -155,7 +154,7 @@ def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
 
 
 def divisor(num_items_in_batch: int | torch.Tensor | None, count: int, like: torch.Tensor) -> int | torch.Tensor:
-    """What a sum over labelled tokens is divided by: the accumulated batch's count if given, else this batch's, at least 1."""
+    """The number a sum over labelled tokens is divided by: the accumulated batch's if given, else this batch's."""
     items = count if num_items_in_batch is None else num_items_in_batch
     return items.to(like.device).clamp(min=1) if isinstance(items, torch.Tensor) else max(items, 1)
 

@@ -13,7 +13,6 @@ from modeling_flashlite.loss_flashlite import (
     is_plain_linear,
 )
 
-
 D, V = 16, 37
 
 
