@@ -1,0 +1,164 @@
+"""The rules of the house: who imports whom, what travels to the Hub, what an import costs, and the paperwork."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "modeling_flashlite"
+MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+HUB = {name for name in MODULES if name.endswith("_flashlite")}
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
+
+# floors 0 and 1: every edge by name; imports go down, never up
+EDGES = {
+    "attention": set(),
+    "codec": set(),
+    "configuration": set(),
+    "loss": set(),
+    "pipeline": set(),
+    "cache": {"attention"},
+    "quantization": {"codec"},
+    "modeling": {"attention", "cache", "configuration", "loss", "quantization"},
+}
+# floor 2 stands on everything that travels, and on these of its own floor
+WORKSHOP_EDGES = {
+    "corpus": set(),
+    "cards": set(),
+    "cli": set(),
+    "tokenization": set(),
+    "lora": set(),
+    "data": {"corpus"},
+    "evaluation": {"data"},
+    "distillation": {"data", "evaluation"},
+    "calibration": {"data", "evaluation"},
+    "qat": {"data", "evaluation"},
+    "hub": {"cards", "data", "evaluation"},
+}
+# huggingface_hub gives configurations their `strict` decorator; transformers itself cannot be installed without it
+SHIPPED_IMPORTS = {"torch", "numpy", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names)
+# shipped code is read before it is trusted: it opens no file and no connection and starts nothing
+FORBIDDEN_IMPORTS = {"ctypes", "http", "pickle", "shutil", "socket", "subprocess", "tempfile", "urllib", "webbrowser"}
+FORBIDDEN_CALLS = {"open", "eval", "exec", "compile", "__import__"}
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """Return (modules of ours, top-level names of others) that a file imports anywhere in it."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and node.module and "." not in node.module, f"{path.name}: not a flat import"
+            ours.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            others.add(node.module.partition(".")[0])
+    return ours, others
+
+
+def plain(names: set[str]) -> set[str]:
+    return {name.removesuffix("_flashlite") for name in names}
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"__init__"}))
+def test_imports_go_down(name):
+    ours, others = imports(MODULES[name])
+    assert "modeling_flashlite" not in others, "inside the package, import relatively"
+    table = EDGES if name in HUB else WORKSHOP_EDGES
+    short = name.removesuffix("_flashlite")
+    assert short in table, f"{name}.py is new: give it a row in this test, with the modules it may import"
+    allowed = {f"{edge}_flashlite" for edge in EDGES} if name not in HUB else set()
+    allowed |= {f"{edge}_flashlite" if name in HUB else edge for edge in table[short]}
+    assert ours <= allowed, f"{name}.py may not import {sorted(ours - allowed)}"
+
+
+def test_init_imports_only_what_travels():
+    ours, others = imports(MODULES["__init__"])
+    assert ours <= HUB
+    assert others <= SHIPPED_IMPORTS
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_do_not_import_scripts(path):
+    ours, others = imports(path)
+    assert not ours
+    assert not others & ({script.stem for script in SCRIPTS} | {"scripts", "tests"})
+
+
+def test_shipped_files_are_the_reachable_files():
+    """`save_pretrained` copies what it reaches by relative imports: exactly what is meant to travel."""
+    reached = {"modeling_flashlite", "pipeline_flashlite"}
+    for name in list(reached):
+        reached |= {Path(file).stem for file in get_relative_import_files(str(MODULES[name]))}
+    assert reached == HUB
+
+
+@pytest.mark.parametrize("name", sorted(HUB))
+def test_shipped_file_needs_nothing_unusual(name):
+    path = MODULES[name]
+    ours, others = imports(path)
+    assert others <= SHIPPED_IMPORTS, f"{name}.py imports {sorted(others - SHIPPED_IMPORTS)}"
+    assert not others & FORBIDDEN_IMPORTS
+    called = {
+        node.func.id
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert not called & FORBIDDEN_CALLS
+    # transformers finds imports by a regular expression over the text, docstrings included
+    assert set(get_relative_imports(path)) == ours
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_package_does_not_print_and_stays_readable(name):
+    source = MODULES[name].read_text(encoding="utf-8")
+    called = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    assert "print" not in {function.id for function in called if isinstance(function, ast.Name)}
+    assert source.count("\n") <= 700, f"{name}.py has {source.count(chr(10))} lines: split it by noun"
+
+
+def test_import_is_silent_and_cheap():
+    """Beyond the libraries it stands on, importing costs less than 0.3 s of processor time and writes no line."""
+    needed = sorted(set.union(*(imports(MODULES[name])[1] for name in HUB)) - set(sys.stdlib_module_names))
+    code = (
+        f"import time, {', '.join(needed)}\n"
+        "from transformers import AutoModel, GenerationMixin, Pipeline, PreTrainedModel, PreTrainedTokenizerFast\n"
+        "from transformers.quantizers import HfQuantizer\n"
+        "start = time.process_time()\n"
+        "import modeling_flashlite\n"
+        "assert time.process_time() - start < 0.3, time.process_time() - start\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_versions_agree():
+    def find(file, pattern):
+        return re.search(pattern, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE).group(1)
+
+    import modeling_flashlite
+
+    version = find("pyproject.toml", r'^version = "(.+)"$')
+    assert find("CITATION.cff", r"^version: (.+)$") == version
+    assert find("CHANGELOG.md", r"^## (\S+)") == version
+    assert modeling_flashlite.__version__ == version
+
+
+def test_no_tracked_file_names_a_machine():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout, so there is no list of tracked files")
+    machine_path = re.compile(r"/(work|tmp|root|home|Users|opt|farm|mnt)/\w")
+    found = []
+    for name in filter(None, listed.stdout.split("\0")):
+        try:
+            text = (ROOT / name).read_text(encoding="utf-8")
+        except (UnicodeDecodeError, FileNotFoundError):
+            continue
+        found += [f"{name}: {match.group()}" for match in machine_path.finditer(text)]
+    assert not found
