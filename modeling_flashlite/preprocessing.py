@@ -1,0 +1,269 @@
+"""Rows of a task to model inputs for training: one encoder per kind of task."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from .data import column_names, pack, tokenize_texts
+from .tasks import Task, label_names, prompts_and_references, references_of, resolve_columns
+
+_OUTPUTS = {"extractive-qa": ("input_ids", "start_positions", "end_positions")}
+
+
+def preprocess(
+    task: Task,
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    columns: str | dict | None = None,
+    encoder_decoder: bool = True,
+    max_source_length: int = 512,
+    max_target_length: int = 128,
+    too_long: str = "truncate",
+    num_proc: int | None = None,
+) -> Dataset | IterableDataset:
+    """Turn the rows of a data set into model inputs for training on a task.
+
+    Encoder-decoder models get `input_ids` (the prompt, with the tokenizer's own special tokens) and `labels` (target
+    and `</s>`). Decoder-only models get both in one sequence, with -100 on what they need not learn. Text generation
+    is packed into rows of `max_source_length` tokens, or for an encoder-decoder model cut into a source and its
+    continuation. Classification gives `labels` as class ids; extractive question answering gives `start_positions`
+    and `end_positions`, both 0 (the first token) where the window does not hold the answer.
+
+    Args:
+        task (`Task`): what to learn.
+        dataset (`Dataset` or `IterableDataset`): rows.
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        columns (`str` or `dict`, *optional*): see `resolve_columns`.
+        encoder_decoder (`bool`, *optional*, defaults to `True`): kind of the model.
+        max_source_length (`int`, *optional*, defaults to 512): tokens of the input; of the whole row without encoder.
+        max_target_length (`int`, *optional*, defaults to 128): tokens of the labels, `</s>` included.
+        too_long (`str`, *optional*, defaults to `"truncate"`): what happens above these limits: `truncate`, `drop`
+            the row, or `error`. Extractive question answering slides a window instead.
+        num_proc (`int`, *optional*): worker processes.
+    """
+    if too_long not in ("truncate", "drop", "error"):
+        raise ValueError(f"too_long is {too_long!r}, but must be 'truncate', 'drop' or 'error'.")
+    if min(max_source_length, max_target_length) < 2:
+        raise ValueError(
+            f"max_source_length is {max_source_length} and max_target_length {max_target_length}, but each must be at "
+            "least 2; 512 and 128 are usual."
+        )
+    if not encoder_decoder and task.target != "label" and max_target_length >= max_source_length:
+        raise ValueError(
+            f"max_target_length is {max_target_length}, but without an encoder it is part of max_source_length, "
+            f"{max_source_length}; raise the latter."
+        )
+    columns = resolve_columns(task, dataset, columns)
+    if task.name == "text-generation" and not encoder_decoder:
+        return pack(tokenize_texts(dataset, tokenizer, columns["text"], num_proc=num_proc), max_source_length)
+    encode = _Encoder(task, columns, tokenizer, encoder_decoder, max_source_length, max_target_length, too_long)
+    if task.name == "classification":
+        encode.classes = label_names(dataset, columns["label"])
+    options = {"batched": True, "remove_columns": column_names(dataset)}
+    if isinstance(dataset, Dataset):
+        options |= {"num_proc": num_proc, "desc": f"prepare {task.name}"}
+    examples = dataset.map(encode, **options)
+    if isinstance(examples, Dataset) and not len(examples):
+        raise ValueError(
+            f"0 examples came out of {len(dataset)} rows; check the columns, the lengths, and too_long={too_long!r}."
+        )
+    return examples
+
+
+@dataclass
+class _Encoder:
+    """A batch of rows -> a batch of model inputs; a class, so that worker processes and fingerprints can pickle it."""
+
+    task: Task
+    columns: dict[str, str]
+    tokenizer: PreTrainedTokenizerBase
+    encoder_decoder: bool
+    max_source_length: int
+    max_target_length: int
+    too_long: str
+    classes: list[str] = field(default_factory=list)
+
+    def __call__(self, batch: dict) -> dict[str, list]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        encode = {
+            "classification": self._classified,
+            "extractive-qa": self._questions,
+            "text-generation": self._continued,
+        }.get(self.task.name, self._generated)
+        examples = [example for row in rows for example in encode(row)]
+        names = examples[0] if examples else _OUTPUTS.get(self.task.name, ("input_ids", "labels"))
+        return {name: [example[name] for example in examples] for name in names}
+
+    def _generated(self, row: dict) -> list[dict]:
+        if self.task.name == "chat" and not self.encoder_decoder:
+            return self._conversation(row[self.columns["messages"]])
+        pairs = prompts_and_references(self.task, row, self.columns, self.tokenizer, self.encoder_decoder)
+        templated = self.task.name == "chat" or not self.encoder_decoder
+        examples = []
+        for prompt, references in pairs:
+            if not references:
+                continue
+            source = self.tokenizer(prompt, add_special_tokens=not templated, verbose=False)["input_ids"]
+            target = self._ids(references[0]) + [self._end(templated)]
+            examples += self._joined(source, target)
+        return examples
+
+    def _joined(self, source: list[int], target: list[int]) -> list[dict]:
+        target_limit = self.max_target_length
+        target_fits, end = len(target) <= target_limit, target[-1:]
+        source_limit = self.max_source_length - (0 if self.encoder_decoder else min(len(target), target_limit))
+        source_fits = len(source) <= source_limit
+        if not (source_fits and target_fits):
+            if self.too_long == "drop":
+                return []
+            if self.too_long == "error":
+                if source_fits:
+                    _raise_too_long("target", len(target), target_limit, "max_target_length")
+                _raise_too_long("source", len(source), source_limit, "max_source_length")
+            if not target_fits:
+                target = target[: target_limit - 1] + end
+            source = cut_prompt(source, source_limit, from_start=self.task.name == "chat")
+        if self.encoder_decoder:
+            return [{"input_ids": source, "labels": target}]
+        return [{"input_ids": source + target, "labels": [-100] * len(source) + target}]
+
+    def _conversation(self, messages: list[dict]) -> list[dict]:
+        encoded = self.tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+        )
+        ids, spoken = encoded["input_ids"], encoded["assistant_masks"]
+        if not any(spoken) and any(message["role"] == "assistant" for message in messages):
+            raise ValueError(
+                "The chat template marks 0 tokens of the assistant's turns; put {% generation %} around them, or use "
+                "the template of train_tokenizer."
+            )
+        limit = self.max_source_length
+        if len(ids) > limit and self.too_long == "error":
+            _raise_too_long("conversation", len(ids), limit, "max_source_length")
+        if len(ids) > limit and self.too_long == "drop":
+            return []
+        ids, spoken = ids[:limit], spoken[:limit]
+        labels = [token if said else -100 for token, said in zip(ids, spoken, strict=True)]
+        return [{"input_ids": ids, "labels": labels}] if any(spoken) else []
+
+    def _continued(self, row: dict) -> list[dict]:
+        ids = self._ids(row[self.columns["text"]]) + [self.tokenizer.eos_token_id]
+        both = self.max_source_length + self.max_target_length
+        examples = []
+        for start in range(0, len(ids), both):
+            chunk = ids[start : start + both]
+            # a short end is cut in the same proportion
+            source = min(self.max_source_length, len(chunk) * self.max_source_length // both)
+            if source and len(chunk) > source:
+                examples.append({"input_ids": chunk[:source], "labels": chunk[source:]})
+        return examples
+
+    def _classified(self, row: dict) -> list[dict]:
+        ids = self.tokenizer(row[self.columns["text"]], verbose=False)["input_ids"]
+        if len(ids) > self.max_source_length and self.too_long != "truncate":
+            if self.too_long == "drop":
+                return []
+            _raise_too_long("text", len(ids), self.max_source_length, "max_source_length")
+        label = row[self.columns["label"]]
+        label = self.classes.index(label) if isinstance(label, str) else int(label)
+        return [{"input_ids": ids[: self.max_source_length], "labels": label}]
+
+    def _questions(self, row: dict) -> list[dict]:
+        context = row[self.columns["context"]]
+        span = answer_span(row[self.columns["answers"]], context)
+        windows = question_windows(self.tokenizer, row[self.columns["question"]], context, self.max_source_length)
+        return [
+            {"input_ids": ids, "start_positions": start, "end_positions": end}
+            for ids, offsets in windows
+            for start, end in [_token_span(offsets, span)]
+        ]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _end(self, templated: bool) -> int:
+        """The token that closes an answer: that of the chat template where one is used."""
+        vocabulary = self.tokenizer.get_vocab()
+        if templated and self.tokenizer.chat_template is not None and "<|end|>" in vocabulary:
+            return vocabulary["<|end|>"]
+        return self.tokenizer.eos_token_id
+
+
+def cut_prompt(ids: list[int], limit: int, from_start: bool = False) -> list[int]:
+    """Shorten an encoded prompt to `limit` tokens, at its beginning (a chat) or before its last few tokens.
+
+    The last tokens stay because that is where a template asks for the answer and where `</s>` closes an input.
+    """
+    if len(ids) <= limit:
+        return ids
+    kept = limit if from_start else min(8, limit // 2)
+    return ids[: limit - kept] + ids[len(ids) - kept :]
+
+
+def question_windows(
+    tokenizer: PreTrainedTokenizerBase, question: str, context: str, max_length: int = 384, stride: int = 128
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Encode a question with its context, in overlapping windows where the context is too long.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): a fast one; its own special tokens are added.
+        question, context (`str`): the two texts.
+        max_length (`int`, *optional*, defaults to 384): tokens of a window, question included.
+        stride (`int`, *optional*, defaults to 128): tokens that two windows share.
+
+    Returns:
+        `list` of (`input_ids`, offsets): the characters of the context behind each token, (0, 0) for other tokens.
+    """
+    room = max_length - len(tokenizer(question, "")["input_ids"])
+    if room < 1:
+        raise ValueError(
+            f"A question leaves no room for its context in {max_length} tokens; raise max_source_length by {1 - room}."
+        )
+    encoded = tokenizer(
+        question,
+        context,
+        truncation="only_second",
+        max_length=max_length,
+        stride=min(stride, room - 1),
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
+    windows = []
+    for index, ids in enumerate(encoded["input_ids"]):
+        sources = encoded.sequence_ids(index)
+        offsets = encoded["offset_mapping"][index]
+        windows.append(
+            (ids, [offset if source == 1 else (0, 0) for offset, source in zip(offsets, sources, strict=True)])
+        )
+    return windows
+
+
+def answer_span(answers: Mapping | list | str, context: str) -> tuple[int, int] | None:
+    """Characters (start, end) of the first accepted answer in the context, or `None` if there is no answer."""
+    if isinstance(answers, Mapping) and "answer_start" in answers:
+        if not answers["text"]:
+            return None
+        start = answers["answer_start"][0]
+        return start, start + len(answers["text"][0])
+    texts = references_of(answers)
+    start = context.find(texts[0]) if texts and texts[0] else -1
+    return (start, start + len(texts[0])) if start >= 0 else None
+
+
+def _token_span(offsets: list[tuple[int, int]], span: tuple[int, int] | None) -> tuple[int, int]:
+    """First and last token of a span of characters; (0, 0), the first token, if the window does not hold all of it."""
+    if span is None:
+        return 0, 0
+    inside = [token for token, (start, end) in enumerate(offsets) if end > span[0] and start < span[1]]
+    if not inside or offsets[inside[0]][0] > span[0] or offsets[inside[-1]][1] < span[1]:
+        return 0, 0
+    return inside[0], inside[-1]
+
+
+def _raise_too_long(what: str, size: int, limit: int, option: str) -> None:
+    raise ValueError(
+        f"A {what} has {size} tokens, but at most {limit} fit; raise {option}, or set too_long='truncate' or 'drop'."
+    )

@@ -1,0 +1,201 @@
+"""The tasks by name: what each reads, how it is put to a model, how it is generated and how it is judged."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from datasets import ClassLabel, Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from .data import column_names, require_columns
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task, declared once for training, distilling, fine-tuning, evaluating and serving.
+
+    Args:
+        name (`str`): what it is called on the command line.
+        columns (`dict[str, tuple[str, ...]]`): for each role that a row plays, the usual column names, best first.
+        target (`str`): the role that a model learns to produce.
+        prompt (`str`): how the other roles become the model's input, with `{role}` placeholders.
+        metrics (`tuple[str, ...]`): groups of metrics in `metrics.py`; the first number of the first is the headline.
+        auto_class (`str`): the transformers class that loads a model for it.
+        generation (`dict`): defaults for `generate`.
+    """
+
+    name: str
+    columns: Mapping[str, tuple[str, ...]]
+    target: str
+    prompt: str
+    metrics: tuple[str, ...]
+    auto_class: str = "AutoModelForSeq2SeqLM"
+    generation: Mapping[str, int | float | bool] = field(default_factory=dict)
+
+
+_ANSWERS = ("answers", "answer", "target")
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="translation",
+            columns={"source": ("source", "src"), "target": ("target", "tgt")},
+            target="target",
+            prompt="{source}",
+            metrics=("bleu", "chrf"),
+            generation={"num_beams": 4, "max_new_tokens": 128},
+        ),
+        Task(
+            name="summarization",
+            columns={
+                "document": ("document", "article", "dialogue", "text", "source"),
+                "summary": ("summaries", "summary", "highlights", "target"),
+            },
+            target="summary",
+            prompt="{document}",
+            metrics=("rouge",),
+            generation={"num_beams": 4, "max_new_tokens": 128, "no_repeat_ngram_size": 3},
+        ),
+        Task(
+            name="extractive-qa",
+            columns={"question": ("question",), "context": ("context",), "answers": _ANSWERS},
+            target="answers",
+            prompt="{question}",
+            metrics=("squad",),
+            auto_class="AutoModelForQuestionAnswering",
+        ),
+        Task(
+            name="abstractive-qa",
+            columns={"question": ("question",), "context": ("context",), "answers": _ANSWERS},
+            target="answers",
+            prompt="question: {question} context: {context}",
+            metrics=("squad", "rouge"),
+            generation={"max_new_tokens": 48},
+        ),
+        Task(
+            name="chat",
+            columns={"messages": ("messages", "conversations", "conversation")},
+            target="messages",
+            prompt="{messages}",
+            metrics=("bleu", "rouge"),
+            auto_class="AutoModelForCausalLM",
+            generation={"max_new_tokens": 96},
+        ),
+        Task(
+            name="text-generation",
+            columns={"text": ("text", "content", "document")},
+            target="text",
+            prompt="{text}",
+            metrics=("perplexity",),
+            auto_class="AutoModelForCausalLM",
+            generation={"max_new_tokens": 128, "do_sample": True, "top_p": 0.95},
+        ),
+        Task(
+            name="classification",
+            columns={"text": ("text", "sentence", "review"), "label": ("label", "labels")},
+            target="label",
+            prompt="{text}",
+            metrics=("classification",),
+            auto_class="AutoModelForSequenceClassification",
+        ),
+    )
+}
+
+
+def get_task(name: str) -> Task:
+    """Return the task of that name, or raise a `ValueError` that lists them."""
+    if name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"Task {name!r} does not exist; choose one of {', '.join(TASKS)}{hint}.")
+    return TASKS[name]
+
+
+def resolve_columns(
+    task: Task, dataset: Dataset | IterableDataset, columns: str | dict | None = None
+) -> dict[str, str]:
+    """Decide which column plays which role.
+
+    Args:
+        task (`Task`): names the roles.
+        dataset (`Dataset` or `IterableDataset`): has the columns.
+        columns (`str` or `dict`, *optional*): `source=en,target=de` or the same as a dict; the other roles go to the
+            first of their usual names that exists.
+
+    Returns:
+        `dict` from role to column.
+
+    Raises:
+        `ValueError`: unknown role, missing column (with the columns there are), or a malformed description.
+    """
+    if isinstance(columns, str):
+        pairs = [pair.partition("=") for pair in columns.split(",") if pair]
+        if any(not equals for _, equals, _ in pairs):
+            raise ValueError(
+                f"columns is {columns!r}, but must read role=column,role=column, e.g. source=en,target=de."
+            )
+        columns = {role.strip(): column.strip() for role, _, column in pairs}
+    columns = dict(columns or {})
+    for role in columns:
+        if role not in task.columns:
+            raise ValueError(
+                f"{role!r} is not a role of {task.name}; its roles are {', '.join(task.columns)}: "
+                f"write e.g. {next(iter(task.columns))}={columns[role]}."
+            )
+    available = column_names(dataset)
+    for role, usual in task.columns.items():
+        columns.setdefault(role, next((name for name in usual if name in available), usual[0]))
+        require_columns(dataset, [columns[role]], f"Say which column is the {role}, e.g. --columns {role}=NAME.")
+    return columns
+
+
+def references_of(value: object) -> list[str]:
+    """Read the accepted answers out of any usual form: a string, a list of strings, or SQuAD's `{"text": [...]}`."""
+    if isinstance(value, Mapping):
+        value = value["text"]
+    if isinstance(value, str):
+        return [value]
+    return [str(answer) for answer in value]
+
+
+def label_names(dataset: Dataset, column: str) -> list[str]:
+    """Names of the classes in the order of their ids; strings are sorted, bare integers are named by their number."""
+    feature = dataset.features[column]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    values = set(dataset.unique(column))
+    if all(isinstance(value, str) for value in values):
+        return sorted(values)
+    return [str(value) for value in range(int(max(values)) + 1)]
+
+
+def chat_turns(messages: list[dict]) -> list[tuple[list[dict], str]]:
+    """Split a conversation into (history, reply) at every turn of the assistant that has something before it."""
+    return [
+        (messages[:turn], message["content"])
+        for turn, message in enumerate(messages)
+        if message["role"] == "assistant" and turn
+    ]
+
+
+def prompts_and_references(
+    task: Task, row: Mapping, columns: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool
+) -> list[tuple[str, list[str]]]:
+    """Turn one row into (prompt, accepted answers) pairs, as text: one pair, or one per assistant turn of a chat.
+
+    A decoder-only model gets the prompt inside the tokenizer's chat template if it has one, else with a newline after
+    it; an encoder-decoder model gets the prompt as it is.
+    """
+    if task.name == "chat":
+        return [
+            (tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True), [reply])
+            for history, reply in chat_turns(row[columns["messages"]])
+        ]
+    prompt = task.prompt.format(**{role: row[column] for role, column in columns.items() if role != task.target})
+    references = references_of(row[columns[task.target]])
+    if encoder_decoder:
+        return [(prompt, references)]
+    if tokenizer.chat_template is None:
+        return [(prompt + "\n", references)]
+    messages = [{"role": "user", "content": prompt}]
+    return [(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), references)]
