@@ -29,7 +29,7 @@ EDGES = {
 # floor 2 stands on everything that travels, and on these of its own floor
 WORKSHOP_EDGES = {
     "corpus": set(),
-    "cards": set(),
+    "cards": {"staging"},
     "cli": set(),
     "tokenization": set(),
     "lora": set(),
@@ -38,7 +38,8 @@ WORKSHOP_EDGES = {
     "distillation": {"data", "evaluation"},
     "calibration": {"data", "evaluation"},
     "qat": {"data", "evaluation"},
-    "hub": {"cards", "data", "evaluation"},
+    "hub": {"staging"},
+    "staging": {"tasks"},
 }
 # huggingface_hub gives configurations their `strict` decorator; transformers itself cannot be installed without it
 SHIPPED_IMPORTS = {"torch", "numpy", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names)

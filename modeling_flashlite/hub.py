@@ -1,0 +1,241 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""Publish a staged folder to the Hub: one commit, checked on arrival, safe to run again."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .staging import PUBLISHED, PublishError, StagedFile, list_files
+
+
+class Publisher:
+    """Uploads one staged folder to one repository.
+
+    The files arrive in a single commit on top of the head that was read first, so a reader sees either the old version
+    or the new one, and a concurrent push is refused instead of overwritten. Running it again after an interruption
+    sends only what is missing.
+
+    Args:
+        repo_id (`str`): `user/name`.
+        token (`str`, *optional*): access token; defaults to `HF_TOKEN` or the one saved by `hf auth login`.
+        retries (`int`, *optional*, defaults to 3): attempts after a server error or a dropped connection.
+    """
+
+    def __init__(self, repo_id: str, token: str | None = None, retries: int = 3):
+        self.repo_id, self.retries = repo_id, retries
+        self._token = token or get_token()
+        self._api = HfApi(token=self._token, library_name="flashlite")
+
+    def publish(
+        self,
+        folder: str | Path,
+        *,
+        message: str = "Publish checkpoint",
+        private: bool | None = None,
+        gated: str | None = None,
+        branch: str | None = None,
+        tag: str | None = None,
+        create_pr: bool = False,
+        parent_commit: str | None = None,
+    ):
+        """Create the repository if needed, commit the folder, verify what arrived, tag it.
+
+        Args:
+            folder (`str` or `Path`): the staged folder, card included.
+            message (`str`, *optional*): title of the commit.
+            private (`bool`, *optional*): visibility of a repository that is created now.
+            gated (`"auto"` or `"manual"`, *optional*): ask for access requests, set before the files arrive.
+            branch (`str`, *optional*): branch to commit to, created from `main` if needed; defaults to `main`.
+            tag (`str`, *optional*): tag for the commit.
+            create_pr (`bool`, *optional*): open a pull request instead of committing to the branch.
+            parent_commit (`str`, *optional*): refuse unless the branch still stands at this commit.
+
+        Returns:
+            `dict` with `commit` (sha), `url`, `tag`, `uploaded` and `deleted` (numbers of files).
+
+        Raises:
+            PublishError: with one sentence; nothing was changed unless the message says so.
+        """
+        files = list_files(folder)
+        if not any(file.name == "README.md" for file in files):
+            raise PublishError(f"{folder} has no README.md; render the model card first.")
+        if not create_pr:
+            self._try("create the repository", self._create, private, gated)
+        elif gated or private is not None:
+            raise PublishError("A pull request cannot change who sees the repository; drop --private and --gated.")
+        if branch and branch != "main" and not create_pr:
+            self._try(
+                f"create the branch {branch}", self._api.create_branch, self.repo_id, branch=branch, exist_ok=True
+            )
+        commit = self._commit(Path(folder), files, message, branch, create_pr, parent_commit)
+        if tag:
+            self._try(f"set the tag {tag}", self._tag, tag, commit["commit"])
+        return {**commit, "tag": tag}
+
+    def _create(self, private: bool | None, gated: str | None) -> None:
+        # an existing repository is left as it is: a token without the right to create may still push to it
+        try:
+            self._api.repo_info(self.repo_id)
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            self._api.create_repo(self.repo_id, private=private, exist_ok=True)
+        if gated:
+            self._api.update_repo_settings(self.repo_id, gated=gated)
+
+    def _tag(self, tag: str, commit: str) -> None:
+        tags = {ref.name: ref.target_commit for ref in self._api.list_repo_refs(self.repo_id).tags}
+        if tag in tags and tags[tag] != commit:
+            raise PublishError(
+                f"The files are published as {commit[:10]}, but the tag {tag} already names {tags[tag][:10]}; "
+                "choose another tag."
+            )
+        if tag not in tags:
+            self._api.create_tag(self.repo_id, tag=tag, revision=commit)
+
+    def _commit(self, folder, files, message, branch, create_pr, parent_commit) -> dict:
+        revision = branch or "main"
+        head = self._try("read the repository", self._head, revision)
+        if parent_commit and not head.startswith(parent_commit):
+            raise PublishError(
+                f"{revision} of {self.repo_id} stands at {head[:10]}, not at {parent_commit[:10]}: somebody else "
+                "published; look at their commit, then run again."
+            )
+        for attempt in range(self.retries + 1):
+            remote = self._try("list the files", self._remote_files, head)
+            changed = [file for file in files if not _same(file, remote.get(file.name))]
+            stale = [name for name in remote if PUBLISHED.fullmatch(name) and name not in {f.name for f in files}]
+            report = {"uploaded": len(changed), "deleted": len(stale)}
+            if not changed and not stale:
+                return {"commit": head, "url": self._url(head), **report}
+            additions = [
+                CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str((folder / file.name).resolve()))
+                for file in changed
+            ]
+            try:
+                info = self._api.create_commit(
+                    self.repo_id,
+                    [*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
+                    commit_message=message,
+                    revision=revision,
+                    parent_commit=head,
+                    create_pr=create_pr,
+                )
+            except Exception as error:
+                # a pull request may have been opened although its answer was lost; a second one helps nobody
+                if create_pr or attempt == self.retries or not _is_transient(error):
+                    raise self._explain("commit the files", error) from None
+                time.sleep(min(2**attempt, 8) / 4)
+                # the answer may be lost after the commit was made: look before sending it again
+                now = self._try("read the repository", self._head, revision)
+                remote = self._try("list the files", self._remote_files, now)
+                if now != head and all(_same(file, remote.get(file.name)) for file in files):
+                    return {"commit": now, "url": self._url(now), **report}
+                continue
+            self._verify(files, info.oid)
+            return {"commit": info.oid, "url": info.pr_url or self._url(info.oid), **report}
+        raise AssertionError("unreachable")
+
+    def _head(self, revision: str) -> str:
+        return self._api.repo_info(self.repo_id, revision=revision).sha
+
+    def _remote_files(self, revision: str) -> dict:
+        entries = self._api.list_repo_tree(self.repo_id, recursive=True, revision=revision)
+        return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
+
+    def _verify(self, files: list[StagedFile], commit: str) -> None:
+        remote = self._try("read back the files", self._remote_files, commit)
+        wrong = [file.name for file in files if not _same(file, remote.get(file.name))]
+        if wrong:
+            raise PublishError(
+                f"{wrong[0]} arrived differently in {commit[:10]}; run again, and do not use that commit."
+            )
+
+    def _url(self, commit: str) -> str:
+        return f"{self._api.endpoint}/{self.repo_id}/tree/{commit}"
+
+    def _try(self, doing: str, function: Callable, *args, **kwargs):
+        """Call the Hub; retry what may pass by itself, explain the rest in one sentence."""
+        for attempt in range(self.retries + 1):
+            try:
+                return function(*args, **kwargs)
+            except PublishError:
+                raise
+            except Exception as error:
+                if attempt == self.retries or not _is_transient(error):
+                    raise self._explain(doing, error) from None
+                time.sleep(min(2**attempt, 8) / 4)
+
+    def _explain(self, doing: str, error: Exception) -> Exception:
+        """Turn an error of the client into one sentence without any token; unknown errors pass unchanged."""
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
+        repo = self.repo_id
+        if isinstance(error, GatedRepoError):
+            text = f"{repo} is gated and this account has no access; ask for it on the repository's page."
+        elif isinstance(error, RevisionNotFoundError):
+            text = f"{repo} has no such branch; create it with --branch."
+        elif status == 401 and not self._token:
+            text = f"Not logged in; set HF_TOKEN or run `hf auth login`, then publish {repo} again."
+        elif status == 401:
+            text = f"The token was refused for {repo} (401); make a new one with write access and set HF_TOKEN."
+        elif status == 403:
+            text = f"This account may not write to {repo} (403); use a token with write access, or your own name."
+        elif isinstance(error, RepositoryNotFoundError) or status == 404:
+            text = f"{repo} was not found, or this account may not see it (404); check the name and the token."
+        elif status in (409, 412):
+            text = f"{repo} changed while publishing ({status}); nothing was overwritten, run again."
+        elif status == 413:
+            text = f"The Hub refused a file of {repo} as too large (413); save with a smaller max_shard_size."
+        elif status == 429:
+            text = f"The Hub limits the rate of requests for {repo} (429); run again in a few minutes."
+        elif isinstance(error, HFValidationError):
+            text = f"'{repo}' is not a repository name; use user/name."
+        elif _is_transient(error):
+            cause = str(status) if status else type(error).__name__
+            text = f"Could not {doing} in {repo} ({cause}); the connection or the Hub failed, run again to resume."
+        elif isinstance(error, OSError) and error.strerror:
+            text = f"Could not {doing} in {repo}: {error.strerror}."
+        elif status:
+            text = f"Could not {doing} in {repo}: the Hub answered {status} {self._scrub(error)}"
+        else:
+            return error
+        return PublishError(text)
+
+    def _scrub(self, error: Exception) -> str:
+        text = " ".join(str(getattr(error, "server_message", None) or error).split())
+        return text.replace(self._token, "***") if self._token else text
+
+
+def _same(file: StagedFile, entry) -> bool:
+    """Whether a file of the repository has the content of the staged one."""
+    if entry is None or entry.size != file.size:
+        return False
+    if entry.lfs is not None:
+        return entry.lfs.sha256 == file.sha256
+    return entry.blob_id == file.blob_id
+
+
+def _is_transient(error: Exception) -> bool:
+    """Server errors and broken connections, the Xet client's included (it raises plain RuntimeError)."""
+    if isinstance(error, EntryNotFoundError):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and error.response.status_code >= 500
+    # the HTTP library has changed under huggingface_hub before; all of them have this name for it
+    names = {parent.__name__ for parent in type(error).__mro__}
+    if names & {"TransportError", "ConnectionError", "TimeoutError"}:
+        return True
+    return type(error).__module__.startswith("hf_xet") or (
+        isinstance(error, RuntimeError) and bool(re.search(r"request|network|server error|CAS|xet", str(error), re.I))
+    )
