@@ -5,25 +5,27 @@ For the query in slot `t`, block `i = t // b`, of a row's key buffer:
 - block axis: the keys `max(0, (i-1) b) <= s <= t`, one by one;
 - candidates: the complete blocks `max(0, i-W) <= j <= i-2`;
 - relevance axis: every key of the `K` candidates with the highest score
-  `S_j = max_r relu(m) . kmax_{j,r} - relu(-m) . kmin_{j,r}`, where `m` is the mean query of the key-value head's group
-  and `kmax`, `kmin` bound the keys of sub-block `r` (the page bound of Quest, arXiv:2406.10774). The choice is made per
-  token and per key-value head, without a gradient; of equal scores the older block wins;
+  `S_j = max_r relu(m) . kmax_{j,r} - relu(-m) . kmin_{j,r}`, where `m` is the mean query of the key-value head's
+  group and `kmax`, `kmin` bound the keys of sub-block `r` (the page bound of Quest, arXiv:2406.10774). The choice is
+  made per token and per key-value head, without a gradient; of equal scores the older block wins;
 - grid axis: every other candidate as a single slot (mean key, mean value) whose logit is raised by `log b`.
 
-`multi_axis_attention_reference` is the definition. Every path of `multi_axis_attention` equals it, outputs and gradients.
-The functions know nothing of positions: a position encoding changes queries and keys before they come here.
+`multi_axis_attention_reference` is the definition; every path of `multi_axis_attention` equals it, outputs and
+gradients. Nothing here knows of positions: their encoding changes queries and keys before they come.
 """
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_tiles_flashlite import TileAttention, TileSizes, top_blocks
 
-Cross = tuple[Tensor, Tensor, Optional[Tensor]]
+
+Cross = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class AxisSpec:
 
     block_size: int = 64
     sub_block_size: int = 16
-    relevance_top_k: Optional[int] = 8
-    memory_blocks: Optional[int] = 512
+    relevance_top_k: int | None = 8
+    memory_blocks: int | None = 512
 
     def __post_init__(self):
         if self.block_size < 1 or self.sub_block_size < 1 or self.block_size % self.sub_block_size:
@@ -80,7 +82,7 @@ def summarize_blocks(k: Tensor, v: Tensor, spec: AxisSpec) -> BlockSummaries:
     return BlockSummaries(k_blocks.mean(3), v_blocks.mean(3), maxima, minima)
 
 
-def _slots(start: Union[int, Tensor], length: int, device: torch.device) -> Tensor:
+def _slots(start: int | Tensor, length: int, device: torch.device) -> Tensor:
     """Slots of the queries, [1 or B, length]."""
     offsets = torch.arange(length, device=device)
     return (start[:, None] if isinstance(start, Tensor) else start) + offsets[None, :]
@@ -94,21 +96,6 @@ def _box_scores(q: Tensor, maxima: Tensor, minima: Tensor, sub_blocks: int) -> T
     features = torch.cat([mean.clamp(min=0), mean.clamp(max=0)], dim=-1)
     boxes = torch.cat([maxima, minima], dim=-1).to(wide)
     return (features @ boxes.mT).unflatten(-1, (-1, sub_blocks)).amax(-1)
-
-
-def _top_blocks(scores: Tensor, k: int) -> Tensor:
-    """Indices [..., k] of the `k` highest scores; of equal scores the lower index wins."""
-    n = scores.shape[-1]
-    if k >= n or k == 0:
-        return torch.arange(min(k, n), device=scores.device).expand(*scores.shape[:-1], -1)
-    # torch.topk breaks ties at will. Only a tie across the border between rank k and k+1 can change the set.
-    values, index = scores.topk(k + 1, dim=-1)
-    index = index[..., :k]
-    tied = (values[..., k - 1] == values[..., k]) & (values[..., k] > -math.inf)
-    if tied.any():
-        index = index.contiguous()
-        index[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return index
 
 
 @torch.no_grad()
@@ -125,7 +112,7 @@ def _select(q: Tensor, summaries: BlockSummaries, spec: AxisSpec, slots: Tensor)
         return candidates, candidates.expand(shape)
     scores = _box_scores(q, summaries.maxima, summaries.minima, spec.block_size // spec.sub_block_size)
     scores = scores.masked_fill(~candidates, -math.inf)
-    selected = torch.zeros(shape, dtype=torch.bool, device=q.device).scatter(3, _top_blocks(scores, top), True)
+    selected = torch.zeros(shape, dtype=torch.bool, device=q.device).scatter(3, top_blocks(scores, top), True)
     return candidates, selected & candidates
 
 
@@ -147,11 +134,11 @@ def multi_axis_attention_reference(
     v: Tensor,
     spec: AxisSpec,
     *,
-    start: Union[int, Tensor] = 0,
-    scaling: Optional[float] = None,
-    cross: Optional[Cross] = None,
+    start: int | Tensor = 0,
+    scaling: float | None = None,
+    cross: Cross | None = None,
     dropout: float = 0.0,
-) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The definition of multi-axis attention, with explicit weights.
 
     Args:
@@ -165,8 +152,8 @@ def multi_axis_attention_reference(
         dropout: probability of dropping a weight.
 
     Returns:
-        `(out [B, H, T, dv], weights [B, H, T, S], cross_weights [B, H, T, Se] or None)`. A grid slot's weight is spread
-        evenly over the tokens of its block, so that `out = weights @ v + cross_weights @ v_e`.
+        `(out [B, H, T, dv], weights [B, H, T, S], cross_weights [B, H, T, Se] or None)`. A grid slot's weight is
+        spread evenly over the tokens of its block, so that `out = weights @ v + cross_weights @ v_e`.
     """
     _check(q, k, v, start, cross)
     b, groups = spec.block_size, q.shape[1] // k.shape[1]
@@ -199,7 +186,7 @@ def multi_axis_attention_reference(
     return out.to(v.dtype), own.to(q.dtype), cross_weights
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, start: Union[int, Tensor], cross: Optional[Cross]) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, cross: Cross | None) -> None:
     """Refuses shapes that do not belong together."""
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -224,10 +211,10 @@ def multi_axis_attention(
     v: Tensor,
     spec: AxisSpec,
     *,
-    start: Union[int, Tensor] = 0,
-    scaling: Optional[float] = None,
-    cross: Optional[Cross] = None,
-    summaries: Optional[BlockSummaries] = None,
+    start: int | Tensor = 0,
+    scaling: float | None = None,
+    cross: Cross | None = None,
+    summaries: BlockSummaries | None = None,
 ) -> Tensor:
     """Multi-axis attention on the quickest path that fits; arguments as in `multi_axis_attention_reference`.
 
@@ -261,3 +248,24 @@ def _masked_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor
     mask = torch.cat(bias, 3).repeat_interleave(groups, dim=1)
     keys, values = torch.cat(keys, 2), torch.cat(values, 2)
     return F.scaled_dot_product_attention(q, keys, values, mask, scale=scaling, enable_gqa=groups > 1)
+
+
+def _tile_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
+    """Tiles merged by log-sum-exp; needs `memory_blocks` to exceed `relevance_top_k` by more than one block."""
+    if summaries is None or k.requires_grad or v.requires_grad:
+        with torch.no_grad():
+            summaries = summarize_blocks(k, v, spec)
+    sizes = TileSizes(
+        spec.block_size,
+        spec.block_size // spec.sub_block_size,
+        spec.relevance_top_k,
+        spec.memory_blocks or 0,
+        q.shape[-1] ** -0.5 if scaling is None else scaling,
+    )
+    starts = start.tolist() if isinstance(start, Tensor) else [start] * q.shape[0]
+    k_e, v_e, mask = cross if cross is not None else (None, None, None)
+    bias = None
+    if cross is not None:
+        bias = q.new_zeros(q.shape[0], k_e.shape[2])
+        bias = bias if mask is None else bias.masked_fill(~mask.bool(), -math.inf)
+    return TileAttention.apply(q, k, v, k_e, v_e, bias, starts, tuple(summaries), sizes)

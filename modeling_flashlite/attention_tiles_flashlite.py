@@ -1,0 +1,494 @@
+"""The long path of multi-axis attention: tiles merged by log-sum-exp, with the exact joint gradient.
+
+The softmax over a query's keys is cut into parts whose keys lie side by side in memory: the block axis, one part per
+selected block, the grid axis, the encoder keys. Each part gives an output `o_p` and a log-sum-exp `l_p`; with
+`l = logsumexp_p l_p` the whole is `sum_p exp(l_p - l) o_p`. The queries that selected a block are gathered and meet it in
+one tile, so no key is copied and nothing of L x L elements exists. Given the merged output and log-sum-exp, the backward
+of a part is its share of the joint gradient, because `P = exp(s - l)` and `D = do . o` are all it needs.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# Elements of the buffer that holds the outputs of all parts of a chunk of queries, and queries scored at once.
+_PART_ELEMENTS = 1 << 25
+_SCORED_QUERIES = 512
+
+_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_flash_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+def _has_flash(q: Tensor, v: Tensor) -> bool:
+    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and _flash is not None and _flash_backward is not None
+
+
+def tile_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of q [N, H, R, dk] to k [N, H, C, dk], v [N, H, C, dv] with an additive bias [*, *, R, C].
+
+    Every query must see at least one key. Returns the output [N, H, R, dv] and the log-sum-exp [N, H, R]. The CPU op is
+    private to PyTorch; where it is missing public operations do the same.
+    """
+    if _has_flash(q, v):
+        return _flash(q, k, v, attn_mask=bias, scale=scale)
+    logits = (q * scale) @ k.mT
+    if bias is not None:
+        logits += bias
+    lse = logits.logsumexp(-1)
+    return logits.sub_(lse[..., None]).exp_() @ v, lse
+
+
+def tile_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, scale):
+    """Gradients of q, k and v for one part of a softmax whose merged output is `out` and log-sum-exp `lse`."""
+    if _has_flash(q, v):
+        return _flash_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)
+    logits = (q * scale) @ k.mT
+    if bias is not None:
+        logits += bias
+    weights = logits.sub_(lse[..., None]).exp_()
+    grad_logits = (grad @ v.mT).sub_((grad * out).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
+    return grad_logits @ k, grad_logits.mT @ q, weights.mT @ grad
+
+
+def top_blocks(scores: Tensor, k: int) -> Tensor:
+    """Indices [..., k] of the `k` highest scores along the last dimension; of equal scores the lower index wins."""
+    n = scores.shape[-1]
+    if k >= n or k == 0:
+        return torch.arange(min(k, n), device=scores.device).expand(*scores.shape[:-1], -1)
+    # torch.topk partially sorts rows of 64 k and more, which is quicker than what it does to rows a little shorter.
+    short = 64 * (k + 1) - n
+    padded = F.pad(scores, (0, short), value=-math.inf) if 0 < short < n and scores.shape[-2] > 1 else scores
+    # It breaks ties at will, but only a tie between ranks k and k+1 can change the chosen set.
+    values, index = padded.topk(k + 1, dim=-1)
+    index, last = index[..., :k], values[..., k]
+    tied = (values[..., k - 1] == last) & (last > -math.inf)
+    if tied.any():
+        index = index.contiguous()
+        index[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return index
+
+
+class TileSizes(NamedTuple):
+    """The numbers of a call: block size, sub-blocks per block, top-k, memory blocks (0: no limit), softmax scale."""
+
+    block: int
+    sub_blocks: int
+    top: int
+    memory: int
+    scale: float
+
+    def first_sparse_slot(self) -> int:
+        """Queries before this slot see every earlier token."""
+        return (self.top + 2) * self.block
+
+
+class _Head(NamedTuple):
+    """One key-value head of one row: q [T, G, dk] in slots from `start`, k [S, dk], v [S, dv] and the summaries."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_mean: Tensor
+    v_mean: Tensor
+    start: int
+    cross: tuple[Tensor, Tensor, Tensor] | None
+
+
+def _heads_view(x: Tensor) -> Tensor:
+    """[T, G, d] as [1, G, T, d]."""
+    return x.transpose(0, 1)[None]
+
+
+def _shared(x: Tensor, groups: int) -> Tensor:
+    """[C, d] as [1, G, C, d], without a copy."""
+    return x.expand(1, groups, *x.shape)
+
+
+def _local_pieces(lo: int, hi: int, start: int, b: int):
+    """Cuts the queries lo..hi at block borders into `(lo, hi, whole blocks or 0)`: a head, all whole blocks, a tail."""
+    first = min(hi, lo + -(start + lo) % b)
+    last = max(first, hi - (start + hi) % b)
+    pieces = [(lo, first, 0), (first, last, (last - first) // b), (last, hi, 0)]
+    return [piece for piece in pieces if piece[0] < piece[1]]
+
+
+def _local_operands(head: _Head, piece, b: int, bias: Tensor):
+    """Queries, keys, values and bias of a piece: every query sees its own block up to itself and the block before.
+
+    `bias` [G b, 2 b] holds rows in the order (token, group).
+    """
+    lo, hi, blocks = piece
+    groups, slot = head.q.shape[1], head.start + lo
+    origin = (slot // b - 1) * b
+    if blocks:
+        # Windows of two blocks overlap by one: a view with that stride needs no copy.
+        k, v = (
+            x.as_strided((blocks, 1, 2 * b, x.shape[1]), (b * x.stride(0), 0, *x.stride()), _offset(x, origin))
+            for x in (head.k, head.v)
+        )
+        return blocks, k, v, bias
+    first, end = slot % b, origin + b + slot % b + hi - lo
+    k, v = (x[origin:end][None, None] for x in (head.k, head.v))
+    return 1, k, v, bias[first * groups : (first + hi - lo) * groups, : end - origin]
+
+
+def _offset(x: Tensor, row: int) -> int:
+    return x.storage_offset() + row * x.stride(0)
+
+
+def _local_bias(b: int, groups: int, like: Tensor) -> Tensor:
+    t = torch.arange(b, device=like.device)
+    bias = torch.zeros(b, 2 * b, dtype=like.dtype, device=like.device)
+    bias[:, b:].masked_fill_(t[None, :] > t[:, None], -math.inf)
+    return bias.repeat_interleave(groups, dim=0)
+
+
+def _causal_bias(head: _Head, hi: int) -> Tensor:
+    """Additive causal mask of the queries 0..hi over the keys up to the last of them."""
+    bias = head.q.new_zeros(hi, head.start + hi)
+    return bias.masked_fill_(torch.ones_like(bias, dtype=torch.bool).triu_(head.start + 1), -math.inf)
+
+
+def _hide_others(x: Tensor, lo: int, first: int, start: int, sizes: TileSizes) -> None:
+    """Sets the columns (blocks from `first`) that are no candidates of the queries (rows, from `lo`) to -inf."""
+    b, rows = sizes.block, x.shape[0]
+    for block in range((start + lo) // b, (start + lo + rows - 1) // b + 1):
+        mine = x[max(block * b - start - lo, 0) : (block + 1) * b - start - lo]
+        mine[:, block - 1 - first :] = -math.inf
+        if sizes.memory:
+            mine[:, : max(block - sizes.memory - first, 0)] = -math.inf
+
+
+def _candidate_range(lo: int, hi: int, start: int, sizes: TileSizes) -> tuple[int, int]:
+    """The blocks that are candidates of any of the queries lo..hi."""
+    first = max((start + lo) // sizes.block - sizes.memory, 0) if sizes.memory else 0
+    return first, (start + hi - 1) // sizes.block - 1
+
+
+def _scored_chunks(lo: int, hi: int):
+    return [(t, min(t + _SCORED_QUERIES, hi)) for t in range(lo, hi, _SCORED_QUERIES)]
+
+
+def _choose(head: _Head, features: Tensor, boxes: Tensor, lo: int, sizes: TileSizes) -> Tensor:
+    """Selected blocks [R, K] of the queries from `lo`, given their features [R, 2 dk] and boxes [r, n, 2 dk]."""
+    first, end = _candidate_range(lo, lo + features.shape[0], head.start, sizes)
+    scores = features @ boxes[0, first:end].T
+    for box in boxes[1:, first:end]:
+        torch.maximum(scores, features @ box.T, out=scores)
+    _hide_others(scores, lo, first, head.start, sizes)
+    return top_blocks(scores, sizes.top) + first
+
+
+def _grid_bias(head: _Head, chosen: Tensor, lo: int, sizes: TileSizes) -> tuple[int, int, Tensor]:
+    """Additive bias [R, n] of the grid slots `first..end`: log b for a candidate that was not chosen."""
+    first, end = _candidate_range(lo, lo + chosen.shape[0], head.start, sizes)
+    bias = head.q.new_full((chosen.shape[0], end - first), math.log(sizes.block))
+    _hide_others(bias, lo, first, head.start, sizes)
+    return first, end, bias.scatter_(1, chosen - first, -math.inf)
+
+
+def _pairs_by_block(chosen: Tensor) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    """Sorts the (query, block) pairs by block: the order [T K] and `(block, lo, hi)` for every block that occurs."""
+    blocks, order = chosen.reshape(-1).sort(stable=True)
+    which, counts = blocks.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    return order, list(zip(which.tolist(), [0, *ends[:-1]], ends))
+
+
+def _head_forward(head: _Head, boxes: Tensor, sizes: TileSizes, buffer: Tensor, out: Tensor, lse: Tensor, chosen: Tensor):
+    """Fills out [T, G, dv], lse [T, G] and chosen [T, K] of one head."""
+    t_count, groups, _ = head.q.shape
+    dense = min(max(sizes.first_sparse_slot() - head.start, 0), t_count)
+    if dense:
+        _dense_prefix(head, dense, sizes, out, lse)
+    if dense == t_count:
+        return
+    parts = sizes.top + 2 + (head.cross is not None)
+    chunk = max(buffer.shape[0] // (parts * groups), 1)
+    bias = _local_bias(sizes.block, groups, head.q)
+    for lo in range(dense, t_count, chunk):
+        hi = min(lo + chunk, t_count)
+        rows = hi - lo
+        view = buffer[: parts * groups * rows]
+        logs = view.new_empty(parts, rows, groups)
+        _forward_local(head, lo, hi, sizes, bias, view[: rows * groups], logs[0])
+        slots = view[rows * groups : 2 * rows * groups].view(rows, groups, -1)
+        for a, z in _scored_chunks(lo, hi):
+            chosen[a:z] = _choose(head, _features(head.q[a:z]), boxes, a, sizes) if sizes.top else 0
+            _forward_grid(head, a, z, chosen[a:z].long(), sizes, slots[a - lo : z - lo], logs[1, a - lo : z - lo])
+        if head.cross is not None:
+            there = slice(-rows * groups, None)
+            _forward_cross(head, lo, hi, sizes, view[there].view(rows, groups, -1), logs[-1])
+        where = _forward_pairs(head, lo, chosen[lo:hi], sizes, view, logs)
+        _merge(view, logs, where, out[lo:hi], lse[lo:hi])
+
+
+def _features(q: Tensor) -> Tensor:
+    mean = q.mean(1)
+    return torch.cat([mean.clamp(min=0), mean.clamp(max=0)], dim=1)
+
+
+def _dense_prefix(head: _Head, hi: int, sizes: TileSizes, out: Tensor, lse: Tensor) -> None:
+    """The queries 0..hi, which see every earlier token (and the encoder keys)."""
+    k, v, bias = _prefix_operands(head, hi)
+    groups = head.q.shape[1]
+    o, logs = tile_forward(_heads_view(head.q[:hi]), _shared(k, groups), _shared(v, groups), bias, sizes.scale)
+    out[:hi], lse[:hi] = o[0].transpose(0, 1), logs[0].T
+
+
+def _prefix_operands(head: _Head, hi: int):
+    end, bias = head.start + hi, _causal_bias(head, hi)
+    k, v = head.k[:end], head.v[:end]
+    if head.cross is not None:
+        k, v = torch.cat([k, head.cross[0]]), torch.cat([v, head.cross[1]])
+        bias = torch.cat([bias, head.cross[2].expand(hi, -1)], dim=1)
+    return k, v, bias[None, None]
+
+
+def _forward_local(head: _Head, lo: int, hi: int, sizes: TileSizes, bias: Tensor, out: Tensor, logs: Tensor) -> None:
+    for piece in _local_pieces(lo, hi, head.start, sizes.block):
+        n, k, v, mask = _local_operands(head, piece, sizes.block, bias)
+        q = head.q[piece[0] : piece[1]].reshape(n, 1, -1, head.q.shape[2])
+        o, log = tile_forward(q, k, v, mask[None, None], sizes.scale)
+        groups = head.q.shape[1]
+        out[(piece[0] - lo) * groups : (piece[1] - lo) * groups] = o.reshape(-1, o.shape[-1])
+        logs[piece[0] - lo : piece[1] - lo] = log.reshape(-1, groups)
+
+
+def _forward_grid(head: _Head, lo: int, hi: int, chosen: Tensor, sizes: TileSizes, out: Tensor, logs: Tensor) -> None:
+    groups = head.q.shape[1]
+    first, end, bias = _grid_bias(head, chosen[:, : sizes.top], lo, sizes)
+    k, v = _shared(head.k_mean[first:end], groups), _shared(head.v_mean[first:end], groups)
+    o, log = tile_forward(_heads_view(head.q[lo:hi]), k, v, bias[None, None], sizes.scale)
+    out.copy_(o[0].transpose(0, 1))
+    logs.copy_(log[0].T)
+
+
+def _forward_cross(head: _Head, lo: int, hi: int, sizes: TileSizes, out: Tensor, logs: Tensor) -> None:
+    """The encoder keys. Where all of a row's are masked, the op's log-sum-exp means nothing and the part has no mass."""
+    k, v, bias = head.cross
+    groups = head.q.shape[1]
+    if not (bias > -math.inf).any():
+        out.zero_()
+        logs.fill_(-math.inf)
+        return
+    k, v = _shared(k, groups), _shared(v, groups)
+    o, log = tile_forward(_heads_view(head.q[lo:hi]), k, v, bias.expand(1, 1, hi - lo, -1), sizes.scale)
+    out.copy_(o[0].transpose(0, 1))
+    logs.copy_(log[0].T)
+
+
+def _forward_pairs(head: _Head, lo: int, chosen: Tensor, sizes: TileSizes, buffer: Tensor, logs: Tensor) -> Tensor:
+    """Tiles of the queries that chose a block and that block.
+
+    Returns where in the buffer, counted in rows of G, the part (query, rank) went [R, K].
+    """
+    rows, groups, dim = chosen.shape[0], head.q.shape[1], head.q.shape[2]
+    if not sizes.top:
+        return torch.empty(rows, 0, dtype=torch.long, device=buffer.device)
+    q, b = head.q[lo : lo + rows].reshape(rows, -1), sizes.block
+    order, runs = _pairs_by_block(chosen)
+    queries = order // sizes.top
+    pair_logs = logs.new_empty(order.shape[0] * groups)
+    base = 2 * rows * groups
+    for block, a, z in runs:
+        picked = q.index_select(0, queries[a:z]).view(1, 1, -1, dim)
+        k, v = (x[block * b : (block + 1) * b][None, None] for x in (head.k, head.v))
+        o, log = tile_forward(picked, k, v, None, sizes.scale)
+        buffer[base + a * groups : base + z * groups] = o[0, 0]
+        pair_logs[a * groups : z * groups] = log[0, 0]
+    where = torch.empty_like(order)
+    where[order] = torch.arange(order.shape[0], device=order.device)
+    ranks = pair_logs.view(-1, groups).index_select(0, where).view(rows, sizes.top, groups)
+    logs[2 : 2 + sizes.top] = ranks.transpose(0, 1)
+    return where.view(rows, sizes.top)
+
+
+def _merge(buffer: Tensor, logs: Tensor, where: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Sums the parts of every query with their weights into out [R, G, dv] and lse [R, G].
+
+    The buffer holds rows in the order: block axis, grid axis, pairs (at `where`), encoder keys.
+    """
+    parts, rows, groups = logs.shape
+    device = buffer.device
+    total = logs.logsumexp(0)
+    weights = (logs - total).exp_().permute(1, 2, 0).reshape(rows * groups, parts)
+    index = torch.arange(rows, device=device)[:, None]
+    columns = [index, index + rows, where + 2 * rows]
+    if parts > where.shape[1] + 2:
+        columns.append(index + rows * (parts - 1))
+    index = (torch.cat(columns, 1)[:, None, :] * groups + torch.arange(groups, device=device)[:, None]).flatten(0, 1)
+    merged = F.embedding_bag(index, buffer, per_sample_weights=weights, mode="sum")
+    out.copy_(merged.view(rows, groups, -1))
+    lse.copy_(total)
+
+
+class _Grads(NamedTuple):
+    """Where the gradients of a head go: as q, k, v, the means and the encoder keys and values."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_mean: Tensor
+    v_mean: Tensor
+    cross_k: Tensor | None
+    cross_v: Tensor | None
+
+
+def _head_backward(head: _Head, sizes: TileSizes, out: Tensor, lse: Tensor, chosen: Tensor, grad: Tensor, grads: _Grads):
+    """Adds the gradients of one head; out, grad [T, G, dv], lse [T, G], chosen [T, K]."""
+    t_count, groups, dim = head.q.shape
+    dense = min(max(sizes.first_sparse_slot() - head.start, 0), t_count)
+    if dense:
+        k, v, bias = _prefix_operands(head, dense)
+        gk, gv = _backward_shared(head, 0, dense, k, v, bias, sizes, out, lse, grad, grads.q)
+        end = head.start + dense
+        grads.k[:end] += gk[:end]
+        grads.v[:end] += gv[:end]
+        if head.cross is not None:
+            grads.cross_k.add_(gk[end:])
+            grads.cross_v.add_(gv[end:])
+    if dense == t_count:
+        return
+    _backward_local(head, dense, t_count, sizes, out, lse, grad, grads)
+    for lo, hi in _scored_chunks(dense, t_count):
+        first, end, bias = _grid_bias(head, chosen[lo:hi].long(), lo, sizes)
+        k, v = head.k_mean[first:end], head.v_mean[first:end]
+        gk, gv = _backward_shared(head, lo, hi, k, v, bias[None, None], sizes, out, lse, grad, grads.q)
+        grads.k_mean[first:end] += gk
+        grads.v_mean[first:end] += gv
+        if head.cross is not None and (head.cross[2] > -math.inf).any():
+            k, v, bias = head.cross
+            bias = bias.expand(1, 1, hi - lo, -1)
+            gk, gv = _backward_shared(head, lo, hi, k, v, bias, sizes, out, lse, grad, grads.q)
+            grads.cross_k.add_(gk)
+            grads.cross_v.add_(gv)
+    if sizes.top:
+        _backward_pairs(head, dense, sizes, out, lse, chosen, grad, grads)
+
+
+def _backward_shared(head, lo, hi, k, v, bias, sizes, out, lse, grad, grad_q) -> tuple[Tensor, Tensor]:
+    """Backward of the queries lo..hi against one set of keys; adds to grad_q, returns the gradients of k and v."""
+    groups = head.q.shape[1]
+    q, o, g = (_heads_view(x[lo:hi]) for x in (head.q, out, grad))
+    k, v = _shared(k, groups), _shared(v, groups)
+    gq, gk, gv = tile_backward(g, q, k, v, bias, o, lse[lo:hi].T[None], sizes.scale)
+    grad_q[lo:hi] += gq[0].transpose(0, 1)
+    return gk[0].sum(0), gv[0].sum(0)
+
+
+def _backward_local(head: _Head, lo: int, hi: int, sizes: TileSizes, out, lse, grad, grads: _Grads) -> None:
+    b = sizes.block
+    bias = _local_bias(b, head.q.shape[1], head.q)
+    for piece in _local_pieces(lo, hi, head.start, b):
+        a, z, blocks = piece
+        n, k, v, mask = _local_operands(head, piece, b, bias)
+        q, o, g = (x[a:z].reshape(n, 1, -1, x.shape[2]) for x in (head.q, out, grad))
+        gq, gk, gv = tile_backward(g, q, k, v, mask[None, None], o, lse[a:z].reshape(n, 1, -1), sizes.scale)
+        grads.q[a:z] += gq.reshape(z - a, -1, q.shape[-1])
+        origin = ((head.start + a) // b - 1) * b
+        for into, part in ((grads.k, gk), (grads.v, gv)):
+            if blocks:
+                into[origin : origin + blocks * b] += part[:, 0, :b].reshape(-1, part.shape[-1])
+                into[origin + b : origin + (blocks + 1) * b] += part[:, 0, b:].reshape(-1, part.shape[-1])
+            else:
+                into[origin : origin + part.shape[2]] += part[0, 0]
+
+
+def _backward_pairs(head: _Head, lo: int, sizes: TileSizes, out, lse, chosen, grad, grads: _Grads) -> None:
+    rows, groups, dim = head.q.shape[0] - lo, head.q.shape[1], head.q.shape[2]
+    q, o, g, log = (x[lo:].reshape(rows, -1) for x in (head.q, out, grad, lse))
+    grad_q, b = grads.q[lo:].view(rows, -1), sizes.block
+    order, runs = _pairs_by_block(chosen[lo:])
+    queries = order // sizes.top
+    for block, a, z in runs:
+        index, here = queries[a:z], slice(block * b, (block + 1) * b)
+        # Groups as heads: the op's backward runs heads in parallel.
+        picked = [_heads_view(x.index_select(0, index).view(z - a, groups, -1)) for x in (g, q, o, log)]
+        k, v = _shared(head.k[here], groups), _shared(head.v[here], groups)
+        gq, gk, gv = tile_backward(
+            picked[0], picked[1], k, v, None, picked[2], picked[3].squeeze(-1), sizes.scale
+        )
+        grad_q.index_add_(0, index, gq[0].transpose(0, 1).reshape(z - a, -1))
+        grads.k[here] += gk[0].sum(0)
+        grads.v[here] += gv[0].sum(0)
+
+
+def _box_table(maxima: Tensor, minima: Tensor, sub_blocks: int) -> Tensor:
+    """Bounds of one head [n r, dk] as [r, n, 2 dk]."""
+    table = torch.cat([maxima, minima], dim=1)
+    return table.view(-1, sub_blocks, table.shape[1]).transpose(0, 1).contiguous()
+
+
+class TileAttention(torch.autograd.Function):
+    """`apply(q, k, v, cross_k, cross_v, cross_bias, starts, summaries, sizes)` -> out [B, H, T, dv].
+
+    q [B, H, T, dk], k [B, Hkv, S, dk], v [B, Hkv, S, dv]; cross_bias [B, Se] additive; `starts` one int per row;
+    `summaries` (means of keys and values, maxima, minima) of at least the candidate blocks; `sizes` a `TileSizes`
+    whose memory exceeds its top-k by more than one block. Inputs of low precision are computed in float32: on a CPU the
+    tiles are no slower that way. Memory beyond inputs and outputs is constant in length, but for the selection.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, cross_k, cross_v, cross_bias, starts, summaries, sizes):
+        batch, heads, length, _ = q.shape
+        hkv, groups, dv = k.shape[1], heads // k.shape[1], v.shape[3]
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = q.new_empty(batch, length, heads, dv)
+        lse = q.new_empty(batch, hkv, length, groups, dtype=wide)
+        chosen = torch.zeros(batch, hkv, length, sizes.top, dtype=torch.int32, device=q.device)
+        parts = sizes.top + 2 + (cross_k is not None)
+        rows = parts * groups * min(length, max(_PART_ELEMENTS // (parts * groups * dv), 2 * sizes.block))
+        buffer = q.new_empty(rows, dv, dtype=wide)
+        for row in range(batch):
+            for h in range(hkv):
+                head = _take_head(q, k, v, cross_k, cross_v, cross_bias, starts, summaries, row, h, wide)
+                boxes = _box_table(summaries[2][row, h], summaries[3][row, h], sizes.sub_blocks).to(wide)
+                there = out[row, :, h * groups : (h + 1) * groups]
+                _head_forward(head, boxes, sizes, buffer, there, lse[row, h], chosen[row, h])
+        ctx.save_for_backward(q, k, v, cross_k, cross_v, cross_bias, out, lse, chosen, *summaries[:2])
+        ctx.starts, ctx.sizes = starts, sizes
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        q, k, v, cross_k, cross_v, cross_bias, out, lse, chosen, *means = ctx.saved_tensors
+        hkv, groups, b = k.shape[1], q.shape[1] // k.shape[1], ctx.sizes.block
+        wide = lse.dtype
+        results = [None if x is None else torch.empty_like(x) for x in (q, k, v, cross_k, cross_v)]
+        for row in range(q.shape[0]):
+            for h in range(hkv):
+                head = _take_head(q, k, v, cross_k, cross_v, cross_bias, ctx.starts, means, row, h, wide)
+                mine = slice(h * groups, (h + 1) * groups)
+                o = out[row, :, mine].to(wide).contiguous()
+                g = grad_out[row, mine].transpose(0, 1).to(wide).contiguous()
+                inputs = (head.q, head.k, head.v, head.k_mean, head.v_mean, *(head.cross or (None, None))[:2])
+                grads = _Grads(*(None if x is None else torch.zeros_like(x) for x in inputs))
+                _head_backward(head, ctx.sizes, o, lse[row, h], chosen[row, h], g, grads)
+                n = grads.k_mean.shape[0]
+                for own, mean in ((grads.k, grads.k_mean), (grads.v, grads.v_mean)):
+                    own[: n * b].view(n, b, -1).add_(mean.div_(b)[:, None])
+                results[0][row, mine] = grads.q.transpose(0, 1)
+                for result, part in zip(results[1:], (grads.k, grads.v, grads.cross_k, grads.cross_v)):
+                    if result is not None:
+                        result[row, h] = part
+        return *results, None, None, None, None
+
+
+def _take_head(q, k, v, cross_k, cross_v, cross_bias, starts, means, row: int, h: int, wide: torch.dtype) -> _Head:
+    """One key-value head of one row with its group of queries, in the dtype of the computation."""
+    groups = q.shape[1] // k.shape[1]
+    cross = None
+    if cross_k is not None:
+        cross = (cross_k[row, h].to(wide), cross_v[row, h].to(wide), cross_bias[row].to(wide))
+    return _Head(
+        q[row, h * groups : (h + 1) * groups].transpose(0, 1).to(wide).contiguous(),
+        *(x[row, h].to(wide).contiguous() for x in (k, v, means[0], means[1])),
+        starts[row],
+        cross,
+    )
