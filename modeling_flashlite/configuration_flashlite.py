@@ -95,8 +95,8 @@ class FlashLiteStackConfig(PreTrainedConfig):
         if self.head_dim is None:
             if heads < 1 or self.hidden_size % heads:
                 raise ValueError(
-                    f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` ({heads}); change "
-                    "one of them or give `head_dim`."
+                    f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` ({heads}); "
+                    "change one of them or give `head_dim`."
                 )
             self.head_dim = self.hidden_size // heads
         super().__post_init__(**kwargs)

@@ -1,0 +1,55 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""Flash-Lite: small language models, distilled, quantized to a bit budget and published with the Hugging Face tools.
+
+Importing the package registers its classes with the Auto classes of transformers.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .cache_flashlite import FlashLiteCache
+from .configuration_flashlite import FlashLiteConfig, FlashLiteDecoderConfig, FlashLiteEncoderConfig
+from .modeling_flashlite import (
+    FlashLiteForCausalLM,
+    FlashLiteForConditionalGeneration,
+    FlashLiteForQuestionAnswering,
+    FlashLiteForSequenceClassification,
+    FlashLiteForTokenClassification,
+    FlashLiteModel,
+    FlashLitePreTrainedModel,
+)
+
+__version__ = "0.1.0"
+
+for _config in (FlashLiteConfig, FlashLiteEncoderConfig, FlashLiteDecoderConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+for _auto, _model in (
+    (AutoModel, FlashLiteModel),
+    (AutoModelForSeq2SeqLM, FlashLiteForConditionalGeneration),
+    (AutoModelForCausalLM, FlashLiteForCausalLM),
+    (AutoModelForSequenceClassification, FlashLiteForSequenceClassification),
+    (AutoModelForTokenClassification, FlashLiteForTokenClassification),
+    (AutoModelForQuestionAnswering, FlashLiteForQuestionAnswering),
+):
+    _auto.register(FlashLiteConfig, _model, exist_ok=True)
+
+__all__ = [
+    "FlashLiteCache",
+    "FlashLiteConfig",
+    "FlashLiteDecoderConfig",
+    "FlashLiteEncoderConfig",
+    "FlashLiteForCausalLM",
+    "FlashLiteForConditionalGeneration",
+    "FlashLiteForQuestionAnswering",
+    "FlashLiteForSequenceClassification",
+    "FlashLiteForTokenClassification",
+    "FlashLiteModel",
+    "FlashLitePreTrainedModel",
+]
