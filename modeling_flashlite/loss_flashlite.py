@@ -63,6 +63,7 @@ def chunked_cross_entropy(
     num_items_in_batch: int | torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     chunk_size: int | None = None,
+    logits: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
     r"""Cross-entropy of `softmax(lm_head(hidden_states))` against aligned labels, a chunk of tokens at a time.
@@ -78,6 +79,8 @@ def chunked_cross_entropy(
         num_items_in_batch (`int` or `torch.Tensor`, *optional*): labelled tokens of the whole accumulated batch.
         label_smoothing (`float`, *optional*, defaults to 0.0): share of the uniform distribution in the target.
         chunk_size (`int`, *optional*): tokens of a chunk; by default as many as keep the chunk's logits at 64 MiB.
+        logits (`torch.Tensor` of shape `[B, T, V]`, *optional*): the head's output, where it exists anyway; then the
+            head is not run again.
 
     Returns:
         `torch.Tensor`: scalar in float32 (float64 for float64 states); 0 where no token is labelled.
@@ -86,7 +89,7 @@ def chunked_cross_entropy(
     def row_loss(logits, labels):
         return (F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing),)
 
-    (total,), count = chunked_sum(hidden_states, lm_head, labels, row_loss, (), chunk_size)
+    (total,), count = chunked_sum(hidden_states, lm_head, labels, row_loss, (), chunk_size, logits)
     return total / divisor(num_items_in_batch, count, total)
 
 
@@ -106,6 +109,7 @@ def chunked_sum(
     row_loss: Callable[..., tuple[torch.Tensor, ...]],
     columns: Sequence[torch.Tensor] = (),
     chunk_size: int | None = None,
+    logits: torch.Tensor | None = None,
 ) -> tuple[tuple[torch.Tensor, ...], int]:
     """Sum `row_loss` over the labelled tokens without building all logits.
 
@@ -116,6 +120,7 @@ def chunked_sum(
     Args:
         row_loss (`Callable`): `(logits [C, V], labels [C], *columns [C, ...]) -> tuple` of sums over the rows.
         columns (sequence of `torch.Tensor` of shape `[B, T, ...]`): what `row_loss` needs beside the labels.
+        logits (`torch.Tensor` of shape `[B, T, V]`, *optional*): the head's output, where it exists anyway.
 
     Returns:
         `tuple`: the sums, and the number of labelled tokens.
@@ -123,6 +128,10 @@ def chunked_sum(
     labels = labels.to(hidden_states.device).flatten()
     columns = [column.flatten(0, 1) for column in columns]
     index = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    if logits is not None:
+        logits = at_least_float32(logits.flatten(0, -2)[index])
+        others = (column[index.to(column.device)].to(logits.device) for column in columns)
+        return row_loss(logits, labels[index], *others), len(index)
     states = hidden_states.flatten(0, -2)[index]
     if is_sharded(lm_head):
         pieces = index.tensor_split(SHARDED_HEAD_CHUNKS)

@@ -1,0 +1,259 @@
+"""Distillation on the standard Trainer: cached teachers through the loss hook, live ones through `compute_loss`.
+
+Letters: B batch, T target, V vocabulary.
+"""
+
+import copy
+import math
+import random
+import re
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel, Seq2SeqTrainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from .divergence import KDLoss, divergence, parse_divergence, shared_vocabulary
+from .loss_flashlite import check_loss_function
+from .teacher import (
+    TeacherCache,
+    check_teacher_columns,
+    check_vocabulary,
+    teacher_logits,
+    tokenizer_fingerprint,
+)
+
+__all__ = [
+    "DistillationCallback",
+    "DistillationTrainer",
+    "KDLoss",
+    "TeacherCache",
+    "check_teacher_columns",
+    "check_vocabulary",
+    "divergence",
+    "set_loss_function",
+    "shared_vocabulary",
+    "student_from_teacher",
+    "teacher_logits",
+    "tokenizer_fingerprint",
+]
+
+
+class DistillationCallback(TrainerCallback, ExportableState):
+    """Add `ce`, `kd` and `agree` of a [`KDLoss`] to the logs, and move TAID's target from student to teacher.
+
+    TAID's t grows with the relative gain of its loss (momentum 0.99, step 5e-4), at least linearly over the training.
+
+    Args:
+        loss (`KDLoss`): the hook of the model in training.
+    """
+
+    momentum, step_size = 0.99, 5e-4
+
+    def __init__(self, loss: KDLoss):
+        self.loss = loss
+        self.start = parse_divergence(loss.divergence)[1]
+        self.taid = {"t": self.start, "gain": 0.0, "last": None}
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"taid": self.taid}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        if isinstance(saved, dict):
+            self.taid = saved["attributes"]["taid"]
+            if self.loss.state["kind"] == "taid":
+                self.loss.state["parameter"] = self.taid["t"]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.loss.state["kind"] != "taid" or "train" not in self.loss.state:
+            return
+        sums = self.loss.state["train"].clone()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        value, t = float(sums[3] / sums[4].clamp(min=1)), self.taid["t"]
+        if self.taid["last"] is not None:
+            gain = (self.taid["last"] - value) / (self.taid["last"] + 1e-8)
+            self.taid["gain"] = self.momentum * self.taid["gain"] + (1 - self.momentum) * gain
+            t += self.step_size / (1 + math.exp(-self.taid["gain"])) * (1 - t)
+        linear = self.start + (1 - self.start) * state.global_step / max(state.max_steps, 1)
+        self.taid |= {"t": min(1.0, max(t, linear)), "last": value}
+        self.loss.state["parameter"] = self.taid["t"]
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        split = "eval" if "eval_loss" in logs else "train"
+        values = self.loss.pop_metrics(split)
+        values.pop("objective", None)
+        prefix = "eval_" if split == "eval" else ""
+        values = {prefix + key: value for key, value in values.items()}
+        logs.update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)
+
+
+def set_loss_function(model: torch.nn.Module, loss_function) -> None:
+    """Plug a loss hook into a model, also one that peft wraps (there the wrapper's attribute would do nothing)."""
+    check_loss_function(loss_function)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model.loss_function = loss_function
+
+
+class DistillationTrainer(Seq2SeqTrainer):
+    r"""`Seq2SeqTrainer` with a live teacher: only `compute_loss` differs.
+
+    Args:
+        teacher (`PreTrainedModel`, *optional*): any Hugging Face language model with the student's vocabulary; without
+            one the dataset's teacher columns are used.
+        loss (`KDLoss`, *optional*): divergence, share of cross-entropy and temperature.
+        teacher_tokenizer (`PreTrainedTokenizerBase`, *optional*): compared with `processing_class`.
+        on_policy (`float`, *optional*, defaults to 0.0): share of the steps whose targets the student samples itself
+            (GKD, arXiv 2306.13649); there only the divergence counts.
+        encoder_match (`str`, *optional*): `"states"` adds the squared distance of encoder states (equal widths),
+            `"relations"` that of their cosine similarities between tokens (any widths).
+        encoder_weight (`float`, *optional*, defaults to 1.0): weight of that term.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args=None,
+        *,
+        teacher: PreTrainedModel | None = None,
+        loss: KDLoss | None = None,
+        teacher_tokenizer=None,
+        on_policy: float = 0.0,
+        encoder_match: str | None = None,
+        encoder_weight: float = 1.0,
+        **kwargs,
+    ):
+        loss = KDLoss() if loss is None else loss
+        if encoder_match not in (None, "states", "relations"):
+            raise ValueError(f"encoder_match is {encoder_match!r}, but must be 'states', 'relations' or None.")
+        if (on_policy or encoder_match) and (teacher is None or not model.config.is_encoder_decoder):
+            raise ValueError(
+                f"on_policy={on_policy} and encoder_match={encoder_match!r} need a live teacher and an "
+                "encoder-decoder student; pass teacher=, or leave both out."
+            )
+        if teacher is not None:
+            shared_vocabulary(*(m.get_output_embeddings().weight.shape[0] for m in (teacher, model)))
+            teacher.eval().requires_grad_(False)
+        set_loss_function(model, loss)
+        super().__init__(model, args, **kwargs)
+        if teacher is not None and teacher_tokenizer is not None and self.processing_class is not None:
+            check_vocabulary(teacher_tokenizer, self.processing_class)
+        if teacher is None and self.processing_class is not None and self.train_dataset is not None:
+            check_teacher_columns(self.train_dataset, self.processing_class, loss)
+        # ahead of the progress bar and of TensorBoard, which print what is in the logs by then
+        self.callback_handler.callbacks.insert(0, DistillationCallback(loss))
+        self.teacher = None if teacher is None else teacher.to(self.args.device)
+        self.on_policy, self.encoder_match, self.encoder_weight = on_policy, encoder_match, encoder_weight
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Add the teacher's logits to the inputs, and the encoder term to the loss."""
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        extra = {}
+        if model.training and self._student_writes():
+            labels = self._sample_targets(inputs)
+            if num_items_in_batch is not None:  # this batch keeps its share of the accumulated one
+                share = (labels != -100).sum() / (inputs["labels"] != -100).sum().clamp(min=1)
+                num_items_in_batch = num_items_in_batch * share
+            inputs, extra["kd_only"] = {**inputs, "labels": labels}, True
+        with torch.no_grad():
+            extra["teacher_logits"], answer = teacher_logits(
+                self.teacher, inputs, seq2seq=bool(model_config(model).is_encoder_decoder)
+            )
+        loss, outputs = super().compute_loss(model, {**inputs, **extra}, True, num_items_in_batch)
+        if self.encoder_match and model.training:
+            items = (inputs["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            scale = self.accelerator.num_processes if num_items_in_batch is not None else 1
+            loss = loss + scale * self.encoder_weight * self._encoder_distance(outputs, answer, inputs) / items
+        return (loss, outputs) if return_outputs else loss
+
+    def _student_writes(self) -> bool:
+        """Whether this step is on-policy: the same answer on every process and after a resume."""
+        return random.Random(f"{self.args.seed} {self.state.global_step}").random() < self.on_policy
+
+    @torch.no_grad()
+    def _sample_targets(self, inputs: dict) -> torch.Tensor:
+        """Sample `labels` `[B, T]` from the student; -100 after the end of a text."""
+        student = self.accelerator.unwrap_model(self.model)
+        student.eval()
+        ids = student.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs.get("attention_mask"),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=inputs["labels"].shape[1],
+            use_cache=True,
+            synced_gpus=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+        )[:, 1:]
+        student.train()
+        end = student.generation_config.eos_token_id
+        ended = torch.isin(ids, torch.as_tensor([] if end is None else end, device=ids.device)).cumsum(1)
+        after = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], dim=1) > 0
+        return ids.masked_fill(after, -100)
+
+    def _encoder_distance(self, outputs, answer, inputs: dict) -> torch.Tensor:
+        """Sum over rows of (labelled tokens) x (mean distance per source token), which no batch split changes."""
+        mine, its = outputs.encoder_last_hidden_state, answer.encoder_last_hidden_state
+        mask = inputs.get("attention_mask")
+        mask = (torch.ones_like(inputs["input_ids"]) if mask is None else mask).to(mine.dtype)
+        if self.encoder_match == "states" and mine.shape != its.shape:
+            raise ValueError(
+                f"Encoder states are {mine.shape[-1]} wide in the student and {its.shape[-1]} in the teacher; use "
+                "encoder_match='relations', which compares similarities between tokens."
+            )
+        if self.encoder_match == "states":
+            distance, pairs = (mine - its).square().mean(-1), mask
+        else:
+            mine, its = F.normalize(mine, dim=-1), F.normalize(its, dim=-1)
+            distance = (mine @ mine.mT - its @ its.mT).square().flatten(1)
+            pairs = (mask[:, :, None] * mask[:, None, :]).flatten(1)
+        per_row = (distance * pairs).sum(1) / pairs.sum(1).clamp(min=1)
+        return (per_row * (inputs["labels"] != -100).sum(1)).sum()
+
+
+def model_config(model: torch.nn.Module):
+    """Configuration of a model that DDP or a compiler may have wrapped."""
+    return (model.module if hasattr(model, "module") else model).config
+
+
+def student_from_teacher(
+    teacher: PreTrainedModel, encoder_layers: int | None = None, decoder_layers: int | None = None
+) -> PreTrainedModel:
+    """Copy a teacher with fewer layers, evenly spaced with first and last kept (DistilBART, Distil-Whisper).
+
+    Args:
+        teacher (`PreTrainedModel`): a model whose layers are called `...layers.N...`.
+        encoder_layers, decoder_layers (`int`, *optional*): layers to keep; all if unset. A decoder-only model is all
+            decoder.
+
+    Returns:
+        `PreTrainedModel`: a new model of the teacher's class; its weights are copies.
+    """
+    config = copy.deepcopy(teacher.config)
+    keep = {}
+    for stack, wanted in (("encoder", encoder_layers), ("decoder", decoder_layers)):
+        part = getattr(config, stack, None) if config.is_encoder_decoder else config
+        part = config if part is None else part
+        if wanted is None or (stack == "encoder" and not config.is_encoder_decoder):
+            continue
+        have = part.num_hidden_layers
+        if not 1 <= wanted <= have:
+            raise ValueError(f"{stack}_layers is {wanted}, but the teacher has {have}; choose 1 to {have}.")
+        keep[stack] = [round(x) for x in torch.linspace(0, have - 1, wanted).tolist()] if wanted > 1 else [have - 1]
+        if getattr(part, "layer_types", None):
+            part.layer_types = [part.layer_types[layer] for layer in keep[stack]]
+        part.num_hidden_layers = wanted
+    student = type(teacher)(config).to(teacher.dtype)
+    source = teacher.state_dict()
+
+    def origin(name: str) -> str:
+        match = re.fullmatch(r"(.*\blayers\.)(\d+)(\..*)", name)
+        layers = keep.get("encoder" if "encoder." in name else "decoder")
+        return f"{match[1]}{layers[int(match[2])]}{match[3]}" if match and layers else name
+
+    student.load_state_dict({name: source[origin(name)] for name in student.state_dict()})
+    return student
