@@ -25,6 +25,7 @@ from .modeling_flashlite import (
     FlashLiteModel,
     FlashLitePreTrainedModel,
 )
+from .pipeline_flashlite import FlashLitePipeline, FlashLiteQuestionAnsweringPipeline, register_pipelines
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ for _auto, _model in (
     (AutoModelForQuestionAnswering, FlashLiteForQuestionAnswering),
 ):
     _auto.register(FlashLiteConfig, _model, exist_ok=True)
+register_pipelines()
 
 __all__ = [
     "FlashLiteCache",
@@ -51,5 +53,7 @@ __all__ = [
     "FlashLiteForSequenceClassification",
     "FlashLiteForTokenClassification",
     "FlashLiteModel",
+    "FlashLitePipeline",
     "FlashLitePreTrainedModel",
+    "FlashLiteQuestionAnsweringPipeline",
 ]
