@@ -186,9 +186,11 @@ def segment_streams(
     """Lay documents out for segment recurrence: row `n * batch_size + b` is segment n of stream b.
 
     Read in order with `batch_size` rows a step (all processes together), row b of a batch continues row b of the
-    batch before, so the memory that the model returned for it is its own past. Columns: `input_ids`, `labels` (-100
-    at the first token of a stream or, with `document_column`, of a document), `memory_reset` (`bool`: the row has no
-    past, its memory must be emptied first), `attention_mask` (0 on the padding of a last segment).
+    batch before, so the memory that the model returned for it is its own past. Columns: `input_ids`; `labels`, -100
+    at the first token of a stream or, with `document_column`, of a document; `shift_labels`, the same moved to the
+    token before, across segments too (causal models take these, so that no target is lost between segments);
+    `memory_reset` (`bool`): the row has no past, its memory must be emptied first; `attention_mask`, 0 on the padding
+    of a last segment.
 
     Args:
         dataset (`Dataset`): rows with `input_ids`, as `tokenize_texts` returns; kept in order.
@@ -227,8 +229,17 @@ def segment_streams(
         reset[row] = first[place] or step == 0
     labels = np.where(mask == 1, ids, -100)
     labels[reset, 0] = -100
+    # the target of a segment's last token is the first label of the next segment of its stream
+    following = np.append(labels[batch_size:, 0], np.full(batch_size, -100))
+    shift_labels = np.concatenate([labels[:, 1:], following[:, None]], axis=1)
     mask[:, 0] = 1  # a stream that has ended still shows one token, without a label
-    columns = {"input_ids": ids, "labels": labels, "attention_mask": mask, "memory_reset": reset}
+    columns = {
+        "input_ids": ids,
+        "labels": labels,
+        "shift_labels": shift_labels,
+        "attention_mask": mask,
+        "memory_reset": reset,
+    }
     return Dataset.from_dict(columns)
 
 
@@ -252,7 +263,7 @@ def _documents(dataset: Dataset, document_column: str | None) -> Iterator[np.nda
 class PaddingCollator:
     """Pad the per-token columns of a batch to their longest rows and stack the rest; text columns are left out.
 
-    `labels` are padded with -100, `input_ids` with the tokenizer's pad token, everything else (masks, positions,
+    Labels are padded with -100, `input_ids` with the tokenizer's pad token, everything else (masks, positions,
     cached teacher columns `[T, K]`) with 0. The model makes its decoder inputs from the labels. An attention mask is
     added unless the rows are packed: there `position_ids` alone tell the documents apart, padding included.
 
@@ -274,7 +285,7 @@ class PaddingCollator:
 
     def _stack(self, key: str, values: list[np.ndarray]) -> torch.Tensor:
         if values[0].ndim:
-            fill = {"labels": -100, "input_ids": self.tokenizer.pad_token_id}.get(key, 0)
+            fill = {"labels": -100, "shift_labels": -100, "input_ids": self.tokenizer.pad_token_id}.get(key, 0)
             multiple = self.pad_to_multiple_of or 1
             length = -(-max(len(value) for value in values) // multiple) * multiple
             left = self.tokenizer.padding_side == "left"

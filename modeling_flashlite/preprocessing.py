@@ -217,7 +217,8 @@ def question_windows(
     Returns:
         `list` of (`input_ids`, offsets): the characters of the context behind each token, (0, 0) for other tokens.
     """
-    room = max_length - len(tokenizer(question, "")["input_ids"])
+    asked = len(tokenizer(question, add_special_tokens=False)["input_ids"])
+    room = max_length - asked - tokenizer.num_special_tokens_to_add(pair=True)
     if room < 1:
         raise ValueError(
             f"A question leaves no room for its context in {max_length} tokens; raise max_source_length by {1 - room}."

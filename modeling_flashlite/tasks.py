@@ -46,6 +46,14 @@ TASKS = {
             generation={"num_beams": 4, "max_new_tokens": 128},
         ),
         Task(
+            name="text2text-generation",
+            columns={"source": ("source", "question", "text"), "target": ("target", "answer", "summary")},
+            target="target",
+            prompt="{source}",
+            metrics=("rouge", "bleu"),
+            generation={"max_new_tokens": 128},
+        ),
+        Task(
             name="summarization",
             columns={
                 "document": ("document", "article", "dialogue", "text", "source"),

@@ -1,0 +1,251 @@
+"""Judge a model on a task: generate, classify, extract or score, then measure."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from datasets import Dataset, IterableDataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .metrics import METRICS, RESAMPLES
+from .perplexity import label_likelihood, text_likelihood
+from .preprocessing import cut_prompt, question_windows
+from .results import write_results
+from .tasks import Task, label_names, prompts_and_references, references_of, resolve_columns
+
+__all__ = [
+    "classify",
+    "evaluate_task",
+    "extract_answers",
+    "generate_texts",
+    "label_likelihood",
+    "text_likelihood",
+    "write_results",
+]
+
+
+def evaluate_task(
+    task: Task,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset | IterableDataset,
+    *,
+    columns: str | Mapping[str, str] | None = None,
+    batch_size: int = 16,
+    max_source_length: int = 512,
+    generation: Mapping | None = None,
+    likelihood: Mapping | None = None,
+    resamples: int = RESAMPLES,
+) -> dict:
+    """Run a model over a data set and compute the task's metrics.
+
+    Args:
+        task (`Task`): what to do and how to judge it.
+        model (`PreTrainedModel`): loaded with the head that the task needs.
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        dataset (`Dataset` or `IterableDataset`): one split; a streamed one is read once.
+        columns (`str` or `dict`, *optional*): see `tasks.resolve_columns`.
+        batch_size (`int`, *optional*, defaults to 16): rows at a time, sorted by length.
+        max_source_length (`int`, *optional*, defaults to 512): longer inputs are cut, contexts of questions windowed.
+        generation (`dict`, *optional*): arguments of `generate` over the task's own.
+        likelihood (`dict`, *optional*): arguments of `text_likelihood`, for text generation.
+        resamples (`int`, *optional*, defaults to 1000): of the bootstrap; 0 for no intervals.
+
+    Returns:
+        `dict` with `metrics`, `intervals` (95%, by metric), `details` (signatures and counts), `protocol`, `examples`
+        (number), and `predictions` (`list[dict]` of input, prediction and references; empty for text generation).
+    """
+    columns = resolve_columns(task, dataset, columns)
+    rows = list(dataset.select_columns(list(columns.values())))
+    if not rows:
+        raise ValueError("The data set has 0 rows, but at least 1 is needed; check the split and the limit.")
+    if task.name == "text-generation":
+        scores, protocol = text_likelihood(
+            model, tokenizer, [row[columns["text"]] for row in rows], **{"resamples": resamples, **(likelihood or {})}
+        )
+        return {**_sorted_scores(scores), "protocol": protocol, "examples": len(rows), "predictions": []}
+    limits = {"batch_size": batch_size, "max_source_length": max_source_length}
+    protocol = {"max_source_length": max_source_length}
+    if task.name == "classification":
+        inputs, references = [row[columns["text"]] for row in rows], _class_ids(model, dataset, columns["label"], rows)
+        found = classify(model, tokenizer, inputs, **limits)
+    elif task.name == "extractive-qa":
+        inputs = [(row[columns["question"]], row[columns["context"]]) for row in rows]
+        references = [references_of(row[columns["answers"]]) for row in rows]
+        found = extract_answers(model, tokenizer, inputs, allow_empty=not all(references), **limits)
+    else:
+        protocol["generation"] = {**task.generation, **(generation or {})}
+        inputs, references, templated = _prompts(task, rows, columns, tokenizer, model.config.is_encoder_decoder)
+        ends = {"templated": templated, "from_start": task.name == "chat"}
+        found = generate_texts(model, tokenizer, inputs, **limits, **ends, **protocol["generation"])
+    scores = {}
+    for group in task.metrics:
+        scores |= METRICS[group](found, references, resamples)
+    predictions = [
+        {"input": given, "prediction": answer, "references": accepted}
+        for given, answer, accepted in zip(inputs, found, references, strict=True)
+    ]
+    return {**_sorted_scores(scores), "protocol": protocol, "examples": len(rows), "predictions": predictions}
+
+
+def _prompts(task: Task, rows: list, columns: dict, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool):
+    """Prompts, their references, and whether they hold their special tokens already."""
+    pairs = [pair for row in rows for pair in prompts_and_references(task, row, columns, tokenizer, encoder_decoder)]
+    templated = task.name == "chat" or not encoder_decoder
+    return [prompt for prompt, _ in pairs], [answers for _, answers in pairs], templated
+
+
+@torch.inference_mode()
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 16,
+    max_source_length: int = 512,
+    templated: bool = False,
+    from_start: bool = False,
+    **generation,
+) -> list[str]:
+    """Generate an answer to each prompt, in batches of similar length, longest first.
+
+    Args:
+        model (`PreTrainedModel`): encoder-decoder, or decoder-only (padded on the left).
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        prompts (`Sequence[str]`): inputs; answers come back in their order, without special tokens.
+        batch_size (`int`, *optional*, defaults to 16): prompts at a time.
+        max_source_length (`int`, *optional*, defaults to 512): longer prompts are cut as in training.
+        templated (`bool`, *optional*, defaults to `False`): the prompts hold their special tokens, the tokenizer adds
+            none, and the template's `<|end|>` ends an answer too.
+        from_start (`bool`, *optional*, defaults to `False`): cut prompts that are too long at their beginning.
+        **generation: arguments of `generate`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but at least one prompt must fit; 16 is usual.")
+    encoder_decoder = model.config.is_encoder_decoder
+    generation.setdefault("pad_token_id", tokenizer.pad_token_id)
+    if templated and "eos_token_id" not in generation:
+        end = tokenizer.get_vocab().get("<|end|>")
+        generation["eos_token_id"] = [token for token in (tokenizer.eos_token_id, end) if token is not None]
+    encoded = tokenizer(list(prompts), add_special_tokens=not templated, verbose=False)["input_ids"]
+    encoded = [cut_prompt(ids, max_source_length, from_start) for ids in encoded]
+    answers = [""] * len(prompts)
+    model.eval()
+    for picks in _batches([len(ids) for ids in encoded], batch_size, "generate"):
+        batch = tokenizer.pad(
+            {"input_ids": [encoded[i] for i in picks]},
+            padding_side="right" if encoder_decoder else "left",
+            return_tensors="pt",
+        ).to(model.device)
+        ids = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **generation)
+        if not encoder_decoder:
+            ids = ids[:, batch["input_ids"].shape[1] :]
+        for place, text in zip(picks, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+            answers[place] = text.strip()
+    return answers
+
+
+@torch.inference_mode()
+def classify(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 16,
+    max_source_length: int = 512,
+) -> list[int]:
+    """Return the most probable class id of each text."""
+    encoded = [ids[:max_source_length] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+    found = [0] * len(texts)
+    model.eval()
+    for picks in _batches([len(ids) for ids in encoded], batch_size, "classify"):
+        batch = tokenizer.pad({"input_ids": [encoded[i] for i in picks]}, return_tensors="pt").to(model.device)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        for place, label in zip(picks, logits.argmax(-1).tolist(), strict=True):
+            found[place] = label
+    return found
+
+
+@torch.inference_mode()
+def extract_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[tuple[str, str]],
+    *,
+    allow_empty: bool = False,
+    max_answer_tokens: int = 30,
+    batch_size: int = 16,
+    max_source_length: int = 384,
+    stride: int = 128,
+) -> list[str]:
+    """Return, for each (question, context), the span with the highest sum of start and end logits.
+
+    Args:
+        model (`PreTrainedModel`): with a question-answering head.
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        asked (`Sequence[tuple[str, str]]`): questions with their contexts.
+        allow_empty (`bool`, *optional*, defaults to `False`): answer "" where the first token, which stands for no
+            answer, scores above every span.
+        max_answer_tokens (`int`, *optional*, defaults to 30): longest span.
+        batch_size, max_source_length, stride (`int`, *optional*): windows at a time, tokens of each and of overlaps.
+    """
+    windows = [
+        (number, ids, offsets)
+        for number, (question, context) in enumerate(asked)
+        for ids, offsets in question_windows(tokenizer, question, context, max_source_length, stride)
+    ]
+    best = [(float("-inf"), "")] * len(asked)
+    # a context without answer is one in which no window has one
+    empty = [float("inf")] * len(asked)
+    model.eval()
+    for picks in _batches([len(ids) for _, ids, _ in windows], batch_size, "answer"):
+        batch = tokenizer.pad(
+            {"input_ids": [windows[i][1] for i in picks]}, padding_side="right", return_tensors="pt"
+        ).to(model.device)
+        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        for place, starts, ends in zip(picks, outputs.start_logits.float(), outputs.end_logits.float(), strict=True):
+            number, ids, offsets = windows[place]
+            score, first, last = _best_span(starts[: len(ids)], ends[: len(ids)], offsets, max_answer_tokens)
+            empty[number] = min(empty[number], float(starts[0] + ends[0]))
+            if score > best[number][0]:
+                best[number] = (score, asked[number][1][offsets[first][0] : offsets[last][1]].strip())
+    return ["" if allow_empty and none > score else text for (score, text), none in zip(best, empty, strict=True)]
+
+
+def _best_span(starts: torch.Tensor, ends: torch.Tensor, offsets: list, longest: int) -> tuple[float, int, int]:
+    inside = torch.tensor([end > 0 for _, end in offsets], device=starts.device)
+    starts, ends = starts.masked_fill(~inside, float("-inf")), ends.masked_fill(~inside, float("-inf"))
+    scores = starts[:, None] + ends[None, :]
+    allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(longest - 1)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    place = int(scores.argmax())
+    return float(scores.flatten()[place]), place // len(offsets), place % len(offsets)
+
+
+def _batches(lengths: Sequence[int], batch_size: int, description: str) -> Iterable[list[int]]:
+    """Indices in batches of similar length, longest first: what does not fit memory fails at once."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    with tqdm(total=len(order), desc=description, unit="row") as bar:
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+            bar.update(len(order[start : start + batch_size]))
+
+
+def _class_ids(model: PreTrainedModel, dataset, column: str, rows: list[dict]) -> list[int]:
+    """Labels as the class ids of the model: names go by the model's own table, if it knows them."""
+    labels = [row[column] for row in rows]
+    if not isinstance(labels[0], str):
+        return [int(label) for label in labels]
+    known = {str(name): int(number) for number, name in model.config.id2label.items()}
+    if not set(labels) <= set(known):
+        known = {name: number for number, name in enumerate(label_names(dataset, column))}
+    return [known[label] for label in labels]
+
+
+def _sorted_scores(scores: dict) -> dict:
+    """Split the flat output of the metrics: numbers, their intervals, and what explains them."""
+    details = {name: value for name, value in scores.items() if isinstance(value, (str, int))}
+    ends = {name for name in scores if name.endswith(("_low", "_high"))}
+    metrics = {name: value for name, value in scores.items() if name not in details and name not in ends}
+    intervals = {name: [scores[f"{name}_low"], scores[f"{name}_high"]] for name in metrics if f"{name}_low" in ends}
+    return {"metrics": metrics, "intervals": intervals, "details": details}

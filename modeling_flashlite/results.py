@@ -1,0 +1,137 @@
+"""One results file per run: what was measured, on what, by which versions and command; tables come from these."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "peft", "sacrebleu", "rouge_score", "numpy")
+
+
+def write_results(
+    path: str | Path,
+    metrics: Mapping[str, float],
+    *,
+    task: str | None = None,
+    dataset: str | None = None,
+    split: str | None = None,
+    model: str | None = None,
+    config: Mapping | None = None,
+    seed: int | None = None,
+    **fields,
+) -> dict:
+    """Write a results file, whole or not at all, and return its content.
+
+    Args:
+        path (`str` or `Path`): a `.json` file; its directory is made.
+        metrics (`Mapping[str, float]`): name to number.
+        task, dataset, split, model (`str`, *optional*): what was measured on what.
+        config (`Mapping`, *optional*): settings that a repetition needs.
+        seed (`int`, *optional*): of the run; also listed as `seeds`.
+        **fields: more of it, as JSON: `intervals`, `protocol`, `speed` (rows of `name`, `value`, `unit`), `size`,
+            `teacher`, `std`, `recipe`, ...; a field given here replaces the gathered one.
+
+    Returns:
+        `dict`: the content of the file, with `hardware`, `versions`, `commit` (`None` outside a git checkout, `-dirty`
+        behind it if files are changed), `command` and `date` gathered here.
+    """
+    content = {
+        "task": task,
+        "dataset": dataset,
+        "split": split,
+        "model": model,
+        "metrics": dict(metrics),
+        "config": dict(config or {}),
+        "seed": seed,
+        "seeds": [] if seed is None else [seed],
+        "hardware": describe_hardware(),
+        "versions": package_versions(),
+        "commit": git_commit(),
+        "command": command_line(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **fields,
+    }
+    write_json(path, content)
+    return content
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write JSON to a neighbouring temporary file and move it into place, so that no reader sees half of it."""
+    path = Path(path)
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=_plain, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def describe_hardware() -> str:
+    """Device, its count or threads, and memory in one line, e.g. `AMD EPYC 9354, 2 threads, 8 GiB`."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    parts = [_processor_name(), f"{torch.get_num_threads()} threads"]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        parts.append(f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB")
+    return ", ".join(parts)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on, those installed."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit() -> str | None:
+    """Short hash of the checkout that this package runs from, or `None`."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def command_line() -> str:
+    """The command of this process, with the script's path relative to the working directory."""
+    script = Path(sys.argv[0])
+    if script.is_absolute() and script.is_relative_to(Path.cwd()):
+        script = script.relative_to(Path.cwd())
+    return " ".join(["python", script.as_posix() if script.suffix == ".py" else script.name, *sys.argv[1:]])
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _plain(value: object) -> object:
+    """Numbers of NumPy and PyTorch as Python numbers, everything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
