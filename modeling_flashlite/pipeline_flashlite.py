@@ -314,7 +314,8 @@ class FlashLiteQuestionAnsweringPipeline(ChunkPipeline):
 
     def preprocess(self, inputs, max_seq_len=384, doc_stride=128):
         fields = FlashLitePipeline._read(inputs, "question-answering")
-        room = max_seq_len - len(self.tokenizer(fields["question"], "")["input_ids"])
+        asked = len(self.tokenizer(fields["question"], add_special_tokens=False)["input_ids"])
+        room = max_seq_len - asked - self.tokenizer.num_special_tokens_to_add(pair=True)
         if room < 1:
             raise ValueError(f"max_seq_len is {max_seq_len}, too short for the question; raise it by {1 - room}.")
         encoded = self.tokenizer(
