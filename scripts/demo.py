@@ -1,0 +1,298 @@
+"""The main job on real text, from nothing: tokenizer, teacher, distilled student, 4-bit file, LoRA, and a clean reload.
+
+python scripts/demo.py
+python scripts/demo.py --size smallest --output runs/quick
+python scripts/demo.py --dataset train=mine.jsonl,validation=held_out.jsonl --target_bits 2.5 --output runs/mine
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# the demo needs no network unless the data set is on the Hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from datasets import load_from_disk
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_flashlite import FlashLiteConfig
+from modeling_flashlite.data import PaddingCollator, load_data, pack, pick_split, tokenize_texts
+from modeling_flashlite.distillation import DistillationCallback, KDLoss, TeacherCache, set_loss_function
+from modeling_flashlite.measurement import measure_generation, model_size
+from modeling_flashlite.perplexity import text_likelihood
+from modeling_flashlite.results import write_json, write_results
+from modeling_flashlite.tokenization import train_tokenizer
+
+
+@dataclass
+class DemoArgs:
+    size: str = field(
+        default="default", metadata={"help": "default (minutes) or smallest (a quick check of the path)"}
+    )
+    dataset: str = field(default="python", metadata={"help": "python, local files (train=a.txt,...), or a Hub id"})
+    column: str = field(default="text", metadata={"help": "column that holds the text"})
+    limit: int | None = field(default=None, metadata={"help": "rows to use of every split; all if unset"})
+    target_bits: float = field(default=3.0, metadata={"help": "budget of the quantized file, bits per weight"})
+    output: str = field(default="runs/demo", metadata={"help": "a stage that is finished here is not run again"})
+    seed: int = field(default=0, metadata={"help": "seed of weights, data order and sampling"})
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one run costs: widths, depths, steps; rows of `length` tokens, `batch` rows a step."""
+
+    vocab_size: int
+    length: int
+    batch: int
+    teacher: dict
+    student: dict
+    steps: dict
+    validation_rows: int
+
+
+BLOCKS = {"block_size": 32, "sub_block_size": 16, "relevance_top_k": 2, "is_encoder_decoder": False}
+SIZES = {
+    "default": Size(
+        vocab_size=4096,
+        length=256,
+        batch=16,
+        teacher={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2},
+        student={"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2},
+        steps={"teacher": 260, "student": 260, "qat": 60, "lora": 40},
+        validation_rows=400,
+    ),
+    "smallest": Size(
+        vocab_size=512,
+        length=64,
+        batch=8,
+        teacher={"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        student={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
+        steps={"teacher": 12, "student": 12, "qat": 8, "lora": 6},
+        validation_rows=20,
+    ),
+}
+RELOAD = """
+import json, sys
+sys.modules["modeling_flashlite"] = None  # the package cannot be imported: only what was saved is there
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, adapter, prompt = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+if adapter:
+    model.load_adapter(adapter)
+inputs = tokenizer(prompt, return_tensors="pt")
+torch.manual_seed(0)
+with torch.inference_mode():
+    logits = model.eval()(**inputs).logits
+    ids = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=20, pad_token_id=tokenizer.pad_token_id)
+print(json.dumps({"text": tokenizer.decode(ids[0], skip_special_tokens=True), "last": logits[0, -1].tolist()}))
+"""
+PROMPT = "Return a list of"
+
+
+class LossOnBar(ProgressCallback):
+    """The Trainer's progress bar with the last losses on it, instead of one more line for each log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {name: f"{logs[name]:.3f}" for name in ("loss", "kd", "agree", "bits_per_weight") if name in logs}
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix(shown)
+
+
+class Demo:
+    """One folder of stages; each leaves a saved model and `stage.json`, and is skipped when that is there."""
+
+    def __init__(self, args: DemoArgs):
+        if args.size not in SIZES:
+            raise SystemExit(f"demo: size is {args.size!r}, but must be one of {', '.join(SIZES)}.")
+        self.args, self.size, self.root = args, SIZES[args.size], Path(args.output)
+        self.table: list[dict] = []
+        made_with = {key: value for key, value in dataclasses.asdict(args).items() if key != "output"}
+        record = self.root / "args.json"
+        if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != made_with:
+            raise SystemExit(f"demo: {self.root} was made with other arguments; give another --output, or remove it.")
+        write_json(record, made_with)
+
+    def stage(self, name: str, work: Callable[[Path], dict | None]) -> Path:
+        """Run `work` on the stage's folder unless it is finished; what it returns is a row of the table."""
+        folder = self.root / name
+        finished = folder / "stage.json"
+        if finished.is_file():
+            print(f"demo: {name}: finished before, kept", flush=True)
+        else:
+            print(f"demo: {name}", flush=True)
+            set_seed(self.args.seed)
+            start = time.monotonic()
+            row = work(folder) or {}
+            write_json(finished, {**row, "seconds": round(time.monotonic() - start, 1)})
+            shutil.rmtree(folder / "trainer", ignore_errors=True)
+        row = json.loads(finished.read_text(encoding="utf-8"))
+        if "parameters" in row:
+            self.table.append({"stage": name, **row})
+        return folder
+
+    def tokenizer(self, folder: Path) -> None:
+        rows = pick_split(load_data(self.args.dataset, limit=self.args.limit), "train")
+        train_tokenizer(rows[self.args.column], self.size.vocab_size, total=len(rows)).save_pretrained(folder)
+
+    def load_rows(self) -> None:
+        """Packed training rows, and the texts that every stage is measured on."""
+        self.tok = AutoTokenizer.from_pretrained(self.root / "tokenizer")
+        splits = load_data(self.args.dataset, limit=self.args.limit)
+        train = pick_split(splits, "train")
+        if len(splits) == 1:  # files without a second split: the last twentieth is held out
+            halves = train.train_test_split(test_size=0.05, shuffle=False)
+            train, held_out = halves["train"], halves["test"]
+        else:
+            held_out = pick_split(splits, "validation")
+        self.rows = pack(tokenize_texts(train, self.tok, self.args.column), self.size.length)
+        self.texts = held_out[self.args.column][: self.size.validation_rows]
+        self.collator = PaddingCollator(self.tok)
+
+    def fit(self, model, folder: Path, kind: str, *, rows=None, learning_rate: float, callbacks=()) -> None:
+        """The stock Trainer; started again after an interruption, it goes on from its last checkpoint."""
+        steps = self.size.steps[kind]
+        arguments = TrainingArguments(
+            output_dir=str(folder / "trainer"),
+            max_steps=steps,
+            per_device_train_batch_size=self.size.batch,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=steps // 10,
+            weight_decay=0.1,
+            logging_steps=max(1, steps // 10),
+            save_steps=max(1, steps // 2),
+            save_total_limit=1,
+            seed=self.args.seed,
+            report_to="none",
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=self.rows if rows is None else rows,
+            data_collator=self.collator,
+            callbacks=list(callbacks),
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossOnBar)
+        last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+        trainer.train(resume_from_checkpoint=last)
+
+    def new_model(self, shape: dict):
+        config = FlashLiteConfig(
+            vocab_size=len(self.tok),
+            pad_token_id=self.tok.pad_token_id,
+            bos_token_id=self.tok.bos_token_id,
+            eos_token_id=self.tok.eos_token_id,
+            **BLOCKS,
+            **shape,
+        )
+        return AutoModelForCausalLM.from_config(config)
+
+    def keep(self, model, folder: Path) -> dict:
+        """Save, load what was saved, and measure that."""
+        model.save_pretrained(folder)
+        self.tok.save_pretrained(folder)
+        return self.measure(AutoModelForCausalLM.from_pretrained(folder), folder)
+
+    def measure(self, model, folder: Path, adapter: Path | None = None) -> dict:
+        """A row of the table: size of the files, likelihood of the held-out texts, speed of greedy generation."""
+        batch = min(8, len(self.texts))
+        metrics, _ = text_likelihood(model, self.tok, self.texts, segment_length=self.size.length, batch_size=batch)
+        speed = {row["unit"]: row["value"] for row in measure_generation(model, self.tok, [PROMPT], repeats=3)}
+        size = model_size(model, folder)
+        weights = size["weight_bytes"] + (model_size(model, adapter)["weight_bytes"] if adapter else 0)
+        return {
+            "parameters": size["parameters"],
+            "bits_per_weight": 8 * weights / size["parameters"],
+            "file_bytes": weights,
+            "loss": math.log(metrics["token_perplexity"]),
+            "perplexity": metrics["token_perplexity"],
+            "bits_per_byte": metrics["bits_per_byte"],
+            "tokens_per_second": speed["tokens/s"],
+        }
+
+    def teacher(self, folder: Path) -> dict:
+        model = self.new_model(self.size.teacher)
+        self.fit(model, folder, "teacher", learning_rate=2e-3)
+        return self.keep(model, folder)
+
+    def annotations(self, folder: Path) -> None:
+        """The teacher reads the training rows once; its opinion becomes columns of the data set."""
+        teacher = AutoModelForCausalLM.from_pretrained(self.root / "teacher")
+        used = self.rows.shuffle(self.args.seed).select(
+            range(min(len(self.rows), self.size.steps["student"] * self.size.batch))
+        )
+        TeacherCache(teacher, self.tok, k=16, temperature=1.0).annotate(used, batch_size=16).save_to_disk(
+            folder / "rows"
+        )
+
+    def annotated_rows(self):
+        return load_from_disk(self.root / "annotations" / "rows")
+
+    def distilled(self, folder: Path) -> dict:
+        loss = KDLoss("forward", alpha=0.3, temperature=1.0)
+        model = self.new_model(self.size.student)
+        set_loss_function(model, loss)
+        callback = DistillationCallback(loss)
+        self.fit(model, folder, "student", rows=self.annotated_rows(), learning_rate=3e-3, callbacks=[callback])
+        return self.keep(model, folder)
+
+    def reload(self, folder: Path, base: Path, adapter: Path | None = None) -> dict:
+        """Load what was saved where the package cannot be imported, compare the logits, generate."""
+        command = [
+            sys.executable,
+            "-c",
+            RELOAD,
+            str(base.resolve()),
+            str(adapter.resolve()) if adapter else "",
+            PROMPT,
+        ]
+        home = folder / "hf_home"
+        done = subprocess.run(
+            command,
+            cwd=self.root,
+            env={**os.environ, "HF_HOME": str(home.resolve()), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        shutil.rmtree(home, ignore_errors=True)
+        if done.returncode:
+            raise SystemExit(f"demo: the saved model does not load by itself:\n{done.stderr}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(args: DemoArgs) -> dict:
+    demo = Demo(args)
+    demo.stage("tokenizer", demo.tokenizer)
+    demo.load_rows()
+    demo.stage("teacher", demo.teacher)
+    demo.stage("annotations", demo.annotations)
+    distilled = demo.stage("distilled", demo.distilled)
+    print(demo.reload(demo.root, distilled)["text"])
+    print(json.dumps(demo.table))
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(DemoArgs).parse_args_into_dataclasses()[0])
