@@ -59,6 +59,11 @@ class Rows(NamedTuple):
         columns = flat.index_select(0, self.slot.flatten()).unflatten(0, self.slot.shape).transpose(1, 2)
         return columns.masked_fill(~self.mask[:, None, :, None], 0.0)
 
+    def column_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slot of each column, `[B, T]`, and whether a column's row holds another column's token, `[B, T, T]`."""
+        row, slot = self.slot // self.source.shape[1], self.slot % self.source.shape[1]
+        return slot, (row[:, :, None] == row[:, None, :]) & self.mask[:, None, :]
+
 
 def rows_of_mask(mask: torch.Tensor) -> Rows:
     """Left-align each batch row: real tokens in order, then padding. `mask` is bool `[B, T]`."""
@@ -109,8 +114,11 @@ class FlashLiteCacheLayer(DynamicLayer):
 
     @property
     def keys(self):
-        """Keys by column, `[B, N, C, H]` with zeros at padding, or `None` while empty: what tools of the library see."""
-        return None if self._keys is None else self._by_column(self._keys)
+        """Keys by column, `[B, N, C, H]` with zeros at padding, or `None` while empty: what tools of the library see.
+
+        Where a key carries its position in dimensions of its own, these are left out.
+        """
+        return None if self._keys is None else self._by_column(self._keys)[..., : self._values.shape[3]]
 
     @keys.setter
     def keys(self, value):
@@ -130,13 +138,16 @@ class FlashLiteCacheLayer(DynamicLayer):
             return states[:, :, : self._used]
         slot, real = self.column_slots()
         index = slot[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-        return states.gather(2, index).masked_fill(~real[:, None, :, None], 0.0)
+        return states.gather(2, index).masked_fill(~real.mT[:, None], 0.0)
 
     def column_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The slot of each remembered column, and whether it holds a real token; both `[B, C]`."""
-        later = self.mask.flip(1).cumsum(1).flip(1)  # counted from the newest column, since the oldest may be gone
-        slot = self._fill_tensor(self.mask.device)[:, None] - later
-        return slot.clamp(min=0), self.mask & (slot >= 0)
+        """The slot of each remembered column, `[B, C]`, and whether it holds a real token, `[B, 1, C]`."""
+        slot = self._fill_tensor(self.mask.device)[:, None] - self._later_tokens()
+        return slot.clamp(0, max(self._used - 1, 0)), (self.mask & (slot >= 0))[:, None]
+
+    def _later_tokens(self) -> torch.Tensor:
+        """Real tokens from each column on, `[B, C]`: counted from the newest, since the oldest columns may be gone."""
+        return self.mask.flip(1).cumsum(1).flip(1)
 
     @property
     def _used(self) -> int:
@@ -274,7 +285,8 @@ class FlashLiteCacheLayer(DynamicLayer):
         if not isinstance(self.fill, int):
             self._summarize(0)
         if self.mask is not None:
-            self.mask = self.mask[:, -keep * block :]
+            held = self._later_tokens() <= self._fill_tensor(self.mask.device)[:, None]
+            self.mask = self.mask[:, int(held.any(0).int().argmax()) :]
 
     def extend(self, key_states, value_states, rows: Rows | None = None):
         """The slots of this layer followed by new keys and values, out of place and differentiable in the new ones.

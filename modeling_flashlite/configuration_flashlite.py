@@ -14,11 +14,16 @@ _TP_PLAN = {
     "layers.*.self_attn.q_proj": "colwise",
     "layers.*.self_attn.k_proj": "colwise",
     "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.r_proj": "colwise",
     "layers.*.self_attn.o_proj": "rowwise",
     "layers.*.mlp.gate_proj": "colwise",
     "layers.*.mlp.up_proj": "colwise",
     "layers.*.mlp.down_proj": "rowwise",
+}
+# the learned vectors of a head live and are cut with its projections; the attention reads their local part
+_TP_PLAN_XL = {
+    "layers.*.self_attn": "local_params",
+    "layers.*.self_attn.r_proj": "colwise",
+    "layers.*.self_attn.position_bias": "colwise",
 }
 _PP_PLAN = {
     "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -59,7 +64,6 @@ class FlashLiteStackConfig(PreTrainedConfig):
         ValueError: for a value that cannot work; the message names the value, the limit and the fix.
     """
 
-    base_model_tp_plan = _TP_PLAN
     base_model_pp_plan = _PP_PLAN
     keys_to_ignore_at_inference = ["past_key_values", "memory"]
 
@@ -100,6 +104,14 @@ class FlashLiteStackConfig(PreTrainedConfig):
                 )
             self.head_dim = self.hidden_size // heads
         super().__post_init__(**kwargs)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism cuts the modules that this config builds."""
+        plan = _TP_PLAN if self.position_encoding == "rotary" else _TP_PLAN | _TP_PLAN_XL
+        if self.position_encoding == "transformer_xl":
+            plan = plan | {"layers.*.self_attn.content_bias": "colwise"}
+        return plan
 
     def validate_architecture(self):
         """Refuse sizes that cannot work. Part of the validation that `@strict` runs."""

@@ -50,7 +50,9 @@ def position_angles(config, positions: torch.Tensor, dtype: torch.dtype) -> tupl
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device) / config.head_dim
         frequencies = rope["rope_theta"] ** -exponent
     else:
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device=positions.device)
+        # the frequencies of these two depend on the length at hand; asking for it stalls an accelerator
+        length = int(positions.max()) + 1 if rope["rope_type"] in ("dynamic", "longrope") else None
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, positions.device, seq_len=length)
     angles = positions[:, None, :, None] * frequencies.to(torch.float64)
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
 
@@ -154,23 +156,23 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
 
     def forward(self, hidden_states, encoder_hidden_states, angles, context: "DecoderContext", past_key_values=None):
         """`[B, T, D]` -> `[B, T, D]`, the weights of decoder keys `[B, N, T, S]` and those of encoder keys."""
-        rows = context.rows
+        rows, layer = context.rows, None
         query, (key, value) = self.queries(hidden_states, angles), self.keys_values(hidden_states, angles)
+        column_value = value
         if rows is not None:
             query, key, value = rows.gather(query), rows.gather(key), rows.gather(value)
-        start, summaries, mask = 0, None, None if rows is None else rows.mask
+        start, summaries = 0, None
         if past_key_values is not None:
             own = past_key_values
             if isinstance(own, EncoderDecoderCache):
                 own = own.self_attention_cache
             key, value = own.update(key, value, self.layer_idx, rows)
             layer = own.layers[self.layer_idx]
-            start, summaries, mask = layer.start, layer.summaries, layer.mask
+            start, summaries = layer.start, layer.summaries
         elif context.memory is not None:
             layer = context.memory.layers[self.layer_idx]
             start = layer.fill
             key, value, context.next_memory.layers[self.layer_idx] = layer.extend(key, value, rows)
-            mask = context.next_memory.layers[self.layer_idx].mask
         cross = None
         if encoder_hidden_states is not None:
             cross = (*self._encoder_keys(encoder_hidden_states, context, past_key_values), context.encoder_mask)
@@ -184,10 +186,25 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
             out = rows.scatter(out)
             weights = None if weights is None else rows.scatter(weights)
             cross_weights = None if cross_weights is None else rows.scatter(cross_weights)
-        if weights is not None and mask is not None:
-            weights = weights_by_column(weights, mask)
+        if weights is not None and context.memory is None:
+            source = rows if layer is None else None if layer.mask is None else layer
+            if source is not None:
+                column_value = column_value if layer is None else layer.values
+                out, weights = self._by_column(weights, *source.column_slots(), column_value, cross_weights, cross)
         out = out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
         return self.o_proj(out), weights, cross_weights
+
+    def _by_column(self, weights, slot, real, value, cross_weights, cross):
+        """Bring weights over row slots `[B, N, T, S]` into the order of the columns; padding gets 0.
+
+        The output is taken from them once more: then a gradient with respect to the returned weights exists.
+        """
+        weights = weights.gather(3, slot[:, None, None, :].expand(-1, *weights.shape[1:3], -1))
+        weights = weights.masked_fill(~real[:, None], 0.0)
+        out = weights @ value.repeat_interleave(self.num_key_value_groups, dim=1)
+        if cross is not None:
+            out = out + cross_weights @ cross[1].repeat_interleave(self.num_key_value_groups, dim=1)
+        return out, weights
 
     def _encoder_keys(self, encoder_hidden_states, context, past_key_values):
         """Keys and values of the encoder's states; computed once where a cache keeps them."""
@@ -200,15 +217,6 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
         key, value = past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
         past_key_values.is_updated[self.layer_idx] = True
         return key, value
-
-
-def weights_by_column(weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Bring weights over row slots `[B, N, T, S]` into the order of the columns of `mask` `[B, C]`; padding gets 0."""
-    if weights.shape[0] != mask.shape[0]:
-        return weights
-    slot = (mask.cumsum(1) - 1).clamp(min=0, max=weights.shape[3] - 1)[:, None, None, :]
-    by_column = weights.gather(3, slot.expand(-1, *weights.shape[1:3], -1))
-    return by_column.masked_fill(~mask[:, None, None, :], 0.0)
 
 
 @dataclass
