@@ -6,6 +6,7 @@ Letters: B batch, T target, V vocabulary, K kept entries of a token, n labelled 
 import hashlib
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -54,9 +55,9 @@ def teacher_logits(
 ) -> tuple[torch.Tensor, object]:
     """Logits `[B, T, V]` of a teacher, row t being what the student's state t must match, and the teacher's output.
 
-    An encoder-decoder teacher reads the source and its own right-shifted targets, a decoder-only teacher on causal data
-    the same tokens as the student. For a sequence-to-sequence student a decoder-only teacher reads source and target as
-    one text, and its rows are those that predict the targets.
+    An encoder-decoder teacher reads the source and its own right-shifted targets, a decoder-only teacher on causal
+    data the same tokens as the student. For a sequence-to-sequence student a decoder-only teacher reads source and
+    target as one text, and its rows are those that predict the targets.
 
     Args:
         teacher (`PreTrainedModel`): any model with logits.
@@ -114,9 +115,10 @@ class TeacherCache:
     the forward KL and its gradient (arXiv 2503.16870); `"topk"` keeps the `k` largest probabilities, the rest is one
     tail bucket; `"text"` writes the teacher's own answer to the column `teacher_text`, for any tokenizer.
 
-    The columns are `teacher_ids` and `teacher_weights`, `[T, K]`; row t is what the student's state t must match, so it
-    belongs to `labels[t]` of a target and to `labels[t + 1]` of causal data (K = k, or k + 2 in mode `sample`: first the teacher's best token, last the mean log-probability of the samples, which makes the logged
-    divergence 0 for a student equal to its teacher), and `teacher_info`, a JSON text that says where they come from.
+    The columns are `teacher_ids` and `teacher_weights`, `[T, K]`, and `teacher_info`, a JSON text that says where they
+    come from. Row t is what the student's state t must match: it belongs to `labels[t]` of a target and to
+    `labels[t + 1]` of causal data. K is `k`; in mode `sample` it is `k + 2`: first comes the teacher's best token,
+    last the mean log-probability of the samples, which makes the logged divergence 0 for a student equal to its teacher.
 
     Args:
         teacher (`PreTrainedModel` or `str`): any Hugging Face language model, or the name of one.
@@ -209,7 +211,8 @@ class TeacherCache:
         return annotated if self.mode == "text" else annotated.with_format("numpy")
 
     def _columns(self, info: str):
-        collate = PaddingCollator(self.tokenizer)
+        # on the right whatever the tokenizer does: no causal row then sees padding
+        collate = PaddingCollator(SimpleNamespace(pad_token_id=self.tokenizer.pad_token_id or 0, padding_side="right"))
         device = self.teacher.device
 
         def function(rows, indices):
@@ -240,8 +243,7 @@ class TeacherCache:
         """Spread the entries `[n, K]` of labelled tokens over their rows, each of its own length, zeros elsewhere."""
         whole = kept.new_zeros(*mask.shape, kept.shape[-1])
         whole[mask] = kept
-        left = self.tokenizer.padding_side == "left"
-        return [row[len(row) - n :] if left else row[:n] for row, n in zip(whole.cpu().numpy(), lengths)]
+        return [row[:n] for row, n in zip(whole.cpu().numpy(), lengths)]
 
     def _select(self, logits: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep K entries of each row: `[n, V]` logits to `[n, K]` ids and weights."""
