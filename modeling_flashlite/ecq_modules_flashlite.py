@@ -1,0 +1,283 @@
+"""Linear and embedding layers on packed 4-bit codes, and their fake-quantized twins for training.
+
+All of them are subclasses of the layer that they replace, so stock PEFT wraps them, and layers of other libraries that
+only add to `forward` (a scaled or a shifted embedding) keep doing so.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .ecq_stream_flashlite import QuantizedWeight
+from .int4_flashlite import int4_embedding, int4_linear, tile_codes, untile_codes
+
+_HELD = ("weight", "tiles", "step", "outlier_rows", "outlier_tiles")
+
+
+class EcqModule:
+    """What [`EcqLinear`] and [`EcqEmbedding`] share: the codes, and a `weight` without elements that stands for them.
+
+    Parameters:
+        tiles (uint8, the layout of `int4_flashlite`), step (float32 `[rows]`): codes and steps.
+        outlier_rows (int64 `[R]`), outlier_tiles (uint8): absent without outliers, see `ecq_stream_flashlite`.
+        weight (float `[rows, 0]`): has the dtype and device that other code asks a layer for; tied layers share it.
+    """
+
+    def _open(self, dtype: torch.dtype, device, size_only: bool = False) -> None:
+        """Replace the float weight by a place for codes; with `size_only` it has their bytes, for device maps."""
+        rows, columns = self.weight_shape
+        for name in _HELD:
+            self._parameters.pop(name, None)
+            self.register_parameter(name, None)
+        shape, kind = ((rows, (columns + 1) // 2), torch.uint8) if size_only else ((rows, 0), dtype)
+        self._parameters["weight"] = nn.Parameter(torch.empty(shape, dtype=kind, device=device), requires_grad=False)
+        self.proxy_dtype, self.stream = dtype, None
+
+    def __setattr__(self, name, value):
+        # The loader assigns the stored stream to `weight`; it waits here until the quantizer decodes all of them.
+        if name == "weight" and isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1:
+            object.__setattr__(self, "stream", value.detach())
+            rows = self.weight_shape[0]
+            value = nn.Parameter(
+                torch.empty(rows, 0, dtype=self.proxy_dtype, device=value.device), requires_grad=False
+            )
+            value._is_hf_initialized = True
+        super().__setattr__(name, value)
+
+    def set_quantized(self, weight: QuantizedWeight, device=None) -> None:
+        """Take over codes and steps."""
+        device = device or self.weight.device
+        if device.type == "meta":
+            device = torch.device("cpu")
+        if self.weight.is_meta or self.weight.dtype == torch.uint8:
+            self._parameters["weight"] = nn.Parameter(
+                torch.empty(weight.shape[0], 0, dtype=self.proxy_dtype, device=device), requires_grad=False
+            )
+        rows, high = weight.outlier_rows, weight.outlier_packed
+        if high is not None:
+            high = tile_codes(high.to(device), len(rows), weight.shape[1])
+        tiles = tile_codes(weight.packed.to(device), *weight.shape)
+        for name, value in zip(_HELD[1:], (tiles, weight.step(), rows, high)):
+            if value is not None:
+                value = nn.Parameter(value.to(device), requires_grad=False)
+                value._is_hf_initialized = True
+            self._parameters[name] = value
+        self.base, self.grid, self.stream = weight.base, weight.grid, None
+
+    def share_quantized(self, other: EcqModule) -> None:
+        """Use the codes of a tied layer."""
+        for name in _HELD:
+            self._parameters[name] = other._parameters[name]
+        self.base, self.grid, self.stream = other.base, other.grid, None
+
+    def quantized(self) -> QuantizedWeight:
+        """The codes and steps as a [`QuantizedWeight`], the same as was set."""
+        exponents = torch.round(torch.log2(self.step.double() / self.base) * self.grid).to(torch.int8)
+        packed, rows, high = untile_codes(self.tiles.data, *self.weight_shape).cpu(), self.outlier_rows, None
+        if rows is not None:
+            high = untile_codes(self.outlier_tiles.data, len(rows), self.weight_shape[1]).cpu()
+            rows = rows.data.cpu()
+        return QuantizedWeight(self.weight_shape, packed, self.base, exponents.cpu(), self.grid, rows, high)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight that the codes stand for, `[rows, columns]`; float32 or `dtype`."""
+        weight = self.quantized().codes().to(self.step.device) * self.step[:, None]
+        return weight.detach().to(dtype or torch.float32)
+
+    def _apply(self, fn, recurse=True):
+        steps = self.step
+        super()._apply(fn, recurse)
+        # `model.to(bfloat16)` must not round the steps: they are stored exactly.
+        if steps is not None and self.step.dtype != torch.float32:
+            self.step.data = steps.data.to(self.step.device, torch.float32)
+        return self
+
+
+class EcqLinear(EcqModule, nn.Linear):
+    """`y = x W^T + b` with `W` in packed 4-bit codes; build it with [`to_quantized`]."""
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """x `[..., in_features]` to `[..., out_features]`, in the dtype of x."""
+        output = int4_linear(input, self.tiles, self.step, self.in_features, self.bias)
+        if self.outlier_rows is not None:
+            steps = 16 * self.step[self.outlier_rows]
+            high = int4_linear(input, self.outlier_tiles, steps, self.in_features)
+            output = output.index_add(-1, self.outlier_rows, high)
+        return output
+
+
+class EcqEmbedding(EcqModule, nn.Embedding):
+    """Embedding lookup in packed 4-bit codes; build it with [`to_quantized`]."""
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """ids int `[...]` to `[..., embedding_dim]`, in the dtype of the model."""
+        output = int4_embedding(input, self.tiles, self.step, self.embedding_dim)
+        if self.outlier_rows is not None:
+            place = torch.full_like(self.step, -1, dtype=torch.long)
+            place[self.outlier_rows] = torch.arange(len(self.outlier_rows), device=place.device)
+            at = place[input]
+            steps = 16 * self.step[self.outlier_rows]
+            high = int4_embedding(at.clamp(min=0), self.outlier_tiles, steps, self.embedding_dim)
+            output = output + (at >= 0)[..., None] * high
+        return output.to(self.weight.dtype)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Learned step size quantization (LSQ, Esser et al. 2020) with the step `s = exp2(log_step) * scale[row]`.
+
+    Forward: `s * clamp(round(w / s), -8, 7)`. Backward: the gradient passes to w where `w / s` is inside, and
+    `dL/dlog_step = ln 2 * sum g * s * (q - u inside, q outside)`, scaled by `1 / sqrt(7 * elements)`.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, log_step, scale):
+        step = torch.exp2(log_step.float()) * scale
+        ctx.save_for_backward(weight, step)
+        codes = torch.round(weight.float() / step[:, None]).clamp(-8, 7)
+        return (codes * step[:, None]).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, step = ctx.saved_tensors
+        ratio = weight.float() / step[:, None]
+        inside = (ratio >= -8.5) & (ratio <= 7.5)
+        codes = torch.round(ratio).clamp(-8, 7)
+        slope = torch.where(inside, codes - ratio, codes) * step[:, None] * math.log(2)
+        grad_step = (grad.float() * slope).sum() / math.sqrt(7 * weight.numel())
+        return grad * inside, grad_step.reshape(1), None
+
+
+class FakeQuantModule:
+    """What the twins share: a float weight, a learned step for the tensor, frozen relative steps of its rows.
+
+    Attributes:
+        log_step (parameter `[1]`): log2 of the base step.
+        exponents (buffer int8 `[rows]`): `step[row] = 2 ** (log_step + exponents[row] / 16)`.
+        code_lengths (buffer float `[16]`): running mean of `-log2` of the frequency of each code -8..7.
+    """
+
+    def _open_twin(self, weight: QuantizedWeight, master: torch.Tensor) -> None:
+        device = self.weight.device
+        self.weight = nn.Parameter(master.to(device))
+        self.log_step = nn.Parameter(torch.tensor([math.log2(weight.base)], device=device))
+        self.register_buffer("exponents", weight.exponents.to(device, torch.int8))
+        self.register_buffer("code_lengths", torch.full((16,), 4.0, device=device))
+        self.grid = weight.grid
+
+    def step(self) -> torch.Tensor:
+        """Steps, float32 `[rows]`, without gradient."""
+        return self.base_step() * self._scale()
+
+    def base_step(self) -> torch.Tensor:
+        return torch.exp2(self.log_step.detach().float())
+
+    def _scale(self) -> torch.Tensor:
+        return torch.exp2(self.exponents.double() / self.grid).float()
+
+    def codes(self) -> torch.Tensor:
+        """Codes -8..7 of the weight as it stands, int8 `[rows, columns]`."""
+        return torch.round(self.weight.detach().float() / self.step()[:, None]).clamp(-8, 7).to(torch.int8)
+
+    def fake_quantized(self) -> torch.Tensor:
+        """The weight rounded to its levels, `[rows, columns]`, differentiable."""
+        return _FakeQuantize.apply(self.weight, self.log_step, self._scale())
+
+    def quantized(self) -> QuantizedWeight:
+        """What the file will hold."""
+        return QuantizedWeight.from_codes(self.codes(), self.base_step().item(), self.exponents, self.grid)
+
+
+class FakeQuantLinear(FakeQuantModule, nn.Linear):
+    """`nn.Linear` that multiplies with its weight rounded to 16 levels; the weight stays float and trainable."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.fake_quantized().to(input.dtype), self.bias)
+
+
+class FakeQuantEmbedding(FakeQuantModule, nn.Embedding):
+    """`nn.Embedding` that looks up its weight rounded to 16 levels; the weight stays float and trainable."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(input, self.fake_quantized(), self.padding_idx)
+
+
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def _subclass(plain: type, mixin: type) -> type:
+    """`mixin` for the plain layer, or a class in which a third-party `plain` calls it through `super().forward`."""
+    if plain in (nn.Linear, nn.Embedding, Conv1D):
+        return mixin
+    key = (plain, mixin)
+    if key not in _CLASSES:
+        _CLASSES[key] = type(mixin.__name__ + plain.__name__, (plain, mixin), {"__module__": plain.__module__})
+    return _CLASSES[key]
+
+
+def plain_class(module: nn.Module) -> type:
+    """The class that a quantized module or twin had before."""
+    return module.plain_class
+
+
+def _retype(module: nn.Module, linear: type, embedding: type) -> nn.Module:
+    """`module` with its class changed in place; a `Conv1D` becomes a new linear layer, transposed."""
+    plain = getattr(module, "plain_class", type(module))
+    if plain is Conv1D and not isinstance(module, nn.Linear):
+        rows, columns = module.weight.shape[1], module.weight.shape[0]
+        with torch.device("meta"):
+            linear_module = linear(columns, rows, bias=True)
+        linear_module._parameters["weight"] = nn.Parameter(module.weight.detach().T.contiguous())
+        linear_module._parameters["bias"] = module.bias
+        module = linear_module.train(module.training)
+    else:
+        mixin = linear if isinstance(module, (nn.Linear, Conv1D)) else embedding
+        module.__class__ = _subclass(plain, mixin)
+    module.plain_class = plain
+    return module
+
+
+def to_quantized(module: nn.Module, size_only: bool = False) -> nn.Module:
+    """Turn a float layer or a twin into an [`EcqLinear`] or [`EcqEmbedding`] without codes, in place if possible."""
+    dtype, device = module.weight.dtype, module.weight.device
+    module = _retype(module, EcqLinear, EcqEmbedding)
+    for name in ("log_step", "exponents", "code_lengths"):
+        module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
+    module._open(dtype, device, size_only)
+    return module
+
+
+def to_twin(module: nn.Module, weight: QuantizedWeight, master: torch.Tensor) -> nn.Module:
+    """Turn a layer into its fake-quantized twin with the float weight `master` `[rows, columns]`."""
+    if isinstance(module, EcqModule):
+        for name in _HELD[1:]:
+            module._parameters.pop(name, None)
+    module = _retype(module, FakeQuantLinear, FakeQuantEmbedding)
+    module._open_twin(weight, master)
+    return module
+
+
+def to_float(module: EcqModule, dtype: torch.dtype) -> nn.Module:
+    """Turn a quantized layer back into the layer that it was, with the dequantized weight."""
+    weight, plain = module.dequantize(dtype), module.plain_class
+    for name in _HELD[1:]:
+        module._parameters.pop(name, None)
+    if plain is Conv1D:
+        conv = Conv1D(module.out_features, module.in_features)
+        conv.weight, conv.bias = nn.Parameter(weight.T.contiguous()), module.bias
+        return conv.train(module.training)
+    module.__class__ = plain
+    module._parameters["weight"] = nn.Parameter(weight)
+    return module

@@ -1,0 +1,384 @@
+"""Entropy-constrained quantization (ECQ): a bit budget for the file, 4-bit codes in memory, plain `from_pretrained`.
+
+    AutoModelForCausalLM.from_pretrained("any/llama", quantization_config=EcqConfig(target_bits=3.0))
+
+quantizes without data while loading. `calibration.quantize` does it with data, `qat.prepare_qat` with training. The
+saved model holds, under the name of each quantized weight, its entropy-coded bytes as a one-dimensional uint8 tensor
+(see `ecq_stream_flashlite`), and everything else in bfloat16. Loading it needs this module to be imported before:
+without it transformers finds tensors of the wrong shape and raises, unless `ignore_mismatched_sizes=True` stops it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .ecq_modules_flashlite import EcqModule, FakeQuantModule, to_float, to_quantized, to_twin
+from .ecq_search_flashlite import Layer, search
+from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weights
+
+_METHOD = "ecq"
+_DECODE_BYTES = 64 << 20
+_FIELDS = ("bits", "target_bits", "target_bytes", "max_loss_increase", "modules_to_not_convert", "dequantize", "stage")
+
+
+def parse_bytes(size: int | str | None) -> int | None:
+    """`3_000_000`, "3MB", "2.5 MiB", "800kB" to bytes."""
+    if size is None or isinstance(size, int):
+        return size
+    text = size.strip().lower().replace(" ", "")
+    units = {"kib": 1024, "mib": 1024**2, "gib": 1024**3, "kb": 1000, "mb": 10**6, "gb": 10**9, "b": 1}
+    for unit, factor in units.items():
+        if text.endswith(unit):
+            return int(float(text.removesuffix(unit)) * factor)
+    raise ValueError(f"target_bytes={size!r} has no unit; write for example '3MB' or '2.5MiB'.")
+
+
+class EcqConfig(QuantizationConfigMixin):
+    """Configuration of entropy-constrained quantization.
+
+    Args:
+        bits (`int`, *optional*, defaults to 4): bits of a code in memory; 4 is the only choice.
+        target_bits (`float`, *optional*): bits of the whole weights file over the number of parameters: codes, steps,
+            tables, norms, embeddings and headers. Without a target, steps are half a standard deviation, about
+            3.1 bits.
+        target_bytes (`int` or `str`, *optional*): the same budget as a size, "3MB".
+        max_loss_increase (`float`, *optional*): the smallest file whose perplexity on the calibration data rises by at
+            most this fraction; needs `calibration.quantize`.
+        modules_to_not_convert (`list[str]`, *optional*): module names, or parts of them, that stay float.
+        dequantize (`bool`, *optional*, defaults to `False`): load as a float model.
+        stage (`str`, *optional*, defaults to `"coded"`): `"qat"` in checkpoints taken during quantization-aware training.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        target_bits: float | None = None,
+        target_bytes: int | str | None = None,
+        max_loss_increase: float | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        dequantize: bool = False,
+        stage: str = "coded",
+    ):
+        if bits != 4:
+            raise ValueError(
+                f"bits={bits} must be 4, the size of a code in memory; target_bits sets the size of the file."
+            )
+        if sum(target is not None for target in (target_bits, target_bytes, max_loss_increase)) > 1:
+            raise ValueError("target_bits, target_bytes and max_loss_increase exclude each other; give one of them.")
+        if target_bits is not None and not 0.5 <= target_bits <= 8:
+            raise ValueError(f"target_bits={target_bits} is outside 0.5..8 bits per parameter.")
+        if stage not in ("coded", "qat"):
+            raise ValueError(f"stage={stage!r} must be 'coded' or 'qat'.")
+        self.quant_method = _METHOD
+        self.bits, self.target_bits, self.target_bytes = bits, target_bits, parse_bytes(target_bytes)
+        self.max_loss_increase, self.modules_to_not_convert = max_loss_increase, modules_to_not_convert
+        self.dequantize, self.stage = dequantize, stage
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """From `config.json`; fields that a later version added are left out."""
+        known = {key: value for key, value in config_dict.items() if key in _FIELDS}
+        config = cls(**known)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def get(self, key, default=None):
+        """Dictionary access, which transformers uses when a loaded config is given back to `from_pretrained`."""
+        return getattr(self, key, default)
+
+    def budget(self, parameters: int) -> float | None:
+        """Bytes of the whole file, `None` without a target."""
+        return (
+            self.target_bytes
+            if self.target_bytes is not None
+            else self.target_bits and self.target_bits * parameters / 8
+        )
+
+
+def _is_quantizable(module: nn.Module) -> bool:
+    if isinstance(module, (EcqModule, FakeQuantModule)):
+        return True
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or not isinstance(
+        module, (nn.Linear, nn.Embedding, Conv1D)
+    ):
+        return False
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.num_embeddings <= 64):
+        return False
+    # A subclass that reads its weight by itself cannot do with codes.
+    forward = type(module).forward
+    own = forward not in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward)
+    if own and "weight" in forward.__code__.co_names:
+        return False
+    shape = module.weight.shape
+    return len(shape) == 2 and min(shape) >= 8 and shape.numel() >= 1024
+
+
+def quantizable_layers(model: nn.Module, config: EcqConfig) -> dict[str, nn.Module]:
+    """Name and module of every linear layer and embedding to be quantized, LM head and tied weights included.
+
+    Raises:
+        ValueError: the model keeps weights in stacked (3-D) parameters, as mixtures of experts do.
+    """
+    skip = config.modules_to_not_convert or []
+    stacked = [name for name, value in model.named_parameters() if value.dim() == 3 and "conv" not in name.lower()]
+    stacked = [name for name in stacked if should_convert_module(name.rpartition(".")[0], skip)]
+    if stacked:
+        raise ValueError(
+            f"{type(model).__name__} keeps weights in stacked parameters ({stacked[0]} and {len(stacked) - 1} more), as"
+            " mixtures of experts do; only nn.Linear, Conv1D and nn.Embedding can be quantized. Name their modules in"
+            " modules_to_not_convert to leave them in bfloat16."
+        )
+    return {n: m for n, m in model.named_modules() if _is_quantizable(m) and should_convert_module(n, skip)}
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """Float weight `[rows, columns]` of a layer before quantization."""
+    weight = module.weight.detach()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def collect_layers(model: nn.Module, config: EcqConfig) -> list[Layer]:
+    """The distinct weights to be quantized, with data-free steps: proportional to each row's standard deviation."""
+    groups: dict[int, Layer] = {}
+    for name, module in quantizable_layers(model, config).items():
+        if id(module.weight) in groups:
+            groups[id(module.weight)].names.append(name)
+            groups[id(module.weight)].modules.append(module)
+            continue
+        weight = weight_of(module)
+        layer = Layer([name], [module], weight, torch.zeros(len(weight), device=weight.device))
+        layer.log_steps = torch.log2(layer.sigma)
+        groups[id(module.weight)] = layer
+    if not groups:
+        raise ValueError(f"{type(model).__name__} has no linear layer or embedding of at least 8 x 128 to quantize.")
+    return list(groups.values())
+
+
+def _original_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def overhead_bytes(model: nn.Module, layers: list[Layer]) -> int:
+    """Bytes of the file besides the weight streams: other tensors in bfloat16 and the safetensors header."""
+    coded = {id(module.weight) for layer in layers for module in layer.modules}
+    header, size = {"__metadata__": {"format": "pt"}}, 0
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        held = (
+            0 if id(tensor) in coded else tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
+        )
+        header[name] = {"dtype": "BF16", "shape": [max(held, 9999)], "data_offsets": [size + 10**6, size + 10**6]}
+        size += held
+    return size + 8 + len(json.dumps(header, separators=(",", ":")))
+
+
+def install(model: nn.Module, layers: list[Layer], weights: list[QuantizedWeight]) -> None:
+    """Put the codes into the model, in place, and round what stays float to the bfloat16 that the file holds."""
+    for layer, weight in zip(layers, weights):
+        first = None
+        for name, module in zip(layer.names, layer.modules):
+            new = to_quantized(module)
+            if new is not module:
+                model.set_submodule(name, new)
+            if first is None:
+                new.set_quantized(weight)
+                first = new
+            else:
+                new.share_quantized(first)
+    with torch.no_grad():
+        for module in model.modules():
+            names = ("bias",) if isinstance(module, EcqModule) else tuple(module._parameters)
+            for name in names:
+                value = module._parameters.get(name)
+                if value is not None and value.is_floating_point():
+                    value.copy_(value.to(torch.bfloat16))
+
+
+def attach(model, config: EcqConfig) -> None:
+    """Mark a model that was quantized in memory as `from_pretrained` would."""
+    model.hf_quantizer = EcqQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.is_quantized, model.quantization_method = True, _METHOD
+    model.config._is_quantized = True
+
+
+def quantize_data_free(model, config: EcqConfig) -> None:
+    """Quantize a float model in place to the budget of `config`, without data."""
+    if config.max_loss_increase is not None:
+        raise ValueError("max_loss_increase needs calibration data: call calibration.quantize(model, config, data).")
+    layers = collect_layers(model, config)
+    budget = config.budget(_original_parameters(model))
+    install(model, layers, search(layers, budget, overhead_bytes(model, layers)))
+
+
+class EcqQuantizer(HfQuantizer):
+    """Behind [`EcqConfig`]: loads coded checkpoints, quantizes float ones after loading, saves coded ones."""
+
+    requires_calibration = False
+
+    def validate_environment(self, *args, device_map=None, **kwargs):
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if "disk" in devices:
+            raise ValueError("Quantized modules cannot be offloaded to disk; leave 'disk' out of device_map.")
+        if not self.pre_quantized and (len(devices) > 1 or devices & {"auto", "balanced", "sequential"}):
+            raise ValueError(
+                f"Quantizing while loading needs the model on one device, got device_map={device_map!r}; quantize on one"
+                " device, save, and load the saved model with this device_map."
+            )
+
+    def update_parallel_plan(self, model, plan):
+        if plan and getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                "Tensor parallelism cannot split entropy-coded weights; load with dequantize=True or without it."
+            )
+
+    def param_needs_quantization(self, model, param_name, **kwargs) -> bool:
+        """Whether a checkpoint tensor may have another shape than the parameter: the stream of a coded weight has."""
+        module = model.get_submodule(param_name.rpartition(".")[0]) if "." in param_name else model
+        return self.pre_quantized and isinstance(module, EcqModule) and param_name.endswith("weight")
+
+    def _process_model_before_weight_loading(self, model, dtype=None, checkpoint_files=None, **kwargs):
+        if not self.pre_quantized:
+            return
+        if self.quantization_config.stage == "qat":
+            for name, module in quantizable_layers(model, self.quantization_config).items():
+                rows, columns = weight_of(module).shape
+                empty = QuantizedWeight((rows, columns), None, 1.0, torch.zeros(rows, dtype=torch.int8))
+                new = to_twin(module, empty, weight_of(module))
+                if new is not module:
+                    model.set_submodule(name, new)
+            return
+        coded = _coded_names(checkpoint_files)
+        prefix = model.base_model_prefix + "."
+        tied = model.all_tied_weights_keys
+        for name, module in quantizable_layers(model, self.quantization_config).items():
+            key = name + ".weight"
+            names = {key, tied.get(key)} | {other for other, source in tied.items() if source in (key, tied.get(key))}
+            names |= {prefix + n for n in names if n} | {n.removeprefix(prefix) for n in names if n}
+            if coded is None or names & coded:
+                new = to_quantized(module, size_only=True)
+                if new is not module:
+                    model.set_submodule(name, new)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if not self.pre_quantized:
+            quantize_data_free(model, self.quantization_config)
+            self.pre_quantized = True
+        elif self.quantization_config.stage == "coded":
+            _decode_model(model)
+        if self.quantization_config.dequantize:
+            self._dequantize(model, model.dtype)
+        return model
+
+    def _dequantize(self, model, dtype=None):
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+        for names, modules in _coded_groups(model):
+            weight = None
+            for name, module in zip(names, modules):
+                plain = to_float(module, dtype)
+                if plain is not module:
+                    model.set_submodule(name, plain)
+                if weight is not None:
+                    plain.weight = weight
+                weight = plain.weight
+        return model
+
+    def get_state_dict_and_metadata(self, model):
+        """The tensors of the file: streams for coded weights, bfloat16 for other floats."""
+        if self.quantization_config.stage == "qat":
+            return model.state_dict(), {}
+        groups = _coded_groups(model)
+        streams = encode_weights([modules[0].quantized() for _, modules in groups])
+        state = {}
+        inner = {f"{name}." for names, _ in groups for name in names}
+        memo = {}
+        for key, value in model.state_dict().items():
+            parent, _, leaf = key.rpartition(".")
+            if parent + "." in inner and leaf != "bias":
+                continue
+            if value.is_floating_point():
+                value = memo.setdefault((value.data_ptr(), value.shape), value.to(torch.bfloat16))
+            state[key] = value
+        for (names, _), stream in zip(groups, streams):
+            state |= {f"{name}.weight": stream for name in names}
+        return state, {}
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.quantization_config.stage == "qat"
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _coded_names(checkpoint_files) -> set[str] | None:
+    """Names of the one-dimensional uint8 tensors in safetensors files, read from their headers."""
+    if not checkpoint_files:
+        return None
+    names = set()
+    for path in checkpoint_files:
+        if not str(path).endswith(".safetensors"):
+            raise ValueError(f"Coded checkpoints are safetensors files only, got {path}.")
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > 100_000_000:
+                raise ValueError(f"The header of {path} claims {length} bytes; the file is damaged.")
+            header = json.loads(file.read(length))
+        names |= {n for n, t in header.items() if t.get("dtype") == "U8" and len(t.get("shape", ())) == 1}
+    return names
+
+
+def _coded_groups(model) -> list[tuple[list[str], list[EcqModule]]]:
+    """Names and modules of the coded weights; those of one tied weight together."""
+    groups: dict[int, tuple[list[str], list[EcqModule]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, EcqModule):
+            names, modules = groups.setdefault(id(module.weight), ([], []))
+            names.append(name)
+            modules.append(module)
+    return list(groups.values())
+
+
+def _decode_model(model) -> None:
+    """Turn the loaded streams into codes, some megabytes at a time, freeing each stream as it is done."""
+    batch, size = [], 0
+    groups = _coded_groups(model)
+    for index, (names, modules) in enumerate(groups):
+        owner = next((module for module in modules if module.stream is not None), None)
+        if owner is None:
+            raise ValueError(f"The checkpoint has no coded weight for {names[0]}; it does not fit this architecture.")
+        batch.append((names[0], modules, owner))
+        size += modules[0].weight_shape[0] * modules[0].weight_shape[1] // 2
+        if size < _DECODE_BYTES and index < len(groups) - 1:
+            continue
+        weights = decode_weights([(name, owner.stream, owner.weight_shape) for name, _, owner in batch])
+        for (_, modules, owner), weight in zip(batch, weights):
+            owner.set_quantized(weight)
+            for module in modules:
+                if module is not owner:
+                    module.share_quantized(owner)
+        batch, size = [], 0
+
+
+# Idempotent, unlike `register_quantizer`: the package and a copy of this file from the Hub may live in one process.
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(_METHOD, EcqConfig)
+AUTO_QUANTIZER_MAPPING.setdefault(_METHOD, EcqQuantizer)
