@@ -38,7 +38,7 @@ def text_likelihood(
         tokenizer (`PreTrainedTokenizerBase`): of the model.
         rows (`Sequence[str]`): lines of a text or whole documents, in order.
         segment_length (`int`, *optional*, defaults to 512): tokens that the model reads at once.
-        memory (`bool`, *optional*): carry the segment memory from segment to segment; if unset, where the model has it.
+        memory (`bool`, *optional*): carry the segment memory from segment to segment; if unset, where there is one.
         stride (`int`, *optional*): without memory, windows start every `stride` tokens and score what the window
             before has not; `segment_length` (no overlap) if unset.
         batch_size (`int`, *optional*, defaults to 1): with memory, streams that the text is cut into, each of which

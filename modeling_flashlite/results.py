@@ -4,6 +4,8 @@ import datetime
 import json
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+# a path that starts at the root, at the beginning of a text or after a blank, a quote, an equals sign or a comma
+_ABSOLUTE = re.compile(r"(^|[\s=,'\"])(/[\w.~-]+(?:/[\w.*~-]+)+)")
 _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "peft", "sacrebleu", "rouge_score", "numpy")
 
 
@@ -45,11 +49,11 @@ def write_results(
     """
     content = {
         "task": task,
-        "dataset": dataset,
+        "dataset": relative_paths(dataset),
         "split": split,
-        "model": model,
+        "model": relative_paths(model),
         "metrics": dict(metrics),
-        "config": dict(config or {}),
+        "config": {name: relative_paths(value) for name, value in (config or {}).items()},
         "seed": seed,
         "seeds": [] if seed is None else [seed],
         "hardware": describe_hardware(),
@@ -116,11 +120,16 @@ def git_commit() -> str | None:
 
 
 def command_line() -> str:
-    """The command of this process, with the script's path relative to the working directory."""
-    script = Path(sys.argv[0])
-    if script.is_absolute() and script.is_relative_to(Path.cwd()):
-        script = script.relative_to(Path.cwd())
-    return " ".join(["python", script.as_posix() if script.suffix == ".py" else script.name, *sys.argv[1:]])
+    """The command of this process, its paths relative to the working directory."""
+    script = sys.argv[0] if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
+    return relative_paths(shlex.join(["python", script, *sys.argv[1:]]))
+
+
+def relative_paths(value: object) -> object:
+    """Make absolute paths in a text relative to the working directory: results travel, home directories do not."""
+    if not isinstance(value, str):
+        return value
+    return _ABSOLUTE.sub(lambda match: match[1] + os.path.relpath(match[2]), value)
 
 
 def _processor_name() -> str:

@@ -1,0 +1,154 @@
+"""Evaluate a model on a task and write one results file: metrics with intervals, speed, memory, size.
+
+python scripts/evaluate.py --model runs/de --task translation --dataset test=test.jsonl --columns source=en,target=de
+python scripts/evaluate.py --model runs/lm --task text-generation --dataset test=wiki.test.txt --end newline
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel, set_seed
+
+import modeling_flashlite  # noqa: F401  registers the Auto classes
+from modeling_flashlite.data import load_data, pick_split
+from modeling_flashlite.evaluation import evaluate_task
+from modeling_flashlite.measurement import measure_generation, model_size, peak_memory_bytes
+from modeling_flashlite.results import write_json, write_results
+from modeling_flashlite.tasks import Task, get_task, resolve_columns
+
+GENERATING = ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
+# the start of a text that is continued when the speed of text generation is measured
+PROMPT_CHARACTERS = 400
+
+
+@dataclass
+class ModelArgs:
+    model: str = field(metadata={"help": "directory or Hub id"})
+    revision: str | None = field(default=None, metadata={"help": "git revision on the Hub"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run the code that comes with the checkpoint"})
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16"})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; the accelerator if there is one"})
+    memory_blocks: int | None = field(
+        default=None, metadata={"help": "blocks of segment memory; the checkpoint's own"}
+    )
+
+
+@dataclass
+class DataArgs:
+    task: str = field(metadata={"help": "name of a task in tasks.py"})
+    dataset: str = field(metadata={"help": "python, local files (test=a.jsonl.xz), or a Hub id"})
+    dataset_name: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
+    split: str = field(default="test", metadata={"help": "split to evaluate on"})
+    columns: str | None = field(default=None, metadata={"help": "role=column,role=column, e.g. source=en,target=de"})
+    limit: int | None = field(default=None, metadata={"help": "rows to evaluate; all if unset"})
+    streaming: bool = field(default=False, metadata={"help": "read the data as it is needed"})
+    label: str | None = field(default=None, metadata={"help": "name of the data set in tables; as given if unset"})
+
+
+@dataclass
+class EvalArgs:
+    output: str | None = field(
+        default=None, metadata={"help": "results file; runs/results/<model>-<task>.json if unset"}
+    )
+    predictions: str | None = field(default=None, metadata={"help": "file for the predictions, as JSON"})
+    batch_size: int = field(default=16, metadata={"help": "rows at a time"})
+    max_source_length: int = field(default=512, metadata={"help": "tokens of an input"})
+    num_beams: int | None = field(default=None, metadata={"help": "beams; the task's own if unset"})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "tokens of an answer; the task's own if unset"})
+    segment_length: int = field(default=512, metadata={"help": "text generation: tokens read at once"})
+    stride: int | None = field(
+        default=None, metadata={"help": "text generation without memory: tokens between windows"}
+    )
+    streams: int = field(default=1, metadata={"help": "text generation: parallel streams, or windows at a time"})
+    no_memory: bool = field(default=False, metadata={"help": "text generation: read every segment by itself"})
+    end: str = field(default="eos", metadata={"help": "text generation: what closes a row, eos or newline"})
+    resamples: int = field(default=1000, metadata={"help": "of the bootstrap; 0 for no intervals"})
+    speed_prompts: int = field(default=16, metadata={"help": "batch whose generation is timed; 0 for none"})
+    speed_tokens: int = field(default=32, metadata={"help": "tokens generated when timed"})
+    seed: int = field(default=0, metadata={"help": "for sampling"})
+
+
+def load_model(args: ModelArgs, task: Task) -> PreTrainedModel:
+    """Load the model with the head that the task needs; generation goes by what the checkpoint is."""
+    shared = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(args.model, **shared)
+    if args.memory_blocks is not None:
+        config.get_text_config(decoder=True).memory_blocks = args.memory_blocks
+    auto_class = task.auto_class
+    if auto_class in GENERATING:
+        auto_class = GENERATING[0 if config.is_encoder_decoder else 1]
+    model = getattr(transformers, auto_class).from_pretrained(args.model, config=config, dtype=args.dtype, **shared)
+    return model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def main(model_args: ModelArgs, data_args: DataArgs, eval_args: EvalArgs) -> dict:
+    set_seed(eval_args.seed)
+    task = get_task(data_args.task)
+    splits = load_data(
+        data_args.dataset, name=data_args.dataset_name, streaming=data_args.streaming, limit=data_args.limit
+    )
+    rows = pick_split(splits, data_args.split)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model, revision=model_args.revision)
+    model = load_model(model_args, task)
+    chosen = {"num_beams": eval_args.num_beams, "max_new_tokens": eval_args.max_new_tokens}
+    result = evaluate_task(
+        task,
+        model,
+        tokenizer,
+        rows,
+        columns=data_args.columns,
+        batch_size=eval_args.batch_size,
+        max_source_length=eval_args.max_source_length,
+        generation={name: value for name, value in chosen.items() if value is not None},
+        likelihood={
+            "segment_length": eval_args.segment_length,
+            "stride": eval_args.stride,
+            "batch_size": eval_args.streams,
+            "memory": False if eval_args.no_memory else None,
+            "end": "\n" if eval_args.end == "newline" else None,
+        },
+        resamples=eval_args.resamples,
+    )
+    predictions = result.pop("predictions")
+    metrics = result.pop("metrics")
+    if eval_args.predictions:
+        write_json(eval_args.predictions, predictions)
+    if task.name == "text-generation":
+        column = resolve_columns(task, rows, data_args.columns)["text"]
+        prompts = [row[column][:PROMPT_CHARACTERS] for row in rows if row[column].strip()]
+    else:
+        prompts = [given["input"] for given in predictions]
+    output = eval_args.output or f"runs/results/{Path(model_args.model).name}-{task.name}.json"
+    write_results(
+        output,
+        metrics,
+        task=task.name,
+        dataset=data_args.label or data_args.dataset,
+        split=data_args.split,
+        model=model_args.model,
+        config={**asdict(model_args), **asdict(data_args), **asdict(eval_args)},
+        seed=eval_args.seed,
+        speed=measure_speed(model, tokenizer, task, prompts, eval_args),
+        size={**model_size(model, model_args.model), "peak_memory_bytes": peak_memory_bytes(model.device)},
+        dtype=str(model.dtype).removeprefix("torch."),
+        **result,
+    )
+    print(json.dumps({"output": output, **metrics}))
+    return metrics
+
+
+def measure_speed(model: PreTrainedModel, tokenizer, task: Task, prompts: list, args: EvalArgs) -> list[dict]:
+    """Rows of the results file's `speed`; none for models that do not generate."""
+    if not args.speed_prompts or not model.can_generate():
+        return []
+    # templates hold their special tokens already
+    templated = task.name == "chat" or not model.config.is_encoder_decoder
+    prompts = prompts[: args.speed_prompts]
+    return measure_generation(model, tokenizer, prompts, new_tokens=args.speed_tokens, special_tokens=not templated)
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser((ModelArgs, DataArgs, EvalArgs)).parse_args_into_dataclasses())
