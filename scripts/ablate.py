@@ -1,0 +1,191 @@
+"""Compare design choices on real text: equal data, equal steps, several seeds.
+
+    python scripts/ablate.py --dataset python --study positions
+    python scripts/ablate.py --dataset train=a.jsonl.xz,validation=b.jsonl.xz --seeds 0 1 2 --steps 600
+
+Each run trains a small decoder-only model from scratch; the results file keeps every evaluation with the processor
+time of the training up to it, so that the choices can be compared at equal steps and at equal time. Runs that the
+results file already holds are not repeated.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
+from modeling_flashlite.data import PaddingCollator, load_data, pack, pick_split, tokenize_texts
+from modeling_flashlite.results import write_results
+from modeling_flashlite.tokenization import train_tokenizer
+
+STUDIES = {
+    "positions": {name: {"position_encoding": name} for name in ("rotary", "transformer_xl", "rotary_xl")},
+    "axes": {
+        "dense": {"relevance_top_k": None, "memory_blocks": None},
+        "multi-axis": {},
+        "local and grid": {"relevance_top_k": 0},
+        "local only": {"relevance_top_k": 0, "memory_blocks": 1},
+    },
+}
+
+
+class Clock(TrainerCallback):
+    """Processor seconds of the training steps alone, noted in the log at each evaluation."""
+
+    def __init__(self):
+        self.seconds, self.start = 0.0, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.process_time() - self.start
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        state.log_history[-1]["train_seconds"] = self.seconds
+
+
+def run(overrides: dict, seed: int, args, tokenizer, train, validation) -> list[dict]:
+    """Train one model; return `step`, `loss` (nats per token) and `train_seconds` of each evaluation."""
+    set_seed(seed)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": args.hidden_size,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.hidden_size // 32,
+        "block_size": args.block_size,
+        "relevance_top_k": 4,
+        "is_encoder_decoder": False,
+    }
+    model = FlashLiteForCausalLM(FlashLiteConfig(**{**shape, **overrides}))
+    settings = TrainingArguments(
+        output_dir=args.out.with_suffix("").as_posix() + "-runs",
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=16,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.steps // 10,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        eval_strategy="steps",
+        eval_steps=max(1, args.steps // 5),
+        save_strategy="no",
+        logging_steps=args.steps,
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+    )
+    trainer = Trainer(
+        model,
+        settings,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=PaddingCollator(tokenizer),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    return [
+        {"step": entry["step"], "loss": entry["eval_loss"], "train_seconds": entry["train_seconds"]}
+        for entry in trainer.state.log_history
+        if "eval_loss" in entry
+    ]
+
+
+def loss_at(curve: list[dict], seconds: float) -> float:
+    """Loss after so many training seconds, on the straight line between two evaluations."""
+    previous = curve[0]
+    for point in curve:
+        if point["train_seconds"] >= seconds and point is not previous:
+            share = (seconds - previous["train_seconds"]) / (point["train_seconds"] - previous["train_seconds"])
+            return previous["loss"] + share * (point["loss"] - previous["loss"])
+        previous = point
+    return curve[-1]["loss"]
+
+
+def summarise(runs: list[dict]) -> list[dict]:
+    """One row per choice: mean and spread at equal steps, and at the time that the quickest choice needed."""
+    choices = list(dict.fromkeys(entry["choice"] for entry in runs))
+    by_choice = {choice: [entry["curve"] for entry in runs if entry["choice"] == choice] for choice in choices}
+    quickest = min(statistics.mean(c[-1]["train_seconds"] for c in curves) for curves in by_choice.values())
+    rows = []
+    for choice, curves in by_choice.items():
+        final = [curve[-1]["loss"] for curve in curves]
+        seconds = statistics.mean(curve[-1]["train_seconds"] for curve in curves)
+        rows.append(
+            {
+                "choice": choice,
+                "seeds": len(curves),
+                "loss_equal_steps": statistics.mean(final),
+                "loss_sd": statistics.stdev(final) if len(final) > 1 else None,
+                "loss_equal_time": statistics.mean(loss_at(curve, quickest) for curve in curves),
+                "relative_time": seconds / quickest,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=STUDIES, default="positions")
+    parser.add_argument("--dataset", default="python", help="Hub id, split=file list, or 'python'")
+    parser.add_argument("--limit", type=int, help="rows of each split")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--length", type=int, default=384, help="tokens per row")
+    parser.add_argument("--batch-size", type=int, default=6)
+    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--hidden-size", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=96, help="validation rows")
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--only", nargs="+", help="choices of the study to run; all by default")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    args.out = args.out or Path("model_cards/results") / f"ablation_{args.study}.json"
+
+    splits = load_data(args.dataset, limit=args.limit)
+    train, validation = pick_split(splits, "train"), pick_split(splits, "validation")
+    tokenizer = train_tokenizer((row["text"] for row in train), args.vocab_size, total=len(train))
+    train, validation = (pack(tokenize_texts(rows, tokenizer), args.length) for rows in (train, validation))
+    # one document a row: the position encodings are compared over the whole length
+    train, validation = (rows.remove_columns("position_ids") for rows in (train, validation))
+    validation = validation.select(range(min(len(validation), args.rows)))
+    whole = [len(ids) == args.length for ids in train["input_ids"]]
+    train = train.select([index for index, full in enumerate(whole) if full])
+
+    report = {"runs": []}
+    if args.out.exists():
+        report = json.loads(args.out.read_text())
+    for seed in args.seeds:
+        for choice, overrides in STUDIES[args.study].items():
+            done = any(entry["choice"] == choice and entry["seed"] == seed for entry in report["runs"])
+            if done or (args.only and choice not in args.only):
+                continue
+            print(f"{args.study}: {choice}, seed {seed}", flush=True)
+            curve = run(overrides, seed, args, tokenizer, train, validation)
+            report["runs"].append({"choice": choice, "seed": seed, "curve": curve})
+    table = summarise(report["runs"])
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "only")}
+    write_results(
+        args.out,
+        {row["choice"]: row["loss_equal_steps"] for row in table},
+        task="ablation",
+        dataset=args.dataset,
+        split="validation",
+        config=settings,
+        seeds=sorted({entry["seed"] for entry in report["runs"]}),
+        unit="nats per token",
+        table=table,
+        runs=report["runs"],
+    )
+    print(json.dumps(table))
+
+
+if __name__ == "__main__":
+    main()
