@@ -709,11 +709,8 @@ def task_output(outputs, seq2seq_class, plain_class, **fields):
 
 
 @dataclass
-class FlashLiteTokenClassifierOutput(Seq2SeqModelOutput):
-    """Scores of each token, with the states of encoder and decoder."""
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
+class FlashLiteTokenClassifierOutput(Seq2SeqSequenceClassifierOutput):
+    """Scores of each token in `logits` `[B, T, labels]`, with the states of encoder and decoder."""
 
 
 class FlashLiteForSequenceClassification(FlashLiteTaskModel):
