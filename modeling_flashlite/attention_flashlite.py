@@ -16,6 +16,7 @@ gradients. Nothing here knows of positions: their encoding changes queries and k
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from .attention_tiles_flashlite import TileAttention, TileSizes, top_blocks
 
+# Up to this many queries are gathered with the blocks they chose instead of being cut into tiles.
+_FEW_QUERIES = 16
 
 Cross = tuple[Tensor, Tensor, Tensor | None]
 
@@ -88,14 +91,11 @@ def _slots(start: int | Tensor, length: int, device: torch.device) -> Tensor:
     return (start[:, None] if isinstance(start, Tensor) else start) + offsets[None, :]
 
 
-def _box_scores(q: Tensor, maxima: Tensor, minima: Tensor, sub_blocks: int) -> Tensor:
-    """Scores `S_j` [B, Hkv, T, n] of every block for every query and key-value head."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    hkv = maxima.shape[1]
-    mean = q.unflatten(1, (hkv, -1)).to(wide).mean(2)
-    features = torch.cat([mean.clamp(min=0), mean.clamp(max=0)], dim=-1)
-    boxes = torch.cat([maxima, minima], dim=-1).to(wide)
-    return (features @ boxes.mT).unflatten(-1, (-1, sub_blocks)).amax(-1)
+def _box_scores(mean: Tensor, maxima: Tensor, minima: Tensor, sub_blocks: int) -> Tensor:
+    """Scores `S_j` [B, Hkv, T, n] of every block for the mean queries [B, Hkv, T, dk]."""
+    bounds = mean.clamp(min=0) @ maxima.to(mean.dtype).mT
+    bounds += mean.clamp(max=0) @ minima.to(mean.dtype).mT
+    return bounds.unflatten(-1, (-1, sub_blocks)).amax(-1)
 
 
 @torch.no_grad()
@@ -110,7 +110,8 @@ def _select(q: Tensor, summaries: BlockSummaries, spec: AxisSpec, slots: Tensor)
     shape = (q.shape[0], summaries.keys.shape[1], q.shape[2], n)
     if top is None or top >= n:
         return candidates, candidates.expand(shape)
-    scores = _box_scores(q, summaries.maxima, summaries.minima, spec.block_size // spec.sub_block_size)
+    mean = q.unflatten(1, (summaries.maxima.shape[1], -1)).to(torch.promote_types(q.dtype, torch.float32)).mean(2)
+    scores = _box_scores(mean, summaries.maxima, summaries.minima, spec.block_size // spec.sub_block_size)
     scores = scores.masked_fill(~candidates, -math.inf)
     selected = torch.zeros(shape, dtype=torch.bool, device=q.device).scatter(3, top_blocks(scores, top), True)
     return candidates, selected & candidates
@@ -226,7 +227,222 @@ def multi_axis_attention(
         out [B, H, T, dv].
     """
     _check(q, k, v, start, cross)
-    return _masked_attention(q, k, v, spec, start, scaling, cross, summaries)
+    b, length = spec.block_size, q.shape[2]
+    starts = start.tolist() if isinstance(start, Tensor) else [start]
+    low, high = min(starts), max(starts)
+    start = low if low == high else start
+    top = math.inf if spec.relevance_top_k is None else spec.relevance_top_k
+    memory = math.inf if spec.memory_blocks is None else spec.memory_blocks
+    most = (high + length - 1) // b - 1
+    if most <= min(top, memory - 1):
+        return _dense_attention(q, k, v, start, scaling, cross)
+    if top >= memory - 1 or top == math.inf:
+        return _window_attention(q, k, v, b, memory, start, scaling, cross)
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        summaries = None
+    elif length == 1 and low == high and summaries is not None and not (torch.is_grad_enabled() and q.requires_grad):
+        return _decode_attention(q, k, v, spec, start, scaling, cross, summaries)
+    if length <= _FEW_QUERIES:
+        return _step_attention(q, k, v, spec, start, scaling, cross, summaries)
+    return _tile_attention(q, k, v, spec, start, scaling, cross, summaries)
+
+
+def _rows(q: Tensor, hkv: int) -> Tensor:
+    """[B, H, T, d] as [B, Hkv, T, G, d]."""
+    return q.unflatten(1, (hkv, -1)).transpose(2, 3)
+
+
+def _take_blocks(x: Tensor, index: Tensor, b: int) -> Tensor:
+    """The blocks `index` [B, Hkv, M] of x [B, Hkv, S, d], as [B, Hkv, M b, d]."""
+    batch, hkv, s, d = x.shape
+    size, (by_row, by_head, by_token, by_value) = b * d, x.stride()
+    plain = (by_token, by_value, by_head % size, by_row % size) == (d, 1, 0, 0) or batch * hkv == 1
+    if x.requires_grad and torch.is_grad_enabled() or not plain:
+        rows, heads = (torch.arange(n, device=x.device) for n in (batch, hkv))
+        blocks = x[:, :, : s // b * b].unflatten(2, (-1, b))
+        return blocks[rows[:, None, None], heads[None, :, None], index].flatten(2, 3)
+    # All blocks of all heads as the rows of one matrix, a view of the buffer: index_select copies whole rows.
+    by_row, by_head = by_row // size, by_head // size
+    table = x.as_strided(((batch - 1) * by_row + (hkv - 1) * by_head + s // b, size), (size, 1))
+    if batch * hkv > 1:
+        index = index + _first_rows(batch, hkv, by_row, by_head, x.device)
+    return table.index_select(0, index.reshape(-1)).view(batch, hkv, -1, d)
+
+
+@lru_cache(maxsize=64)
+def _first_rows(batch: int, hkv: int, by_row: int, by_head: int, device: torch.device) -> Tensor:
+    """The row of the first block of each head, [B, Hkv, 1]; kept, since it is the same for every token and layer."""
+    rows, heads = torch.arange(batch, device=device) * by_row, torch.arange(hkv, device=device) * by_head
+    return (rows[:, None] + heads)[..., None]
+
+
+def _local_keys(k: Tensor, v: Tensor, start: int | Tensor, length: int, b: int):
+    """Keys and values of the own and previous block of the queries, and which of them each query sees [B, T, N]."""
+    if isinstance(start, int):
+        origin = max(start // b - 1, 0) * b
+        k, v = k[:, :, origin : start + length], v[:, :, origin : start + length]
+        if length == 1:
+            return k, v, None
+        slots, keys = _slots(start, length, k.device), torch.arange(origin, start + length, device=k.device)[None]
+    else:
+        slots = _slots(start, length, k.device)
+        keys = (start // b - 1)[:, None] * b + torch.arange(2 * b + length - 1, device=k.device)
+        place = keys.clamp(0, k.shape[2] - 1)[:, None, :, None]
+        k, v = (x.gather(2, place.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
+    slots, keys = slots[:, :, None], keys[:, None, :]
+    return k, v, (keys >= (slots // b - 1).clamp(min=0) * b) & (keys <= slots)
+
+
+def _step_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
+    """Few queries, as in decoding: only the chosen blocks are gathered, everything else is read where it lies."""
+    b, top, length, hkv = spec.block_size, spec.relevance_top_k, q.shape[2], k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    summaries = summarize_blocks(k, v, spec) if summaries is None else summaries
+    starts = [start] if isinstance(start, int) else start.tolist()
+    first = 0 if spec.memory_blocks is None else max(min(starts) // b - spec.memory_blocks, 0)
+    end, r = (max(starts) + length - 1) // b - 1, b // spec.sub_block_size
+    k_mean, v_mean = (x[:, :, first:end].to(wide) for x in summaries[:2])
+    maxima, minima = (x[:, :, first * r : end * r] for x in summaries[2:])
+
+    hidden = None
+    if length > 1 or isinstance(start, Tensor):
+        blocks = (_slots(start, length, q.device) // b)[:, None, :, None]
+        j = torch.arange(first, end, device=q.device)
+        hidden = j > blocks - 2
+        if spec.memory_blocks is not None:
+            hidden = hidden | (j < blocks - spec.memory_blocks)
+    queries = _rows(q, hkv).to(wide)
+    with torch.no_grad():
+        scores = _box_scores(queries.mean(3), maxima, minima, r)
+        if hidden is not None:
+            scores = scores.masked_fill_(hidden, -math.inf)
+        chosen = top_blocks(scores, top)
+
+    queries = queries * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    rows = queries.flatten(2, 3)
+
+    def part(keys: Tensor, dark: Tensor | None) -> Tensor:
+        logits = (rows @ keys.to(wide).mT).unflatten(2, (length, -1))
+        return logits if dark is None else logits.masked_fill(dark, -math.inf)
+
+    k_local, v_local, seen = _local_keys(k, v, start, length, b)
+    picked_k, picked_v = (
+        _take_blocks(x, (chosen + first).flatten(2), b).to(wide).unflatten(2, (length, -1)) for x in (k, v)
+    )
+    relevance = queries @ picked_k.mT
+    grid = part(k_mean, None if hidden is None else hidden[:, :, :, None]) + math.log(b)
+    grid = grid.scatter(4, chosen[:, :, :, None].expand(-1, -1, -1, grid.shape[3], -1), -math.inf)
+    if hidden is not None:
+        unseen = hidden.expand(scores.shape).gather(3, chosen).repeat_interleave(b, dim=3)
+        relevance = relevance.masked_fill(unseen[:, :, :, None], -math.inf)
+    logits = [relevance, part(k_local, None if seen is None else ~seen[:, None, :, None]), grid]
+    values = [v_local, v_mean]
+    if cross is not None:
+        logits.append(part(cross[0], None if cross[2] is None else ~cross[2].bool()[:, None, None, None]))
+        values.append(cross[1])
+    widths = [x.shape[4] for x in logits]
+    relevance, *weights = torch.cat(logits, 4).softmax(4).split(widths, 4)
+    out = relevance @ picked_v
+    for weight, value in zip(weights, values):
+        out = out + (weight.flatten(2, 3) @ value.to(wide)).view_as(out)
+    return out.transpose(2, 3).flatten(1, 2).to(v.dtype)
+
+
+def _decode_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
+    """One query per row, all in the slot `start`: `_step_attention` with as few operations as there can be.
+
+    A token costs about as many microseconds as operations, so the heads are one batch and nothing is built twice.
+    """
+    b, top, (batch, heads, _, _), hkv = spec.block_size, spec.relevance_top_k, q.shape, k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    first = 0 if spec.memory_blocks is None else max(start // b - spec.memory_blocks, 0)
+    end, r, local = start // b - 1, b // spec.sub_block_size, slice((start // b - 1) * b, start + 1)
+
+    def flat(x: Tensor) -> Tensor:
+        return x.flatten(0, 1).to(wide)
+
+    rows = q.reshape(batch * hkv, heads // hkv, -1).to(wide)
+    bias = rows.new_full((batch * hkv, 1, end - first), math.log(b))
+    picked_k = picked_v = None
+    if top:
+        maxima, minima = (flat(x[:, :, first * r : end * r]).mT for x in summaries[2:])
+        mean = rows.mean(1, keepdim=True)
+        bounds = torch.baddbmm(mean.clamp(min=0) @ maxima, mean.clamp(max=0), minima)
+        chosen = top_blocks(bounds.view(-1, end - first, r).amax(2), top)
+        bias.scatter_(2, chosen[:, None], -math.inf)
+        index = (chosen + first).view(batch, hkv, top)
+        picked_k, picked_v = (_take_blocks(x, index, b).flatten(0, 1).to(wide) for x in (k, v))
+
+    rows = rows * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    keys, values = [flat(k[:, :, local])], [flat(v[:, :, local])]
+    if top:
+        keys.append(picked_k)
+        values.append(picked_v)
+    if cross is not None:
+        keys.append(flat(cross[0]))
+        values.append(flat(cross[1]))
+    logits = [rows @ x.mT for x in keys]
+    if cross is not None and cross[2] is not None:
+        logits[-1].view(batch, -1, cross[0].shape[2]).masked_fill_(~cross[2].bool()[:, None], -math.inf)
+    logits.append(torch.baddbmm(bias, rows, flat(summaries.keys[:, :, first:end]).mT))
+    values.append(flat(summaries.values[:, :, first:end]))
+    weights = torch.cat(logits, 2).softmax(2).split([x.shape[2] for x in logits], 2)
+    out = weights[0] @ values[0]
+    for weight, value in zip(weights[1:], values[1:]):
+        out = out.baddbmm_(weight, value)
+    return out.view(batch, heads, 1, -1).to(v.dtype)
+
+
+def _dense_attention(q, k, v, start, scaling, cross) -> Tensor:
+    """Every query sees every token up to its own."""
+    length = q.shape[2]
+    end = start + length if isinstance(start, int) else k.shape[2]
+    k, v, mask = k[:, :, :end], v[:, :, :end], None
+    if cross is not None or isinstance(start, Tensor) or (start and length > 1):
+        slots = _slots(start, length, q.device)[:, :, None]
+        mask = (torch.arange(k.shape[2], device=q.device) <= slots)[:, None]
+        if cross is not None:
+            k, v = torch.cat([k, cross[0]], 2), torch.cat([v, cross[1]], 2)
+            extra = cross[2] if cross[2] is not None else mask.new_ones(q.shape[0], cross[0].shape[2])
+            mask, extra = mask.expand(q.shape[0], -1, -1, -1), extra.bool()[:, None, None, :]
+            mask = torch.cat([mask, extra.expand(-1, -1, length, -1)], 3)
+    return _sdpa(q, k, v, mask, mask is None and length > 1, scaling)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float | None) -> Tensor:
+    """PyTorch's attention; values narrower than the keys are padded, since its quick CPU kernel wants equal widths."""
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    width, groups = v.shape[3], q.shape[1] // k.shape[1]
+    if width < k.shape[3]:
+        v = F.pad(v, (0, k.shape[3] - width))
+    if q.shape[2] == 1 and groups > 1:
+        # The queries of a group as rows of one: the keys are read once for the group.
+        rows = q.unflatten(1, (k.shape[1], groups)).squeeze(3)
+        out = F.scaled_dot_product_attention(rows, k, v, mask, scale=scaling).flatten(1, 2).unsqueeze(2)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1)
+    return out[..., :width]
+
+
+def _window_attention(q, k, v, b, memory, start, scaling, cross) -> Tensor:
+    """A band: every query sees every token of its last `memory` blocks (at least one) and of its own block."""
+    back, length = max(memory, 1) * b, q.shape[2]
+    pieces = []
+    for lo in range(0, length, max(back, 256)):
+        hi = min(lo + max(back, 256), length)
+        slots = _slots(start, length, q.device)[:, lo:hi]
+        oldest, newest = (int(slots.min()) // b) * b - back, int(slots.max()) + 1
+        origin = max(oldest, 0)
+        keys = torch.arange(origin, newest, device=q.device)
+        mask = ((keys <= slots[..., None]) & (keys >= slots[..., None] // b * b - back))[:, None]
+        part_k, part_v = k[:, :, origin:newest], v[:, :, origin:newest]
+        if cross is not None:
+            part_k, part_v = torch.cat([part_k, cross[0]], 2), torch.cat([part_v, cross[1]], 2)
+            extra = cross[2] if cross[2] is not None else mask.new_ones(q.shape[0], cross[0].shape[2])
+            extra = extra.bool()[:, None, None, :].expand(-1, -1, hi - lo, -1)
+            mask = torch.cat([mask.expand(q.shape[0], -1, -1, -1), extra], 3)
+        pieces.append(_sdpa(q[:, :, lo:hi], part_k, part_v, mask, False, scaling))
+    return torch.cat(pieces, 2)
 
 
 def _masked_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:

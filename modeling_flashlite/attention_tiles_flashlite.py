@@ -2,9 +2,9 @@
 
 The softmax over a query's keys is cut into parts whose keys lie side by side in memory: the block axis, one part per
 selected block, the grid axis, the encoder keys. Each part gives an output `o_p` and a log-sum-exp `l_p`; with
-`l = logsumexp_p l_p` the whole is `sum_p exp(l_p - l) o_p`. The queries that selected a block are gathered and meet it in
-one tile, so no key is copied and nothing of L x L elements exists. Given the merged output and log-sum-exp, the backward
-of a part is its share of the joint gradient, because `P = exp(s - l)` and `D = do . o` are all it needs.
+`l = logsumexp_p l_p` the whole is `sum_p exp(l_p - l) o_p`. The queries that selected a block are gathered and meet it
+in one tile, so no key is copied and nothing of L x L elements exists. Given the merged output and log-sum-exp, the
+backward of a part is its share of the joint gradient, because `P = exp(s - l)` and `D = do . o` are all it needs.
 """
 
 import math
@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 
 # Elements of the buffer that holds the outputs of all parts of a chunk of queries, and queries scored at once.
 _PART_ELEMENTS = 1 << 25
@@ -30,8 +29,8 @@ def _has_flash(q: Tensor, v: Tensor) -> bool:
 def tile_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of q [N, H, R, dk] to k [N, H, C, dk], v [N, H, C, dv] with an additive bias [*, *, R, C].
 
-    Every query must see at least one key. Returns the output [N, H, R, dv] and the log-sum-exp [N, H, R]. The CPU op is
-    private to PyTorch; where it is missing public operations do the same.
+    Every query must see at least one key. Returns the output [N, H, R, dv] and the log-sum-exp [N, H, R]. The CPU op
+    is private to PyTorch; where it is missing public operations do the same.
     """
     if _has_flash(q, v):
         return _flash(q, k, v, attn_mask=bias, scale=scale)
@@ -109,7 +108,7 @@ def _shared(x: Tensor, groups: int) -> Tensor:
 
 
 def _local_pieces(lo: int, hi: int, start: int, b: int):
-    """Cuts the queries lo..hi at block borders into `(lo, hi, whole blocks or 0)`: a head, all whole blocks, a tail."""
+    """Cuts the queries lo..hi at block borders into `(lo, hi, blocks)`: a start and an end of 0 blocks, and blocks."""
     first = min(hi, lo + -(start + lo) % b)
     last = max(first, hi - (start + hi) % b)
     pieces = [(lo, first, 0), (first, last, (last - first) // b), (last, hi, 0)]
@@ -199,7 +198,7 @@ def _pairs_by_block(chosen: Tensor) -> tuple[Tensor, list[tuple[int, int, int]]]
     return order, list(zip(which.tolist(), [0, *ends[:-1]], ends))
 
 
-def _head_forward(head: _Head, boxes: Tensor, sizes: TileSizes, buffer: Tensor, out: Tensor, lse: Tensor, chosen: Tensor):
+def _head_forward(head: _Head, boxes: Tensor, sizes: TileSizes, buffer: Tensor, out: Tensor, lse: Tensor, chosen):
     """Fills out [T, G, dv], lse [T, G] and chosen [T, K] of one head."""
     t_count, groups, _ = head.q.shape
     dense = min(max(sizes.first_sparse_slot() - head.start, 0), t_count)
@@ -269,7 +268,7 @@ def _forward_grid(head: _Head, lo: int, hi: int, chosen: Tensor, sizes: TileSize
 
 
 def _forward_cross(head: _Head, lo: int, hi: int, sizes: TileSizes, out: Tensor, logs: Tensor) -> None:
-    """The encoder keys. Where all of a row's are masked, the op's log-sum-exp means nothing and the part has no mass."""
+    """The encoder keys. Where all of a row are masked the op's log-sum-exp means nothing: the part has no mass."""
     k, v, bias = head.cross
     groups = head.q.shape[1]
     if not (bias > -math.inf).any():
@@ -339,9 +338,9 @@ class _Grads(NamedTuple):
     cross_v: Tensor | None
 
 
-def _head_backward(head: _Head, sizes: TileSizes, out: Tensor, lse: Tensor, chosen: Tensor, grad: Tensor, grads: _Grads):
+def _head_backward(head: _Head, sizes: TileSizes, out, lse, chosen, grad: Tensor, grads: _Grads) -> None:
     """Adds the gradients of one head; out, grad [T, G, dv], lse [T, G], chosen [T, K]."""
-    t_count, groups, dim = head.q.shape
+    t_count = head.q.shape[0]
     dense = min(max(sizes.first_sparse_slot() - head.start, 0), t_count)
     if dense:
         k, v, bias = _prefix_operands(head, dense)
@@ -400,7 +399,7 @@ def _backward_local(head: _Head, lo: int, hi: int, sizes: TileSizes, out, lse, g
 
 
 def _backward_pairs(head: _Head, lo: int, sizes: TileSizes, out, lse, chosen, grad, grads: _Grads) -> None:
-    rows, groups, dim = head.q.shape[0] - lo, head.q.shape[1], head.q.shape[2]
+    rows, groups = head.q.shape[0] - lo, head.q.shape[1]
     q, o, g, log = (x[lo:].reshape(rows, -1) for x in (head.q, out, grad, lse))
     grad_q, b = grads.q[lo:].view(rows, -1), sizes.block
     order, runs = _pairs_by_block(chosen[lo:])
@@ -429,8 +428,8 @@ class TileAttention(torch.autograd.Function):
 
     q [B, H, T, dk], k [B, Hkv, S, dk], v [B, Hkv, S, dv]; cross_bias [B, Se] additive; `starts` one int per row;
     `summaries` (means of keys and values, maxima, minima) of at least the candidate blocks; `sizes` a `TileSizes`
-    whose memory exceeds its top-k by more than one block. Inputs of low precision are computed in float32: on a CPU the
-    tiles are no slower that way. Memory beyond inputs and outputs is constant in length, but for the selection.
+    whose memory exceeds its top-k by more than one block. Inputs of low precision are computed in float32: on a CPU
+    the tiles are no slower that way. Memory beyond inputs and outputs is constant in length, but for the selection.
     """
 
     @staticmethod
