@@ -14,6 +14,8 @@ made. `card.yaml` next to the checkpoint holds what no program can know:
     example: I like cats.                         # input of the snippet
     limits: [Sentences only.]
     citation: "@software{...}"
+    command: python scripts/distill.py ...        # of the training, where the results files have another
+    recipe: scripts/recipes/distill.yaml
 
 A results file is a JSON object; several are merged, later ones first in line:
 
@@ -89,11 +91,11 @@ def collect_card(folder: str | Path, repo_id: str, results: list[dict], written:
     """
     folder = Path(folder)
     files = [file for file in list_files(folder) if file.name != "README.md"]
-    unknown = set(written) - {*WRITTEN, "base_model_relation", "task", "tags"}
+    unknown = set(written) - {*WRITTEN, "base_model_relation", "task", "tags", "command", "recipe"}
     if unknown:
         raise PublishError(f"card.yaml has the unknown field {min(unknown)}; it knows {', '.join(WRITTEN)}.")
     card = {name: written.get(name) for name in WRITTEN}
-    card |= {name: _first(results, name) for name in MEASURED if name not in ("metrics", "speed")}
+    card |= {name: written.get(name, _first(results, name)) for name in MEASURED if name not in ("metrics", "speed")}
     kind = describe_kind(folder)
     card |= {
         "name": repo_id,

@@ -6,17 +6,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from .staging import PUBLISHED, PublishError, StagedFile, list_files
+from .staging import PUBLISHED, PublishError, StagedFile, describe_file, list_files
+
+
+class DownloadError(RuntimeError):
+    """Downloading stopped; the message says why and what to do. Nothing damaged stays in the cache."""
 
 
 class Publisher:
@@ -178,43 +183,84 @@ class Publisher:
                 time.sleep(min(2**attempt, 8) / 4)
 
     def _explain(self, doing: str, error: Exception) -> Exception:
-        """Turn an error of the client into one sentence without any token; unknown errors pass unchanged."""
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-        repo = self.repo_id
-        if isinstance(error, GatedRepoError):
-            text = f"{repo} is gated and this account has no access; ask for it on the repository's page."
-        elif isinstance(error, RevisionNotFoundError):
-            text = f"{repo} has no such branch; create it with --branch."
-        elif status == 401 and not self._token:
-            text = f"Not logged in; set HF_TOKEN or run `hf auth login`, then publish {repo} again."
-        elif status == 401:
-            text = f"The token was refused for {repo} (401); make a new one with write access and set HF_TOKEN."
-        elif status == 403:
-            text = f"This account may not write to {repo} (403); use a token with write access, or your own name."
-        elif isinstance(error, RepositoryNotFoundError) or status == 404:
-            text = f"{repo} was not found, or this account may not see it (404); check the name and the token."
-        elif status in (409, 412):
-            text = f"{repo} changed while publishing ({status}); nothing was overwritten, run again."
-        elif status == 413:
-            text = f"The Hub refused a file of {repo} as too large (413); save with a smaller max_shard_size."
-        elif status == 429:
-            text = f"The Hub limits the rate of requests for {repo} (429); run again in a few minutes."
-        elif isinstance(error, HFValidationError):
-            text = f"'{repo}' is not a repository name; use user/name."
-        elif _is_transient(error):
-            cause = str(status) if status else type(error).__name__
-            text = f"Could not {doing} in {repo} ({cause}); the connection or the Hub failed, run again to resume."
-        elif isinstance(error, OSError) and error.strerror:
-            text = f"Could not {doing} in {repo}: {error.strerror}."
-        elif status:
-            text = f"Could not {doing} in {repo}: the Hub answered {status} {self._scrub(error)}"
-        else:
-            return error
-        return PublishError(text)
+        return explain(doing, self.repo_id, error, self._token)
 
-    def _scrub(self, error: Exception) -> str:
-        text = " ".join(str(getattr(error, "server_message", None) or error).split())
-        return text.replace(self._token, "***") if self._token else text
+
+def download(repo_id: str, revision: str | None = None, token: str | None = None, cache_dir=None) -> Path:
+    """Download a repository into the cache and compare each file with the sum that the Hub keeps of it.
+
+    The client itself compares sizes only. A damaged file is removed from the cache, fetched once more, and refused
+    if it is damaged again. A local folder, and the cache in offline mode, are returned as they are.
+
+    Args:
+        repo_id (`str`): `user/name`, or a folder.
+        revision (`str`, *optional*): branch, tag or commit.
+        token (`str`, *optional*): access token; defaults to `HF_TOKEN` or the saved one.
+        cache_dir (`str` or `Path`, *optional*): defaults to the cache of huggingface_hub.
+
+    Returns:
+        `Path` of the snapshot.
+
+    Raises:
+        DownloadError: with one sentence.
+    """
+    if Path(repo_id).is_dir():
+        return Path(repo_id)
+    api = HfApi(token=token, library_name="flashlite")
+    for _ in range(2):
+        try:
+            folder = Path(api.snapshot_download(repo_id, revision=revision, cache_dir=cache_dir))
+            if is_offline_mode():
+                return folder
+            entries = api.list_repo_tree(repo_id, recursive=True, revision=folder.name)
+            remote = {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
+        except Exception as error:
+            raise explain("download", repo_id, error, token or get_token(), DownloadError) from None
+        damaged = [name for name in remote if not _same(describe_file(folder / name, name), remote[name])]
+        if not damaged:
+            return folder
+        for name in damaged:
+            (folder / name).resolve().unlink()
+            (folder / name).unlink(missing_ok=True)
+    raise DownloadError(f"{damaged[0]} of {repo_id} arrived damaged twice and was removed; try again later.")
+
+
+def explain(doing: str, repo: str, error: Exception, token: str | None, kind: type = PublishError) -> Exception:
+    """Turn an error of the client into one sentence without any token; unknown errors pass unchanged."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
+    if isinstance(error, GatedRepoError):
+        text = f"{repo} is gated and this account has no access; ask for it on the repository's page."
+    elif isinstance(error, RevisionNotFoundError):
+        text = f"{repo} has no such branch, tag or commit; check the revision."
+    elif isinstance(error, LocalEntryNotFoundError):
+        text = f"{repo} is not in the cache and the Hub cannot be reached; connect once to download it."
+    elif isinstance(error, HFValidationError):
+        text = f"'{repo}' is not a repository name; use user/name."
+    elif status == 401 and not token:
+        text = f"Not logged in, or {repo} does not exist (401); set HF_TOKEN or run `hf auth login`."
+    elif status == 401:
+        text = f"The token was refused for {repo}, or it does not exist (401); check the name, or set a new HF_TOKEN."
+    elif status == 403:
+        text = f"This account may not {doing} in {repo} (403); use a token with that right, or your own name."
+    elif isinstance(error, RepositoryNotFoundError) or status == 404:
+        text = f"{repo} was not found, or this account may not see it (404); check the name and the token."
+    elif status in (409, 412):
+        text = f"{repo} changed while publishing ({status}); nothing was overwritten, run again."
+    elif status == 413:
+        text = f"The Hub refused a file of {repo} as too large (413); save with a smaller max_shard_size."
+    elif status == 429:
+        text = f"The Hub limits the rate of requests for {repo} (429); run again in a few minutes."
+    elif _is_transient(error):
+        cause = str(status) if status else type(error).__name__
+        text = f"Could not {doing} in {repo} ({cause}); the connection or the Hub failed, run again to resume."
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"Could not {doing} in {repo}: {error.strerror}."
+    elif status:
+        said = " ".join(str(getattr(error, "server_message", None) or error).split())
+        text = f"Could not {doing} in {repo}: the Hub answered {status} {said.replace(token or '***', '***')}"
+    else:
+        return error
+    return kind(text)
 
 
 def _same(file: StagedFile, entry) -> bool:

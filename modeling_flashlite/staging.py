@@ -177,20 +177,25 @@ def read_safetensors_header(path: Path) -> dict[str, dict]:
     return header
 
 
+def describe_file(path: Path, name: str) -> StagedFile:
+    """Read one file through and return its size and sums."""
+    size = path.stat().st_size
+    digest, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            blob.update(block)
+    return StagedFile(name, size, digest.hexdigest(), blob.hexdigest())
+
+
 def list_files(folder: str | Path) -> list[StagedFile]:
     """List the files of a staged folder with size and sha256; refuse text that holds an access token."""
     files = []
     for path in sorted(Path(folder).rglob("*")):
         if path.is_file() and PUBLISHED.fullmatch(name := path.relative_to(folder).as_posix()):
-            size = path.stat().st_size
-            digest, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-                    blob.update(block)
             if path.suffix != ".safetensors" and SECRET.search(path.read_bytes()):
                 raise PublishError(f"{name} holds something that looks like an access token; remove it.")
-            files.append(StagedFile(name, size, digest.hexdigest(), blob.hexdigest()))
+            files.append(describe_file(path, name))
     return files
 
 

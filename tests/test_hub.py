@@ -1,0 +1,424 @@
+"""Publishing and downloading against a Hub-compatible server, with the real clients and in clean processes.
+
+They run where `HF_ENDPOINT` names a server and `FLASHLITE_HUB_TOKEN` a token with write access; the real Hub will do.
+`FLASHLITE_HUB_OTHER_TOKEN` (another account), `FLASHLITE_HUB_READ_TOKEN` (read-only, same account) and
+`FLASHLITE_HUB_ADMIN_TOKEN` (a test server that can be told to fail) add the tests that need them.
+"""
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from checkpoints import HEADS, RESULTS, TEXT, WRITTEN, make_model, make_tokenizer, save_checkpoint
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
+
+from modeling_flashlite import cards, hub
+from modeling_flashlite.hub import DownloadError, Publisher, PublishError
+from modeling_flashlite.staging import content_tag, list_files, stage
+
+ROOT = Path(__file__).parents[1]
+ENDPOINT = os.environ.get("HF_ENDPOINT")
+TOKEN = os.environ.get("FLASHLITE_HUB_TOKEN") or os.environ.get("HF_TOKEN")
+pytestmark = [
+    pytest.mark.network,
+    pytest.mark.skipif(not (ENDPOINT and TOKEN), reason="HF_ENDPOINT and FLASHLITE_HUB_TOKEN name no Hub to talk to"),
+]
+BLOCKER = "import sys; sys.modules['modeling_flashlite'] = None\n"
+
+
+def other(name: str) -> str:
+    """Token or password from the environment; skip the test without it."""
+    value = os.environ.get(f"FLASHLITE_HUB_{name}")
+    if not value:
+        pytest.skip(f"FLASHLITE_HUB_{name} is not set")
+    return value
+
+
+@pytest.fixture(scope="module")
+def account():
+    return HfApi(token=TOKEN).whoami()["name"]
+
+
+@pytest.fixture
+def repo(account):
+    """Name of a repository that does not exist yet; removed afterwards."""
+    name = f"{account}/flashlite-test-{uuid.uuid4().hex[:10]}"
+    yield name
+    HfApi(token=TOKEN).delete_repo(name, missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One saved checkpoint of every head."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {kind: save_checkpoint(kind, folder / kind) for kind in HEADS}
+
+
+def complete(run: Path, folder: Path, repo: str, task: str | None = None) -> Path:
+    """Stage a run with a card whose snippet was not run; running it is tested in test_cards.py."""
+    stage(run, folder, task=task)
+    card = cards.collect_card(folder, repo, [RESULTS], WRITTEN)
+    (folder / "README.md").write_text(cards.render_card({**card, "snippet_output": "text"}))
+    return folder
+
+
+@pytest.fixture
+def staged(runs, tmp_path, repo):
+    return complete(runs["seq2seq"], tmp_path / "staged", repo, "translation")
+
+
+@pytest.fixture
+def faults():
+    """Function that makes the server fail; everything is healed afterwards."""
+    headers = {"Authorization": f"Bearer {other('ADMIN_TOKEN')}"}
+
+    def inject(**fault):
+        httpx.post(f"{ENDPOINT}/_admin/faults", json=fault, headers=headers).raise_for_status()
+
+    yield inject
+    httpx.delete(f"{ENDPOINT}/_admin/faults", headers=headers).raise_for_status()
+
+
+@pytest.fixture(params=["lfs", "xet"])
+def path(request, monkeypatch):
+    """Both ways of uploading and downloading large files."""
+    if request.param == "xet":
+        pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", request.param == "lfs")
+    return request.param
+
+
+def remote(repo: str, revision: str | None = None) -> dict[str, int]:
+    entries = HfApi(token=TOKEN).list_repo_tree(repo, recursive=True, revision=revision)
+    return {entry.path: entry.size for entry in entries if hasattr(entry, "size") and entry.path != ".gitattributes"}
+
+
+def commits(repo: str) -> int:
+    return len(HfApi(token=TOKEN).list_repo_commits(repo))
+
+
+def clean(code: str, home: Path, token: str | None = TOKEN, check: bool = True, **environment):
+    """Run code where only transformers, torch and numpy can be imported, with its own empty cache."""
+    kept = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS", "SYSTEMROOT") if name in os.environ}
+    credentials = {"HF_TOKEN": token} if token else {}
+    variables = {
+        **kept,
+        "HF_HOME": str(home),
+        "HOME": str(home),
+        "HF_ENDPOINT": ENDPOINT,
+        **credentials,
+        **environment,
+    }
+    home.mkdir(exist_ok=True)
+    command = [sys.executable, "-I", "-c", BLOCKER + code]
+    done = subprocess.run(command, env=variables, cwd=home, capture_output=True, text=True, timeout=300, check=False)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_publish_is_one_commit_and_runs_again_without_another(path, repo, staged):
+    files = list_files(staged)
+    first = Publisher(repo, TOKEN).publish(staged, tag=content_tag(files), private=True)
+    assert remote(repo) == {file.name: file.size for file in files}
+    assert first["uploaded"] == len(files) and commits(repo) == 2  # the Hub's own first commit, and ours
+    api = HfApi(token=TOKEN)
+    assert api.repo_info(repo).private
+    assert [tag.target_commit for tag in api.list_repo_refs(repo).tags] == [first["commit"]]
+    again = Publisher(repo, TOKEN).publish(staged, tag=content_tag(files))
+    assert again["commit"] == first["commit"] and again["uploaded"] == 0
+    folder = hub.download(repo, token=TOKEN, cache_dir=staged.parent / "cache")
+    assert (folder / "model.safetensors").read_bytes() == (staged / "model.safetensors").read_bytes()
+
+
+def test_update_replaces_weights_and_removes_stale_files(repo, staged, runs):
+    publisher = Publisher(repo, TOKEN)
+    old = publisher.publish(staged)["commit"]
+    (staged / "model.safetensors").unlink()
+    make_model("seq2seq").save_pretrained(staged.parent / "sharded", max_shard_size="60KB")
+    for shard in (staged.parent / "sharded").glob("model*"):
+        shutil.copyfile(shard, staged / shard.name)
+    (staged / "codec_flashlite.py").unlink(missing_ok=True)
+    report = publisher.publish(staged)
+    assert report["deleted"] >= 1 and "model.safetensors" not in remote(repo)
+    assert remote(repo) == {file.name: file.size for file in list_files(staged)}
+    assert "model.safetensors" in remote(repo, old)
+
+
+def test_branch_and_pull_request_leave_main_alone(repo, staged):
+    publisher = Publisher(repo, TOKEN)
+    main = publisher.publish(staged)["commit"]
+    (staged / "README.md").write_text((staged / "README.md").read_text() + "\nMore.\n")
+    branch = publisher.publish(staged, branch="next")
+    request = publisher.publish(staged, create_pr=True)
+    api = HfApi(token=TOKEN)
+    assert api.repo_info(repo).sha == main
+    assert api.repo_info(repo, revision="next").sha == branch["commit"] != main
+    assert [discussion.is_pull_request for discussion in api.get_repo_discussions(repo)] == [True]
+    assert "discussions" in request["url"]
+
+
+def test_heads_load_in_a_clean_process(account, runs, tmp_path):
+    """Every head, the tokenizer and the pipeline, with `trust_remote_code` only and the revision pinned."""
+    published, expected = {}, {}
+    inputs = torch.arange(8, 24)[None]
+    try:
+        for kind, (_, auto_class, _) in HEADS.items():
+            name = f"{account}/flashlite-test-{kind}-{uuid.uuid4().hex[:8]}"
+            report = Publisher(name, TOKEN).publish(complete(runs[kind], tmp_path / kind, name))
+            published[name] = (auto_class, report["commit"])
+            model = HEADS[kind][0].from_pretrained(runs[kind])
+            with torch.no_grad():
+                outputs = model(inputs, **({"decoder_input_ids": inputs} if kind == "seq2seq" else {}))
+            expected[name] = outputs[0].double().sum().item()
+        code = f"""
+import json, torch, transformers
+from transformers import AutoConfig, AutoTokenizer, pipeline
+inputs, found = torch.arange(8, 24)[None], {{}}
+for name, (auto_class, revision) in {published!r}.items():
+    hub = dict(revision=revision, trust_remote_code=True)
+    model = getattr(transformers, auto_class).from_pretrained(name, **hub)
+    assert type(model).__module__.startswith("transformers_modules"), type(model)
+    with torch.no_grad():
+        outputs = model(inputs, **({{"decoder_input_ids": inputs}} if auto_class == "AutoModelForSeq2SeqLM" else {{}}))
+    found[name] = outputs[0].double().sum().item()
+    text = "Any text: äöü €"
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    if auto_class == "AutoModelForSeq2SeqLM":
+        assert pipeline(model=name, max_new_tokens=4, **hub)(["a", "b"], batch_size=2)[1].keys() == {{"generated_text"}}
+        assert pipeline("text2text-generation", model=name, **hub).model.config._commit_hash == revision
+    if auto_class == "AutoModelForQuestionAnswering":
+        assert "answer" in pipeline(model=name, **hub)(question="Who?", context="The Licensor.")
+    if auto_class == "AutoModelForCausalLM":
+        assert pipeline("text-generation", model=name, max_new_tokens=4, **hub)("The")[0]["generated_text"]
+    for other in {[auto for _, auto, _ in HEADS.values()]!r}:
+        assert other in AutoConfig.from_pretrained(name, **hub).auto_map
+assert not [name for name in __import__("sys").modules if name.startswith(("peft.", "datasets.", "evaluate"))]
+print(json.dumps(found))
+"""
+        found = json.loads(clean(code, tmp_path / "home").stdout.splitlines()[-1])
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-4)
+    finally:
+        for name in published:
+            HfApi(token=TOKEN).delete_repo(name)
+
+
+def test_command_publishes_and_keeps_the_token_to_itself(repo, runs, tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "publish.py"), "--run", str(runs["causal"]), "--repo", repo]
+    environment = {**os.environ, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "--push"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["pushed"] and report["commit"] == HfApi(token=TOKEN).repo_info(repo).sha
+    card = hub.download(repo, revision=report["tag"], token=TOKEN, cache_dir=tmp_path / "cache") / "README.md"
+    for text in (done.stdout, done.stderr, card.read_text()):
+        assert TOKEN not in text
+    refused = subprocess.run(
+        [*command, "--push"], env={**environment, "HF_TOKEN": "hf_wrong"}, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1 and re.fullmatch(r"publish: .*\(401\).*\n", refused.stderr.splitlines()[-1] + "\n")
+    assert "hf_wrong" not in refused.stdout + refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_adapter_is_published_and_loads_on_its_base(account, repo, runs, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = f"{account}/flashlite-test-base-{uuid.uuid4().hex[:8]}"
+    Publisher(base, TOKEN).publish(complete(runs["causal"], tmp_path / "base", base))
+    try:
+        model = HEADS["causal"][0].from_pretrained(runs["causal"])
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        adapted = get_peft_model(model, config)
+        adapted.save_pretrained(tmp_path / "run")
+        stage(tmp_path / "run", tmp_path / "staged", base_model=base)
+        written = {**WRITTEN, "base_model": base, "base_model_relation": "adapter"}
+        card = cards.collect_card(tmp_path / "staged", repo, [RESULTS], written)
+        (tmp_path / "staged" / "README.md").write_text(cards.render_card({**card, "snippet_output": "text"}))
+        Publisher(repo, TOKEN).publish(tmp_path / "staged", tag=card["revision"])
+        assert set(remote(repo)) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+        code = "import transformers, peft\n" + card["snippet"] + "print(model(**inputs)[0].double().sum().item())\n"
+        printed = clean(code, tmp_path / "home").stdout.splitlines()[-1]
+        inputs = make_tokenizer()(WRITTEN["example"], return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            assert float(printed) == pytest.approx(adapted.eval()(**inputs)[0].double().sum().item(), rel=1e-4)
+    finally:
+        HfApi(token=TOKEN).delete_repo(base)
+
+
+def test_plain_push_to_hub_of_model_tokenizer_and_trainer(repo, account, runs, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(runs["causal"]),
+        AutoModelForCausalLM.from_pretrained(runs["causal"]),
+    )
+    model.push_to_hub(repo, token=TOKEN)
+    tokenizer.push_to_hub(repo, token=TOKEN)
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(remote(repo))
+    arguments = TrainingArguments(
+        tmp_path / repo.rpartition("/")[2],
+        max_steps=1,
+        push_to_hub=True,
+        hub_model_id=repo,
+        hub_token=TOKEN,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    rows = [
+        {"input_ids": (ids := tokenizer(line)["input_ids"][:8] + [0] * 8)[:8], "labels": ids[:8]} for line in TEXT[:4]
+    ]
+    trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    trainer.push_to_hub()
+    again = AutoModelForCausalLM.from_pretrained(repo, token=TOKEN, cache_dir=tmp_path / "cache")
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), trainer.model.state_dict().values()))
+
+
+def test_wrong_read_only_and_foreign_tokens_are_told_apart(repo, staged):
+    with pytest.raises(PublishError, match=r"refused .*401"):
+        Publisher(repo, "hf_" + "wrong" * 4).publish(staged)
+    with pytest.raises(PublishError, match=r"may not .*\(403\)"):
+        Publisher(repo, other("READ_TOKEN")).publish(staged)
+    before = Publisher(repo, TOKEN).publish(staged)["commit"]
+    (staged / "README.md").write_text((staged / "README.md").read_text() + "\nMine.\n")
+    with pytest.raises(PublishError, match=r"\(403\)"):
+        Publisher(repo, other("OTHER_TOKEN")).publish(staged)
+    assert HfApi(token=TOKEN).repo_info(repo).sha == before
+
+
+def test_private_gated_and_missing_are_one_sentence(repo, staged, tmp_path):
+    Publisher(repo, TOKEN).publish(staged, private=True)
+    stranger = other("OTHER_TOKEN")
+    with pytest.raises(DownloadError, match=r"not found, or this account may not see it"):
+        hub.download(repo, token=stranger, cache_dir=tmp_path / "a")
+    HfApi(token=TOKEN).update_repo_settings(repo, private=False)
+    Publisher(repo, TOKEN).publish(staged, gated="manual")
+    with pytest.raises(DownloadError, match="gated and this account has no access"):
+        hub.download(repo, token=stranger, cache_dir=tmp_path / "b")
+    with pytest.raises(DownloadError, match="no such branch, tag or commit"):
+        hub.download(repo, revision="no-such", token=TOKEN, cache_dir=tmp_path / "c")
+    with pytest.raises(DownloadError, match="was not found"):
+        hub.download(repo + "-not", token=TOKEN, cache_dir=tmp_path / "d")
+    with pytest.raises(PublishError, match="is not a repository name"):
+        Publisher("not//a name", TOKEN).publish(staged)
+
+
+def test_missing_file_is_a_clear_error_of_the_library(repo, runs, tmp_path):
+    api = HfApi(token=TOKEN)
+    Publisher(repo, TOKEN).publish(complete(runs["causal"], tmp_path / "staged", repo))
+    api.delete_file("model.safetensors", repo)
+    with pytest.raises(OSError, match=r"does not appear to have a file named .*model.safetensors"):
+        HEADS["causal"][0].from_pretrained(repo, token=TOKEN, cache_dir=tmp_path / "cache")
+
+
+def test_stale_parent_is_refused(repo, staged):
+    publisher = Publisher(repo, TOKEN)
+    old = publisher.publish(staged)["commit"]
+    new = HfApi(token=TOKEN).upload_file(path_or_fileobj=b"x", path_in_repo="note.txt", repo_id=repo).oid
+    (staged / "README.md").write_text((staged / "README.md").read_text() + "\nMine.\n")
+    with pytest.raises(PublishError, match=f"stands at {new[:10]}, not at {old[:10]}"):
+        publisher.publish(staged, parent_commit=old)
+    # somebody commits between our look and our commit: the server itself refuses
+    publisher._head = lambda revision: old
+    with pytest.raises(PublishError, match=r"changed while publishing \(412\)"):
+        publisher.publish(staged)
+    assert HfApi(token=TOKEN).repo_info(repo).sha == new
+
+
+@pytest.mark.parametrize("fault", [{"status": 503}, {"reset": True}], ids=["503", "dropped"])
+@pytest.mark.parametrize(
+    "where", ["commit/", "preupload", "upload|v1/xorbs|v1/shards"], ids=["commit", "plan", "data"]
+)
+def test_upload_survives_faults_or_leaves_the_repository_as_it_was(path, repo, staged, faults, fault, where):
+    publisher = Publisher(repo, TOKEN)
+    publisher.publish(staged)
+    (staged / "README.md").write_text((staged / "README.md").read_text() + "\nMore.\n")
+    weights = (staged / "model.safetensors").resolve().read_bytes()
+    (staged / "model.safetensors").unlink()
+    # another copy of the same length: new bytes to send
+    (staged / "model.safetensors").write_bytes(weights[:-16] + os.urandom(16))
+    before = remote(repo), HfApi(token=TOKEN).repo_info(repo).sha
+    faults(match=where, times=2, **fault)
+    report = publisher.publish(staged)
+    assert HfApi(token=TOKEN).repo_info(repo).sha == report["commit"] != before[1]
+    assert remote(repo) == {file.name: file.size for file in list_files(staged)}
+    assert commits(repo) == 3
+
+
+def test_upload_that_never_gets_through_says_so_and_changes_nothing(path, repo, staged, faults, monkeypatch):
+    publisher = Publisher(repo, TOKEN, retries=1)
+    before = publisher.publish(staged)["commit"]
+    (staged / "README.md").write_text((staged / "README.md").read_text() + "\nMore.\n")
+    faults(match="/commit/", status=503, times=1000)
+    with pytest.raises(PublishError, match=r"Could not commit the files .*run again to resume") as caught:
+        publisher.publish(staged)
+    assert "\n" not in str(caught.value) and TOKEN not in str(caught.value)
+    assert HfApi(token=TOKEN).repo_info(repo).sha == before
+
+
+def test_damaged_downloads_are_refused(path, repo, staged, faults, tmp_path):
+    Publisher(repo, TOKEN).publish(staged)
+    weights = "model.safetensors|/lfs/|/xorb/"
+    faults(match=weights, method="GET", server="cdn", truncate=1000, times=1)
+    folder = hub.download(repo, token=TOKEN, cache_dir=tmp_path / "truncated")
+    assert (folder / "model.safetensors").read_bytes() == (staged / "model.safetensors").read_bytes()
+    faults(match=weights, method="GET", server="cdn", corrupt=True, times=1)
+    folder = hub.download(repo, token=TOKEN, cache_dir=tmp_path / "once")
+    assert (folder / "model.safetensors").read_bytes() == (staged / "model.safetensors").read_bytes()
+    faults(match=weights, method="GET", server="cdn", corrupt=True, times=1000)
+    with pytest.raises(DownloadError):
+        hub.download(repo, token=TOKEN, cache_dir=tmp_path / "always")
+    assert not list((tmp_path / "always").rglob("snapshots/*/model.safetensors"))
+
+
+def test_full_disk_is_said_and_leaves_a_usable_cache(path, repo, staged, tmp_path):
+    Publisher(repo, TOKEN).publish(staged)
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r}); del sys.modules["modeling_flashlite"]
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from modeling_flashlite.hub import download, DownloadError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try:
+    download({repo!r})
+except DownloadError as error:
+    print("refused:", error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print((download({repo!r}) / "model.safetensors").stat().st_size)
+"""
+    done = clean(code, tmp_path / "home", HF_HUB_DISABLE_XET="1" if path == "lfs" else "0")
+    refused, size = done.stdout.splitlines()[-2:]
+    assert refused.startswith("refused: ") and int(size) == (staged / "model.safetensors").stat().st_size
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_warm_cache_works_offline(repo, runs, tmp_path):
+    Publisher(repo, TOKEN).publish(complete(runs["seq2seq"], tmp_path / "staged", repo, "translation"))
+    code = f"""
+from transformers import pipeline
+pipe = pipeline("translation", model={repo!r}, trust_remote_code=True, max_new_tokens=4)
+print(pipe("Hello")[0].keys())
+"""
+    online = clean(code, tmp_path / "home").stdout
+    offline = clean(code, tmp_path / "home", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:1").stdout
+    assert online.splitlines()[-1] == offline.splitlines()[-1] == "dict_keys(['translation_text'])"
+    cold = clean(code, tmp_path / "cold", check=False, HF_HUB_OFFLINE="1")
+    assert cold.returncode == 1 and "offline" in cold.stderr.lower()
+
+
+def test_server_errors_keep_their_text_and_lose_the_token():
+    request = httpx.Request("GET", "http://hub")
+    error = HfHubHTTPError("quota of hf_secret used up", response=httpx.Response(402, request=request))
+    explained = hub.explain("commit the files", "you/model", error, "hf_secret")
+    assert "402" in str(explained) and "hf_secret" not in str(explained)
