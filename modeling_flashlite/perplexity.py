@@ -159,7 +159,8 @@ def label_likelihood(model: PreTrainedModel, batches) -> dict[str, float]:
     total, count = 0.0, 0
     for batch in tqdm(batches, desc="loss", unit="batch"):
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        logits, labels = model(**batch).logits, batch["labels"]
+        # packed rows are told apart only where no cache is filled
+        logits, labels = model(**batch, use_cache=False).logits, batch["labels"]
         if not model.config.is_encoder_decoder:
             logits, labels = logits[:, :-1], labels[:, 1:]
         for row, targets in zip(logits, labels):
