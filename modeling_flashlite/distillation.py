@@ -10,7 +10,7 @@ import re
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel, Seq2SeqTrainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .divergence import KDLoss, divergence, parse_divergence, shared_vocabulary
@@ -22,6 +22,7 @@ from .teacher import (
     teacher_logits,
     tokenizer_fingerprint,
 )
+from .training import CarefulTrainer
 
 __all__ = [
     "DistillationCallback",
@@ -99,8 +100,8 @@ def set_loss_function(model: torch.nn.Module, loss_function) -> None:
     model.loss_function = loss_function
 
 
-class DistillationTrainer(Seq2SeqTrainer):
-    r"""`Seq2SeqTrainer` with a live teacher: only `compute_loss` differs.
+class DistillationTrainer(CarefulTrainer):
+    r"""A `Seq2SeqTrainer` with a live teacher: only `compute_loss` differs.
 
     Args:
         teacher (`PreTrainedModel`, *optional*): any Hugging Face language model with the student's vocabulary; without

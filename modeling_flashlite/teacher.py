@@ -118,7 +118,7 @@ class TeacherCache:
     The columns are `teacher_ids` and `teacher_weights`, `[T, K]`, and `teacher_info`, a JSON text that says where they
     come from. Row t is what the student's state t must match: it belongs to `labels[t]` of a target and to
     `labels[t + 1]` of causal data. K is `k`; in mode `sample` it is `k + 2`: first comes the teacher's best token,
-    last the mean log-probability of the samples, which makes the logged divergence 0 for a student equal to its teacher.
+    last the mean log-probability of the samples: with it, a student equal to its teacher logs a divergence of 0.
 
     Args:
         teacher (`PreTrainedModel` or `str`): any Hugging Face language model, or the name of one.

@@ -1,0 +1,100 @@
+"""Command lines of the scripts: dataclasses, a YAML recipe, overrides, and a suggestion for every unknown key."""
+
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+__all__ = ["banner", "finish", "parse_args"]
+
+
+def parse_args(classes: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:
+    """Fill dataclasses from `--config recipe.yaml` and `--key value` overrides; the command line wins.
+
+    Args:
+        classes (sequence of dataclasses): each key belongs to the field of that name.
+        argv (sequence of `str`, *optional*): arguments; those of the process if unset.
+        description (`str`, *optional*): shown by `--help`.
+
+    Returns:
+        `tuple`: one instance per class.
+
+    Raises:
+        `SystemExit`: with code 2 and one line for an unknown key, a wrong type or a value that a class refuses.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
+    parser.error = _refuse  # the usage of a hundred training arguments would hide the message
+    parser.add_argument("--config", help="YAML recipe; every other argument overrides its key")
+    keys = [field.name for cls in classes for field in fields(cls) if field.init]
+    # the recipe's values become the defaults, so they must be known before the rest is parsed
+    config = next((argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"), None)
+    config = next((word.partition("=")[2] for word in argv if word.startswith("--config=")), config)
+    if config is not None:
+        recipe = _read_recipe(config)
+        for key in recipe:
+            if key not in keys:
+                _refuse(f"unknown key {key!r} in {Path(config).name}{_suggest(key, keys)}")
+        for action in parser._actions:
+            action.required = action.required and action.dest not in recipe
+        parser.set_defaults(**recipe)
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True
+        )
+    except (ValueError, TypeError) as error:
+        _refuse(str(error))
+    for word in rest:
+        if word.startswith("-"):
+            key = word.lstrip("-").partition("=")[0]
+            _refuse(f"unknown key {key!r} on the command line{_suggest(key, keys)}")
+    if rest:
+        _refuse(f"unexpected argument {rest[0]!r}; arguments are given as --key value")
+    return tuple(parsed[: len(classes)])
+
+
+def _read_recipe(path: str) -> dict:
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        _refuse(f"cannot read the recipe {path}: {error}")
+    if not isinstance(recipe, dict):
+        _refuse(f"{path} holds a {type(recipe).__name__}, but a recipe is a list of 'key: value' lines")
+    return recipe
+
+
+def _suggest(key: str, keys: list[str]) -> str:
+    close = difflib.get_close_matches(key, keys, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; --help lists the keys"
+
+
+def _refuse(message: str) -> None:
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")
+    raise SystemExit(2)
+
+
+def banner(name: str, model: torch.nn.Module, training_args) -> str:
+    """One line on what runs where: parameters, precision, devices, seed."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"
+    device = torch.cuda.get_device_name() if training_args.device.type == "cuda" else training_args.device.type
+    return (
+        f"{name} · {total / 1e6:.1f}M params ({trainable / 1e6:.1f}M trainable) · {precision} · "
+        f"{training_args.world_size}x {device} · seed {training_args.seed}"
+    )
+
+
+def finish(metrics: dict) -> dict:
+    """Print a run's numbers as the last line of standard output, one JSON object, on the main process only."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        sys.stdout.flush()
+        sys.stdout.write(json.dumps(metrics) + "\n")
+        sys.stdout.flush()
+    return metrics

@@ -1,0 +1,178 @@
+"""Trainers that stop on a broken loss, survive a full disk, and carry segment memory from step to step."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import Seq2SeqTrainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .attention_flashlite import BlockSummaries
+from .cache_flashlite import FlashLiteCache
+from .data import require_columns
+
+__all__ = ["CarefulTrainer", "SegmentTrainer", "last_checkpoint", "plot_losses"]
+
+# written after everything else, so that a folder which has it is complete
+LAST_FILE = "trainer_state.json"
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """Newest complete checkpoint of a run, or `None`; folders that a crash left half written are passed over."""
+    folders = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / LAST_FILE).is_file()]
+    steps = {int(p.name.rpartition("-")[2]): p for p in folders if p.name.rpartition("-")[2].isdigit()}
+    return str(steps[max(steps)]) if steps else None
+
+
+class CarefulTrainer(Seq2SeqTrainer):
+    """`Seq2SeqTrainer` whose mishaps cost no checkpoint.
+
+    A loss that is not finite stops the training before the optimizer sees it; the batch is kept for inspection. A
+    checkpoint that cannot be written completely is removed, and the one before it stays.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Compute the loss as usual and check that it is a number."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training and not torch.isfinite(loss).all():
+            kept = Path(self.args.output_dir) / f"broken_batch_rank{self.args.process_index}.pt"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}, kept)
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}; its batch is kept in {kept} and the "
+                f"last good checkpoint is {last_checkpoint(self.args.output_dir)}; lower learning_rate or set "
+                "max_grad_norm, and continue with --resume."
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not (folder / LAST_FILE).is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+            free = shutil.disk_usage(folder.parent).free / 2**20
+            raise OSError(
+                f"Checkpoint {folder} could not be written ({error}); {free:.0f} MiB are free and the last good one is "
+                f"{last_checkpoint(folder.parent)}; free some space or lower save_total_limit, and use --resume."
+            ) from error
+
+
+class SegmentTrainer(CarefulTrainer):
+    """Segment recurrence across steps: each row of a batch continues its stream, with its own past as memory.
+
+    The dataset comes from [`segment_streams`] with as many streams as rows per optimizer step: processes x batch size
+    x accumulation steps. Rows are read in order; `memory_reset` empties a row's memory where a new document begins.
+    Checkpoints hold each process's memory, so a resumed run is the uninterrupted one. Evaluation carries memory too,
+    with processes x evaluation batch size streams.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._memories: dict[int, FlashLiteCache] = {}
+        self._micro_step = 0
+        self._evaluation_memory: FlashLiteCache | None = None
+        for dataset in filter(None, (self.train_dataset, self.eval_dataset)):
+            require_columns(dataset, ["memory_reset"], "Make it with segment_streams.")
+        streams = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        if self.train_dataset is not None and len(self.train_dataset) % streams:
+            raise ValueError(
+                f"The dataset has {len(self.train_dataset)} segments, which {streams} streams (processes x batch size "
+                f"x accumulation) do not divide; call segment_streams with batch_size={streams}."
+            )
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "memory_reset" not in self._signature_columns:
+            self._signature_columns.append("memory_reset")
+
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Give the model its rows' memory, and keep what it returns for the next step."""
+        inputs = dict(inputs)
+        reset = inputs.pop("memory_reset")
+        slot = self._micro_step % self.args.gradient_accumulation_steps
+        memory = self._memories.get(slot) if model.training else self._evaluation_memory
+        if memory is None or bool(reset.all()):
+            memory = self.accelerator.unwrap_model(model).new_memory()
+        else:
+            memory.reset_rows(reset)
+        loss, outputs = super().compute_loss(model, {**inputs, "memory": memory}, True, num_items_in_batch)
+        if model.training:
+            self._memories[slot] = outputs.memory
+            self._micro_step += 1
+        else:
+            self._evaluation_memory = outputs.memory
+        # memory is no prediction: the evaluation loop would try to gather it
+        return (loss, {k: v for k, v in outputs.items() if k != "memory"}) if return_outputs else loss
+
+    def evaluate(self, *args, **kwargs):
+        """Evaluate from an empty memory."""
+        self._evaluation_memory = None
+        return super().evaluate(*args, **kwargs)
+
+    # memory is part of the state that makes a run reproducible, so it is written and read where the random states are
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        state = {slot: [_layer_state(layer) for layer in memory.layers] for slot, memory in self._memories.items()}
+        torch.save(state, self._memory_file(output_dir))
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None or not self._memory_file(checkpoint).is_file():
+            return
+        saved = torch.load(self._memory_file(checkpoint), map_location=self.args.device, weights_only=True)
+        for slot, layers in saved.items():
+            self._memories[slot] = memory = self.accelerator.unwrap_model(self.model).new_memory()
+            for layer, state in zip(memory.layers, layers):
+                for name, value in state.items():
+                    setattr(layer, name, BlockSummaries(*value) if isinstance(value, list) else value)
+
+    def _memory_file(self, folder: str | Path) -> Path:
+        return Path(folder) / f"memory_{self.args.process_index}.pt"
+
+
+def _layer_state(layer) -> dict:
+    """Everything a memory layer holds, in types that are safe to load."""
+    state = {name: list(value) if isinstance(value, BlockSummaries) else value for name, value in vars(layer).items()}
+    plain = (torch.Tensor, int, type(None), list, torch.dtype, torch.device)
+    return {name: value for name, value in state.items() if isinstance(value, plain)}
+
+
+def plot_losses(log_history: list[dict], path: str | Path) -> Path | None:
+    """Draw training and evaluation losses, and a divergence if one was logged, over the steps as an SVG.
+
+    Args:
+        log_history (`list[dict]`): of a `TrainerState`.
+        path (`str` or `Path`): file to write.
+
+    Returns:
+        `Path`, or `None` where matplotlib is not installed or nothing was logged.
+    """
+    curves = {
+        key: [(log["step"], log[key]) for log in log_history if key in log and "step" in log]
+        for key in ("loss", "eval_loss", "kd", "eval_kd")
+    }
+    curves = {key: points for key, points in curves.items() if points}
+    if not curves or importlib.util.find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
+
+    # Okabe and Ito's colours, which differ for colour-blind readers too
+    colours = {"loss": "#0072b2", "eval_loss": "#d55e00", "kd": "#009e73", "eval_kd": "#cc79a7"}
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, points in curves.items():
+        steps, values = zip(*points)
+        axes.plot(steps, values, color=colours[key], marker="o" if len(points) < 20 else None, markersize=3)
+        axes.annotate(f" {key} {values[-1]:.3f}", (steps[-1], values[-1]), color=colours[key], va="center")
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.margins(x=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    return Path(path)
