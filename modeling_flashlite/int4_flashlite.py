@@ -1,12 +1,12 @@
-"""Packed int4 weights in memory, and the products that use them: one storage for linear layers, embeddings, tied heads.
+"""Packed int4 weights in memory and the products that use them: one storage for linear layers, embeddings, tied heads.
 
 A weight is w[n, k] = code[n, k] * step[n] with codes -8..7 and one float32 step per row. Codes lie in *tiles*, uint8
-`[ceil(N / 64), Kp, 32]` with Kp = K rounded up to 32: byte (b, k, j) holds code + 8 of row 64 b + j in its low nibble and of
-row 64 b + j + 32 in its high nibble; padding is code 0. That is the order PyTorch's AVX-512 int4 kernel reads, so half a
-byte per weight is all there is: nothing is kept twice, and the same tiles serve products, row look-ups and saving.
+`[ceil(N / 64), Kp, 32]` with Kp = K rounded up to 32: byte (b, k, j) holds code + 8 of row 64 b + j in its low nibble
+and of row 64 b + j + 32 in its high nibble; padding is code 0. That is what PyTorch's AVX-512 int4 kernel reads, so
+half a byte per weight is all there is: nothing is kept twice, and the same tiles serve products, look-ups and saving.
 
-`int4_linear` picks by the number of activation rows M (microseconds, one thread of an AVX-512 server core with VNNI, minima;
-"mixed" is what runs here, "exact" is without int8 activations):
+`int4_linear` picks by the number of activation rows M (microseconds, one thread of an AVX-512 server core with VNNI,
+minima; "mixed" is what runs here, "exact" is without int8 activations):
 
     ============  ====  ======  ======  =======================  =====
     size             M    bf16   fp32   mixed                    exact
@@ -17,7 +17,8 @@ byte per weight is all there is: nothing is kept twice, and the same tiles serve
     ============  ====  ======  ======  =======================  =====
 
 Everything is computed in bfloat16 with exact integer codes and float32 accumulation, and scaled by the float32 step
-afterwards, whatever the caller's dtype: the kernel's float32 and float16 versions are scalar loops, 30 to 50 times slower.
+afterwards, whatever the caller's dtype: the kernel's float32 and float16 versions are scalar loops, 27 to 55 times
+slower.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def tile_codes(packed: torch.Tensor, out_features: int, in_features: int) -> tor
     """Tiles of packed codes.
 
     Args:
-        packed (`torch.Tensor` uint8 `[ceil(out_features * in_features / 2)]`): row-major codes, two per byte, low nibble
-            first, each stored as code + 8 (the order of the codec).
+        packed (`torch.Tensor` uint8 `[ceil(out_features * in_features / 2)]`): row-major codes, two per byte, low
+            nibble first, each stored as code + 8 (the order of the codec).
         out_features (`int`): N.
         in_features (`int`): K.
 
@@ -127,7 +128,7 @@ _kernel_forms = WeakIdKeyDictionary()
 
 
 def _kernel_form(tiles: torch.Tensor) -> torch.Tensor:
-    """Weights as the kernel wants them: the tiles' own memory, or elsewhere a copy made once and kept while they live."""
+    """Weights as the kernel wants them: the tiles' own memory, or a copy made once and kept while they live."""
     shape = tiles.shape[0] * TILE_ROWS, tiles.shape[1] // 2
     if _tiles_fit_kernel():
         return tiles.view(shape)
@@ -155,7 +156,7 @@ def _kernel_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
 
 
 def _int8_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor | None:
-    """x `[M, Kp]` times codes with int8 activations, one scale per row of x: float32, or None if outliers forbid it."""
+    """x `[M, Kp]` times codes, x rounded to int8 with a scale per row: float32, or None if outliers forbid it."""
     peak = x.abs().amax(-1, keepdim=True).float()
     # rounding to a quantum q has variance q^2 / 12, against the mean square of x
     noise = (peak / 127).square().sum() / 12 * x.shape[1]
@@ -190,7 +191,7 @@ def _matmul(x: torch.Tensor, tiles: torch.Tensor, out_features: int, int8: bool)
 
 @torch.library.custom_op("flashlite::int4_matmul", mutates_args=())
 def int4_matmul(x: torch.Tensor, tiles: torch.Tensor, out_features: int, int8: bool) -> torch.Tensor:
-    """x `[M, K]` (any floating dtype) times the codes: bfloat16 `[M, N]`, before steps and bias; differentiable in x."""
+    """x `[M, K]` of any floating dtype times the codes: bfloat16 `[M, N]`, before steps and bias."""
     return _matmul(x, tiles, out_features, int8).to(torch.bfloat16)
 
 
@@ -246,8 +247,8 @@ def int4_linear(
         step (`torch.Tensor` `[N]`): one step per row.
         in_features (`int`): K.
         bias (`torch.Tensor` `[N]`, *optional*).
-        int8_activations (`bool`): many rows without a gradient may be rounded to int8, one scale per row, as long as that
-            costs at most 1.5% of the output's root mean square; False keeps bfloat16.
+        int8_activations (`bool`): many rows without a gradient may be rounded to int8, one scale per row, as long as
+            that costs at most 1.5% of the output's root mean square; False keeps bfloat16.
 
     Returns:
         `torch.Tensor` `[..., N]` in x's dtype, of bfloat16 precision.
