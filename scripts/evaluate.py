@@ -4,15 +4,15 @@ python scripts/evaluate.py --model runs/de --task translation --dataset test=tes
 python scripts/evaluate.py --model runs/lm --task text-generation --dataset test=wiki.test.txt --end newline
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 
 import modeling_flashlite  # noqa: F401  registers the Auto classes
+from modeling_flashlite.cli import finish, parse_args
 from modeling_flashlite.data import load_data, pick_split
 from modeling_flashlite.evaluation import evaluate_task
 from modeling_flashlite.measurement import measure_generation, model_size, peak_memory_bytes
@@ -136,8 +136,7 @@ def main(model_args: ModelArgs, data_args: DataArgs, eval_args: EvalArgs) -> dic
         dtype=str(model.dtype).removeprefix("torch."),
         **result,
     )
-    print(json.dumps({"output": output, **metrics}))
-    return metrics
+    return finish({"output": output, **metrics})
 
 
 def measure_speed(model: PreTrainedModel, tokenizer, task: Task, prompts: list, args: EvalArgs) -> list[dict]:
@@ -151,4 +150,4 @@ def measure_speed(model: PreTrainedModel, tokenizer, task: Task, prompts: list, 
 
 
 if __name__ == "__main__":
-    main(*HfArgumentParser((ModelArgs, DataArgs, EvalArgs)).parse_args_into_dataclasses())
+    main(*parse_args((ModelArgs, DataArgs, EvalArgs), description=__doc__))

@@ -4,12 +4,10 @@ python scripts/train_tokenizer.py --dataset python --vocab_size 4096 --output_di
 python scripts/train_tokenizer.py --dataset train=pairs.jsonl.xz --columns en,de --add_eos_token --output_dir runs/tok
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
-
+from modeling_flashlite.cli import finish, parse_args
 from modeling_flashlite.data import load_data, pick_split, require_columns
 from modeling_flashlite.tokenization import train_tokenizer
 
@@ -54,9 +52,8 @@ def main(args: TokenizerArgs) -> dict:
         "vocab_size": len(tokenizer),
         "characters_per_token": round(len(sample) / max(1, len(tokenizer(sample)["input_ids"])), 3),
     }
-    print(json.dumps(result))
-    return result
+    return finish(result)
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(TokenizerArgs).parse_args_into_dataclasses()[0])
+    main(*parse_args((TokenizerArgs,), description=__doc__))

@@ -1,0 +1,255 @@
+"""Tasks by name: columns found or explained, rows turned into the right inputs and labels for both kinds of model."""
+
+import pytest
+from datasets import ClassLabel, Dataset
+
+from modeling_flashlite.metrics import METRICS
+from modeling_flashlite.preprocessing import answer_span, cut_prompt, preprocess, question_windows
+from modeling_flashlite.tasks import (
+    TASKS,
+    chat_turns,
+    get_task,
+    label_names,
+    prompts_and_references,
+    references_of,
+    resolve_columns,
+)
+from modeling_flashlite.tokenization import train_tokenizer
+
+CONTEXT = "The tower was built in 1889 by Gustave Eiffel, and it stands in Paris."
+DATA = {
+    "translation": {"source": ["one two", "three"], "target": ["eins zwei", "drei"]},
+    "text2text-generation": {"source": ["one two", "three"], "target": ["eins zwei", "drei"]},
+    "summarization": {"dialogue": ["one two three four"] * 2, "summary": ["one", "two"]},
+    "extractive-qa": {
+        "question": ["When?", "Who?"],
+        "context": [CONTEXT] * 2,
+        "answers": [{"text": ["1889"], "answer_start": [23]}, {"text": ["Gustave Eiffel"], "answer_start": [31]}],
+    },
+    "abstractive-qa": {"question": ["When?", "Who?"], "context": [CONTEXT] * 2, "answer": ["1889", "Gustave Eiffel"]},
+    "chat": {
+        "messages": [
+            [
+                {"role": "user", "content": "one"},
+                {"role": "assistant", "content": "two"},
+                {"role": "user", "content": "three"},
+                {"role": "assistant", "content": "four"},
+            ]
+        ]
+        * 2
+    },
+    "text-generation": {"text": ["one two three " * 20, "four five six " * 20]},
+    "classification": {"text": ["one two", "three"], "label": ["good", "bad"]},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([CONTEXT, "one two three four five six", "eins zwei drei"] * 5, 320)
+
+
+@pytest.fixture(scope="module")
+def closing():
+    return train_tokenizer([CONTEXT, "one two three four five six", "eins zwei drei"] * 5, 320, add_eos_token=True)
+
+
+def prepared(name, tokenizer, **options):
+    return preprocess(get_task(name), Dataset.from_dict(DATA[name]), tokenizer, **options)
+
+
+def shown(tokenizer, labels):
+    return tokenizer.decode([label for label in labels if label != -100])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_declarations_are_consistent(name):
+    task = TASKS[name]
+    assert task.name == name and task.target in task.columns
+    assert task.name == "text-generation" or set(task.metrics) <= set(METRICS)
+    task.prompt.format(**dict.fromkeys(task.columns, "x"))
+
+
+@pytest.mark.parametrize("encoder_decoder", [True, False])
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_prepares_both_kinds_of_model(name, encoder_decoder, tokenizer):
+    rows = prepared(name, tokenizer, encoder_decoder=encoder_decoder, max_source_length=48, max_target_length=16)
+    assert len(rows) >= 2
+    assert "input_ids" in rows.column_names
+    assert {"labels", "start_positions"} & set(rows.column_names)
+    assert all(len(ids) <= 48 for ids in rows["input_ids"])
+
+
+def test_encoder_decoder_rows(closing):
+    row = prepared("translation", closing)[0]
+    assert closing.decode(row["input_ids"]) == "one two</s>"
+    assert closing.decode(row["labels"]) == "eins zwei</s>"
+
+
+def test_decoder_only_rows_learn_the_answer_alone(tokenizer):
+    row = prepared("translation", tokenizer, encoder_decoder=False)[0]
+    assert tokenizer.decode(row["input_ids"]) == "<|user|>one two<|end|><|assistant|>eins zwei<|end|>"
+    assert shown(tokenizer, row["labels"]) == "eins zwei<|end|>"
+    assert len(row["input_ids"]) == len(row["labels"])
+
+
+def test_without_a_template_a_newline_separates(tokenizer):
+    plain = train_tokenizer(["one two eins zwei"] * 3, 300)
+    plain.chat_template = None
+    row = prepared("translation", plain, encoder_decoder=False)[0]
+    assert plain.decode(row["input_ids"]) == "one two\neins zwei</s>"
+    assert shown(plain, row["labels"]) == "eins zwei</s>"
+
+
+def test_prompt_in_training_equals_prompt_in_evaluation(tokenizer, closing):
+    for name in ("summarization", "abstractive-qa"):
+        for encoder_decoder, tok in ((True, closing), (False, tokenizer)):
+            dataset, task = Dataset.from_dict(DATA[name]), get_task(name)
+            columns = resolve_columns(task, dataset)
+            [(prompt, _)] = prompts_and_references(task, dataset[0], columns, tok, encoder_decoder)
+            asked = tok(prompt, add_special_tokens=encoder_decoder)["input_ids"]
+            row = prepared(name, tok, encoder_decoder=encoder_decoder)[0]
+            assert row["input_ids"][: len(asked)] == asked
+
+
+def test_chat_learns_every_turn_of_the_assistant(tokenizer):
+    row = prepared("chat", tokenizer, encoder_decoder=False)[0]
+    assert shown(tokenizer, row["labels"]) == "two<|end|>four<|end|>"
+    turns = prepared("chat", tokenizer)
+    assert len(turns) == 4
+    assert (
+        tokenizer.decode(turns[1]["input_ids"])
+        == "<|user|>one<|end|><|assistant|>two<|end|><|user|>three<|end|><|assistant|>"
+    )
+    assert tokenizer.decode(turns[1]["labels"]) == "four<|end|>"
+    assert chat_turns([{"role": "assistant", "content": "first"}]) == []
+
+
+def test_chat_needs_a_template_that_marks_turns():
+    tokenizer = train_tokenizer(["one two"] * 3, 300)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="marks 0 tokens of the assistant"):
+        prepared("chat", tokenizer, encoder_decoder=False)
+
+
+def test_text_generation_with_an_encoder_continues(tokenizer):
+    rows = prepared("text-generation", tokenizer, max_source_length=8, max_target_length=4)
+    text = tokenizer.decode([token for row in rows for token in row["input_ids"] + row["labels"]])
+    assert text == "".join(text + "</s>" for text in DATA["text-generation"]["text"])
+
+
+def test_extractive_spans_decode_to_the_answer(closing):
+    for row, answer in zip(prepared("extractive-qa", closing, max_source_length=128), ("1889", "Gustave Eiffel")):
+        span = closing.decode(row["input_ids"][row["start_positions"] : row["end_positions"] + 1])
+        assert span.strip() == answer
+
+
+def test_windows_cover_a_long_context(closing):
+    windows = question_windows(closing, "When?", CONTEXT * 5, 40, stride=10)
+    covered = {place for _, offsets in windows for start, end in offsets for place in range(start, end)}
+    assert covered == set(range(len(CONTEXT * 5)))
+    assert all(len(ids) <= 40 for ids, _ in windows) and len(windows) > 2
+    with pytest.raises(ValueError, match="leaves no room for its context in 6 tokens"):
+        question_windows(closing, "A question of several words?", CONTEXT, 6)
+
+
+def test_an_answer_outside_the_window_is_no_answer(closing):
+    rows = prepared("extractive-qa", closing, max_source_length=24)
+    assert len(rows) > 2
+    spans = set(zip(rows["start_positions"], rows["end_positions"]))
+    assert (0, 0) in spans and len(spans) > 1
+
+
+def test_answer_span_of_every_form():
+    assert answer_span({"text": ["1889"], "answer_start": [23]}, CONTEXT) == (23, 27)
+    assert answer_span({"text": [], "answer_start": []}, CONTEXT) is None
+    assert answer_span("Paris", CONTEXT) == (64, 69)
+    assert answer_span(["nowhere"], CONTEXT) is None
+
+
+def test_references_of_every_form():
+    assert references_of("a") == ["a"]
+    assert references_of(["a", "b"]) == ["a", "b"]
+    assert references_of({"text": ["a"], "answer_start": [0]}) == ["a"]
+    assert references_of([]) == []
+
+
+def test_labels_become_class_ids(tokenizer):
+    assert prepared("classification", tokenizer)["labels"] == [1, 0]
+    named = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}).cast_column(
+        "label", ClassLabel(names=["no", "yes"])
+    )
+    assert label_names(named, "label") == ["no", "yes"]
+    assert label_names(Dataset.from_dict({"label": [0, 2]}), "label") == ["0", "1", "2"]
+
+
+class TestLengths:
+    def test_cut_prompts_keep_their_end(self):
+        assert cut_prompt(list(range(30)), 20) == [*range(12), *range(22, 30)]
+        assert cut_prompt(list(range(30)), 6) == [0, 1, 2, 27, 28, 29]
+        assert cut_prompt(list(range(30)), 20, from_start=True) == list(range(10, 30))
+        assert cut_prompt([1, 2], 20) == [1, 2]
+
+    def test_truncated_rows_keep_their_template(self, tokenizer):
+        rows = prepared("summarization", tokenizer, encoder_decoder=False, max_source_length=14, max_target_length=4)
+        text = tokenizer.decode(rows[0]["input_ids"])
+        assert text.startswith("<|user|>") and "<|end|><|assistant|>" in text and text.endswith("<|end|>")
+
+    def test_truncated_targets_still_end(self, tokenizer):
+        labels = prepared("translation", tokenizer, max_target_length=3)["labels"][0]
+        assert len(labels) == 3 and labels[-1] == tokenizer.eos_token_id
+
+    @pytest.mark.parametrize("name", ["translation", "classification"])
+    def test_drop_keeps_what_fits_and_error_explains(self, name, tokenizer):
+        assert len(prepared(name, tokenizer, max_source_length=2, too_long="drop")) == 1
+        with pytest.raises(ValueError, match=r"has \d+ tokens, but at most 2 fit; raise max_source_length, or set"):
+            prepared(name, tokenizer, max_source_length=2, too_long="error")
+
+    def test_nothing_left_is_an_error(self, tokenizer):
+        limits = {"encoder_decoder": False, "max_source_length": 6, "max_target_length": 5}
+        with pytest.raises(ValueError, match="0 examples came out of 2 rows"):
+            prepared("chat", tokenizer, too_long="drop", **limits)
+        with pytest.raises(ValueError, match="A conversation has"):
+            prepared("chat", tokenizer, too_long="error", **limits)
+
+    def test_limits_that_cannot_work(self, tokenizer):
+        with pytest.raises(ValueError, match="too_long is 'cut'"):
+            prepared("translation", tokenizer, too_long="cut")
+        with pytest.raises(ValueError, match="must be at least 2"):
+            prepared("translation", tokenizer, max_target_length=1)
+        with pytest.raises(ValueError, match="max_target_length is 64, but without an encoder"):
+            prepared("translation", tokenizer, encoder_decoder=False, max_source_length=64, max_target_length=64)
+
+
+class TestColumns:
+    def test_usual_names_are_found_and_others_are_mapped(self):
+        task = get_task("translation")
+        rows = Dataset.from_dict({"en": ["a"], "de": ["b"]})
+        assert resolve_columns(task, rows, "source=en,target=de") == {"source": "en", "target": "de"}
+        assert resolve_columns(task, rows, {"source": "en", "target": "de"})["target"] == "de"
+        assert resolve_columns(get_task("summarization"), Dataset.from_dict(DATA["summarization"])) == {
+            "document": "dialogue",
+            "summary": "summary",
+        }
+
+    def test_several_references_are_preferred(self):
+        rows = Dataset.from_dict({"dialogue": ["a"], "summary": ["b"], "summaries": [["b", "c"]]})
+        assert resolve_columns(get_task("summarization"), rows)["summary"] == "summaries"
+
+    def test_refusals_say_what_there_is(self):
+        task, rows = get_task("translation"), Dataset.from_dict({"en": ["a"], "targets": ["b"]})
+        with pytest.raises(ValueError, match="'source' does not exist; the data set has en, targets"):
+            resolve_columns(task, rows)
+        with pytest.raises(ValueError, match=r"the data set has en, targets .did you mean 'targets'"):
+            resolve_columns(task, rows, "source=en")
+        with pytest.raises(ValueError, match="'from' is not a role of translation; its roles are source, target"):
+            resolve_columns(task, rows, "from=en")
+        with pytest.raises(ValueError, match="must read role=column"):
+            resolve_columns(task, rows, "en,de")
+        with pytest.raises(ValueError, match=r"'translat' does not exist; .*did you mean 'translation'"):
+            get_task("translat")
+
+
+def test_streams_are_prepared_alike(closing):
+    dataset = Dataset.from_dict(DATA["translation"])
+    stream = preprocess(get_task("translation"), dataset.to_iterable_dataset(), closing)
+    assert list(stream) == list(preprocess(get_task("translation"), dataset, closing))
