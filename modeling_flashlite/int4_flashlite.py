@@ -23,6 +23,7 @@ slower.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -168,10 +169,17 @@ def _int8_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor | None:
     return torch.cat([torch._int_mm(quantized, _codes(part)) * scale for part in tiles.split(group)], 1)
 
 
+def _no_autocast(x: torch.Tensor):
+    """Sums over unscaled codes reach past float16's range, so an autocast region around us must not reach in."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if device != "meta" else contextlib.nullcontext()
+
+
 def _exact_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
     """x `[M, Kp]` times codes unpacked to bfloat16, a few tiles at a time."""
     group = _group(TILE_ROWS * tiles.shape[1], x.device)
-    return torch.cat([x @ _codes(part).to(torch.bfloat16) for part in tiles.split(group)], 1)
+    with _no_autocast(x):
+        return torch.cat([x @ _codes(part).to(torch.bfloat16) for part in tiles.split(group)], 1)
 
 
 def _matmul(x: torch.Tensor, tiles: torch.Tensor, out_features: int, int8: bool) -> torch.Tensor:
@@ -217,9 +225,10 @@ def int4_matmul_backward(grad: torch.Tensor, tiles: torch.Tensor, in_features: i
     grad, out_features = grad.to(torch.bfloat16), grad.shape[1]
     out = grad.new_empty(grad.shape[0], in_features)
     group = _group(TILE_ROWS * tiles.shape[0], grad.device)
-    for first in range(0, in_features, group):
-        codes = _codes(tiles[:, first : min(first + group, in_features)]).to(torch.bfloat16)
-        out[:, first : first + group] = grad @ codes[:, :out_features].t()
+    with _no_autocast(grad):
+        for first in range(0, in_features, group):
+            codes = _codes(tiles[:, first : min(first + group, in_features)]).to(torch.bfloat16)
+            out[:, first : first + group] = grad @ codes[:, :out_features].t()
     return out
 
 
