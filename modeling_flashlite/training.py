@@ -56,7 +56,7 @@ class CarefulTrainer(Seq2SeqTrainer):
                 shutil.rmtree(folder, ignore_errors=True)
             free = shutil.disk_usage(folder.parent).free / 2**20
             raise OSError(
-                f"Checkpoint {folder} could not be written ({error}); {free:.0f} MiB are free and the last good one is "
+                f"Checkpoint {folder} could not be written ({error}); {free:.0f} MiB are free, the last good one is "
                 f"{last_checkpoint(folder.parent)}; free some space or lower save_total_limit, and use --resume."
             ) from error
 

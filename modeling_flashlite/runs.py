@@ -1,0 +1,216 @@
+"""What the training verbs share: arguments, tokenizer, model, rows, and the run from first step to last line."""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainingArguments,
+)
+
+from .cli import banner
+from .configuration_flashlite import FlashLiteConfig
+from .data import load_data, pick_split, segment_streams, tokenize_texts
+from .modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
+from .preprocessing import preprocess
+from .tasks import get_task, resolve_columns
+from .tokenization import train_tokenizer
+from .training import CarefulTrainer, last_checkpoint, plot_losses
+
+__all__ = [
+    "ArchitectureArgs",
+    "DataArgs",
+    "ModelArgs",
+    "TrainArgs",
+    "load_model",
+    "load_rows",
+    "load_tokenizer",
+    "run",
+]
+
+
+@dataclass
+class ModelArgs:
+    """Where model and tokenizer come from."""
+
+    model: str | None = field(default=None, metadata={"help": "weights to start from; a new model if unset"})
+    tokenizer: str | None = field(default=None, metadata={"help": "its folder or Hub id; the model's own if unset"})
+    vocab_size: int = field(default=8192, metadata={"help": "of a tokenizer trained here, where none is given"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run the code that comes with the checkpoint"})
+
+
+@dataclass
+class ArchitectureArgs:
+    """Shape of a new model; unset fields keep the configuration's defaults."""
+
+    hidden_size: int = field(default=256, metadata={"help": "width of the layers"})
+    num_hidden_layers: int = field(default=6, metadata={"help": "layers of each stack"})
+    encoder_layers: int | None = field(default=None, metadata={"help": "layers of the encoder, where they differ"})
+    num_attention_heads: int = field(default=8, metadata={"help": "query heads"})
+    num_key_value_heads: int = field(default=2, metadata={"help": "key-value heads"})
+    intermediate_size: int | None = field(default=None, metadata={"help": "width inside the feed-forward layers"})
+    embedding_size: int | None = field(default=None, metadata={"help": "width of the embeddings, where it differs"})
+    dropout_rate: float = field(default=0.0, metadata={"help": "share of activations dropped in training"})
+    position_encoding: str | None = field(default=None, metadata={"help": "rotary, transformer_xl or rotary_xl"})
+    block_size: int | None = field(default=None, metadata={"help": "tokens of a block of the decoder's attention"})
+    sub_block_size: int | None = field(default=None, metadata={"help": "tokens of a sub-block"})
+    relevance_top_k: int | None = field(default=None, metadata={"help": "blocks read in full by relevance"})
+    memory_blocks: int | None = field(default=None, metadata={"help": "blocks that attention and memory reach back"})
+
+
+@dataclass
+class DataArgs:
+    """Which rows, for which task."""
+
+    dataset: str = field(default="python", metadata={"help": "python, local files (train=a.jsonl.xz), or a Hub id"})
+    task: str = field(default="text-generation", metadata={"help": "name of a task in tasks.py"})
+    encoder_decoder: bool | None = field(default=None, metadata={"help": "model kind; from the task if unset"})
+    dataset_name: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
+    columns: str | None = field(default=None, metadata={"help": "role=column,role=column, e.g. source=en,target=de"})
+    streaming: bool = field(default=False, metadata={"help": "read the data as it is needed; needs max_steps"})
+    limit: int | None = field(default=None, metadata={"help": "rows of every split; all if unset"})
+    eval_limit: int | None = field(default=None, metadata={"help": "examples of the validation split; all if unset"})
+    max_source_length: int = field(default=512, metadata={"help": "tokens of an input, or of a packed row"})
+    max_target_length: int = field(default=128, metadata={"help": "tokens of a target"})
+    too_long: str = field(default="truncate", metadata={"help": "rows above the limits: truncate, drop or error"})
+    segment_length: int | None = field(
+        default=None, metadata={"help": "tokens of a segment; turns segment recurrence on"}
+    )
+    document_column: str | None = field(
+        default=None, metadata={"help": "segment recurrence: rows that agree in it are one document"}
+    )
+
+
+@dataclass
+class TrainArgs(Seq2SeqTrainingArguments):
+    """The Trainer's own arguments, and how a run begins."""
+
+    output_dir: str = field(default="runs/train", metadata={"help": "checkpoints, model and loss curve"})
+    resume: bool = field(default=False, metadata={"help": "continue from the newest complete checkpoint"})
+
+
+def is_encoder_decoder(data: DataArgs) -> bool:
+    """Kind of model: as asked for, else decoder-only for text and chat."""
+    if data.encoder_decoder is not None:
+        return data.encoder_decoder
+    return data.task not in ("text-generation", "chat")
+
+
+def load_splits(data: DataArgs):
+    """The dataset with all its splits."""
+    return load_data(data.dataset, name=data.dataset_name, streaming=data.streaming, limit=data.limit)
+
+
+def load_tokenizer(model: ModelArgs, data: DataArgs, output_dir: str, splits) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, or train one on the dataset's texts and keep it in the run's folder."""
+    if model.tokenizer or model.model:
+        return AutoTokenizer.from_pretrained(model.tokenizer or model.model, trust_remote_code=model.trust_remote_code)
+    folder = Path(output_dir) / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        rows = pick_split(splits, "train")
+        columns = resolve_columns(get_task(data.task), rows, data.columns).values()
+        texts = (str(row[column]) for row in rows for column in columns)
+        total = len(rows) * len(columns) if isinstance(rows, Dataset) else None
+        tokenizer = train_tokenizer(texts, model.vocab_size, add_eos_token=is_encoder_decoder(data), total=total)
+        tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load_model(
+    model: ModelArgs, shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool
+) -> PreTrainedModel:
+    """Load weights to start from, or make a new model for the tokenizer."""
+    if model.model:
+        auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        return auto.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
+    fields = {name: value for name, value in asdict(shape).items() if value is not None}
+    encoder_layers = fields.pop("encoder_layers", None)
+    encoder = None if encoder_layers is None or not encoder_decoder else {"num_hidden_layers": encoder_layers}
+    config = FlashLiteConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        is_encoder_decoder=encoder_decoder,
+        encoder=encoder,
+        **fields,
+    )
+    return (FlashLiteForConditionalGeneration if encoder_decoder else FlashLiteForCausalLM)(config)
+
+
+def load_rows(data: DataArgs, args: Seq2SeqTrainingArguments, tokenizer: PreTrainedTokenizerBase, splits) -> tuple:
+    """Training and validation examples; validation is `None` where the dataset has no such split."""
+    names = ["train"] + [name for name in ("validation", "valid", "val", "dev") if name in splits][:1]
+    prepared = []
+    with args.main_process_first(desc="prepare the data"):
+        for name in names:
+            rows, training = pick_split(splits, name), name == "train"
+            if data.segment_length:
+                examples = _segments(data, args, tokenizer, rows, training)
+            else:
+                examples = preprocess(
+                    get_task(data.task),
+                    rows,
+                    tokenizer,
+                    columns=data.columns,
+                    encoder_decoder=is_encoder_decoder(data),
+                    max_source_length=data.max_source_length,
+                    max_target_length=data.max_target_length,
+                    too_long=data.too_long,
+                )
+            if isinstance(examples, IterableDataset) and training:
+                examples = examples.shuffle(seed=args.seed, buffer_size=10_000)
+            if data.eval_limit and not training and not data.segment_length:
+                examples = _first(examples, data.eval_limit)
+            prepared.append(examples)
+    return prepared[0], prepared[1] if len(prepared) > 1 else None
+
+
+def _segments(data: DataArgs, args, tokenizer, rows, training: bool) -> Dataset:
+    column = resolve_columns(get_task("text-generation"), rows, data.columns)["text"]
+    documents = tokenize_texts(rows, tokenizer, column)
+    if data.document_column:
+        documents = documents.add_column(data.document_column, rows[data.document_column])
+    batch = args.train_batch_size * args.gradient_accumulation_steps if training else args.eval_batch_size
+    return segment_streams(
+        documents,
+        data.segment_length,
+        batch * args.world_size,
+        document_column=data.document_column,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _first(examples, count: int):
+    if isinstance(examples, IterableDataset):
+        return examples.take(count)
+    return examples.select(range(min(count, len(examples))))
+
+
+def run(trainer: CarefulTrainer, name: str) -> dict:
+    """Train, save, evaluate and draw; returns the numbers for the last line.
+
+    A run with `--resume` continues from the newest complete checkpoint, and starts anew where there is none.
+    """
+    args = trainer.args
+    if trainer.is_world_process_zero():
+        sys.stderr.write(banner(name, trainer.model, args) + "\n")
+    checkpoint = last_checkpoint(args.output_dir) if args.resume else None
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    metrics = {**result.metrics, "output_dir": args.output_dir, "resumed_from": checkpoint}
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
+    if trainer.is_world_process_zero():
+        trainer.save_state()
+        curve = plot_losses(trainer.state.log_history, Path(args.output_dir) / "loss.svg")
+        metrics |= {"loss_curve": None if curve is None else str(curve)}
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return metrics

@@ -1,0 +1,108 @@
+"""Distil a student from a teacher: cached once into the dataset (the default), or live.
+
+python scripts/distill.py --config scripts/recipes/distill_tiny.yaml --teacher runs/train_tiny
+accelerate launch scripts/distill.py --config scripts/recipes/distill_base.yaml --learning_rate 2e-4 --resume
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import load_dataset, load_from_disk
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.data import PaddingCollator
+from modeling_flashlite.distillation import DistillationTrainer, KDLoss, TeacherCache, student_from_teacher
+from modeling_flashlite.lora import add_lora
+from modeling_flashlite.runs import (
+    ArchitectureArgs,
+    DataArgs,
+    ModelArgs,
+    TrainArgs,
+    is_encoder_decoder,
+    load_model,
+    load_rows,
+    load_splits,
+    run,
+)
+
+
+@dataclass
+class DistillArgs:
+    teacher: str | None = field(default=None, metadata={"help": "folder or Hub id of the teacher"})
+    live: bool = field(default=False, metadata={"help": "run the teacher in every step instead of caching it"})
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "folder (made if missing) or Hub id of the annotated rows"}
+    )
+    annotate_only: bool = field(default=False, metadata={"help": "stop when the cache is written"})
+    mode: str = field(default="sample", metadata={"help": "what is cached: sample (unbiased) or topk"})
+    k: int = field(default=64, metadata={"help": "cached entries per token"})
+    divergence: str = field(default="forward", metadata={"help": "forward, reverse, jsd:beta, skew:alpha, taid"})
+    alpha: float = field(default=0.5, metadata={"help": "share of plain cross-entropy"})
+    temperature: float = field(default=2.0, metadata={"help": "of both softmaxes"})
+    on_policy: float = field(default=0.0, metadata={"help": "live only: share of steps on the student's own targets"})
+    encoder_match: str | None = field(default=None, metadata={"help": "live only: states or relations"})
+    encoder_weight: float = field(default=1.0, metadata={"help": "of the encoder term"})
+    keep_layers: int | None = field(
+        default=None, metadata={"help": "start from the teacher with so many decoder layers"}
+    )
+    keep_encoder_layers: int | None = field(default=None, metadata={"help": "the same for its encoder"})
+    lora_r: int = field(default=0, metadata={"help": "train adapters of this rank instead of all weights"})
+
+
+def load_teacher(name: str, trust_remote_code: bool):
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def cached_rows(distill: DistillArgs, args: TrainArgs, teacher, tokenizer, rows):
+    """The annotated training rows: from the folder if it is there, else made now, else from the Hub."""
+    folder = Path(distill.teacher_cache or f"{args.output_dir}/teacher_cache")
+    with args.main_process_first(desc="annotate"):
+        if not folder.is_dir() and teacher is None:
+            return load_dataset(distill.teacher_cache, split="train").with_format("numpy")
+        if not folder.is_dir():
+            cache = TeacherCache(
+                teacher.to(args.device), tokenizer, distill.k, mode=distill.mode, temperature=distill.temperature
+            )
+            cache.annotate(rows, batch_size=args.eval_batch_size).save_to_disk(folder)
+        return load_from_disk(folder)
+
+
+def main(
+    model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, distill: DistillArgs, args: TrainArgs
+) -> dict:
+    teacher = load_teacher(distill.teacher, model_args.trust_remote_code) if distill.teacher else None
+    if teacher is None and (distill.live or distill.keep_layers or not distill.teacher_cache):
+        raise SystemExit("distill.py: no teacher is given; pass --teacher, or --teacher_cache with annotated rows.")
+    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer or model_args.model or distill.teacher)
+    train_rows, validation_rows = load_rows(data, args, tokenizer, load_splits(data))
+    if not distill.live:
+        train_rows = cached_rows(distill, args, teacher, tokenizer, train_rows)
+    if distill.annotate_only:
+        return finish({"rows": len(train_rows), "teacher_cache": distill.teacher_cache, "output_dir": args.output_dir})
+    if distill.keep_layers or distill.keep_encoder_layers:
+        student = student_from_teacher(teacher, distill.keep_encoder_layers, distill.keep_layers)
+    else:
+        student = load_model(model_args, shape, tokenizer, is_encoder_decoder(data))
+    if distill.lora_r:
+        student = add_lora(student, distill.lora_r)
+    trainer = DistillationTrainer(
+        student,
+        args,
+        teacher=teacher if distill.live else None,
+        loss=KDLoss(distill.divergence, distill.alpha, distill.temperature),
+        on_policy=distill.on_policy,
+        encoder_match=distill.encoder_match,
+        encoder_weight=distill.encoder_weight,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
+        data_collator=PaddingCollator(tokenizer),
+        processing_class=tokenizer,
+    )
+    return finish(run(trainer, "distill"))
+
+
+if __name__ == "__main__":
+    main(*parse_args((ModelArgs, ArchitectureArgs, DataArgs, DistillArgs, TrainArgs), description=__doc__))

@@ -1,0 +1,77 @@
+"""Fine-tune a checkpoint, full precision or quantized, with LoRA adapters (the default) or in full.
+
+python scripts/finetune.py --config scripts/recipes/lora_tiny.yaml --model runs/train_tiny
+accelerate launch scripts/finetune.py --config scripts/recipes/lora_summarization.yaml --lora_r 16
+"""
+
+from dataclasses import dataclass, field
+
+from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.data import PaddingCollator
+from modeling_flashlite.lora import add_lora
+from modeling_flashlite.runs import (
+    ArchitectureArgs,
+    DataArgs,
+    ModelArgs,
+    TrainArgs,
+    is_encoder_decoder,
+    load_model,
+    load_rows,
+    load_splits,
+    load_tokenizer,
+    run,
+)
+from modeling_flashlite.training import CarefulTrainer
+
+
+@dataclass
+class LoraArgs:
+    lora_r: int = field(default=8, metadata={"help": "rank of the adapters; 0 trains all weights"})
+    lora_alpha: int | None = field(default=None, metadata={"help": "scale times rank; twice the rank if unset"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "on the adapters' inputs"})
+    lora_targets: str | None = field(
+        default=None, metadata={"help": "all-linear, or names with commas; every projection of a layer if unset"}
+    )
+    modules_to_save: str | None = field(default=None, metadata={"help": "modules trained in full, with commas"})
+    merge: bool = field(default=False, metadata={"help": "also save the model with the adapters merged into it"})
+
+
+def names(text: str | None) -> list[str] | str | None:
+    return text if text in (None, "all-linear") else [name.strip() for name in text.split(",")]
+
+
+def main(model_args: ModelArgs, data: DataArgs, lora: LoraArgs, args: TrainArgs) -> dict:
+    if model_args.model is None:
+        raise SystemExit("finetune.py: no model is given; pass --model with a folder or Hub id.")
+    splits = load_splits(data)
+    tokenizer = load_tokenizer(model_args, data, args.output_dir, splits)
+    model = load_model(model_args, ArchitectureArgs(), tokenizer, is_encoder_decoder(data))
+    if lora.lora_r:
+        model = add_lora(
+            model,
+            lora.lora_r,
+            lora.lora_alpha,
+            lora.lora_dropout,
+            target_modules=names(lora.lora_targets),
+            modules_to_save=names(lora.modules_to_save),
+        )
+    train_rows, validation_rows = load_rows(data, args, tokenizer, splits)
+    trainer = CarefulTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
+        data_collator=PaddingCollator(tokenizer),
+        processing_class=tokenizer,
+    )
+    metrics = run(trainer, "finetune")
+    if lora.merge and lora.lora_r and trainer.is_world_process_zero():
+        merged = f"{args.output_dir}/merged"
+        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)
+        tokenizer.save_pretrained(merged)
+        metrics["merged"] = merged
+    return finish(metrics)
+
+
+if __name__ == "__main__":
+    main(*parse_args((ModelArgs, DataArgs, LoraArgs, TrainArgs), description=__doc__))

@@ -1,0 +1,43 @@
+"""Train a model from nothing (or further), on text or on pairs, with or without segment recurrence.
+
+python scripts/train.py --config scripts/recipes/train_tiny.yaml --max_steps 50
+accelerate launch scripts/train.py --config scripts/recipes/train_segments.yaml --learning_rate 2e-4 --resume
+"""
+
+from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.data import PaddingCollator
+from modeling_flashlite.runs import (
+    ArchitectureArgs,
+    DataArgs,
+    ModelArgs,
+    TrainArgs,
+    is_encoder_decoder,
+    load_model,
+    load_rows,
+    load_splits,
+    load_tokenizer,
+    run,
+)
+from modeling_flashlite.training import CarefulTrainer, SegmentTrainer
+
+
+def main(model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, args: TrainArgs) -> dict:
+    splits = load_splits(data)
+    with args.main_process_first(desc="prepare the tokenizer"):
+        tokenizer = load_tokenizer(model_args, data, args.output_dir, splits)
+    model = load_model(model_args, shape, tokenizer, is_encoder_decoder(data))
+    train_rows, validation_rows = load_rows(data, args, tokenizer, splits)
+    trainer_class = SegmentTrainer if data.segment_length else CarefulTrainer
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
+        data_collator=PaddingCollator(tokenizer),
+        processing_class=tokenizer,
+    )
+    return finish(run(trainer, "train"))
+
+
+if __name__ == "__main__":
+    main(*parse_args((ModelArgs, ArchitectureArgs, DataArgs, TrainArgs), description=__doc__))
