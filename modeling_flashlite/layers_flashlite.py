@@ -116,10 +116,13 @@ class FlashLiteAttention(nn.Module):
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         content = key if self.encoding == "transformer_xl" else rotate(key, *angles)
+        return self.with_sinusoids(content, angles), value
+
+    def with_sinusoids(self, key: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Append the dimensions that carry the position, `[B, M, S, H]` -> `[B, M, S, 2 H]`, where there are any."""
         if self.encoding == "rotary":
-            return content, value
-        sinusoid = torch.cat(angles, dim=-1).expand(*key.shape[:3], -1)
-        return torch.cat([content, sinusoid], dim=-1), value
+            return key
+        return torch.cat([key, torch.cat(angles, dim=-1).expand(*key.shape[:3], -1)], dim=-1)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -212,9 +215,9 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
             return self.keys_values(encoder_hidden_states, context.encoder_angles)
         if past_key_values.is_updated.get(self.layer_idx):
             layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
-            return layer.keys, layer.values
+            return self.with_sinusoids(layer.keys, context.encoder_angles), layer.values
         key, value = self.keys_values(encoder_hidden_states, context.encoder_angles)
-        key, value = past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
+        past_key_values.cross_attention_cache.update(key[..., : self.head_dim], value, self.layer_idx)
         past_key_values.is_updated[self.layer_idx] = True
         return key, value
 
