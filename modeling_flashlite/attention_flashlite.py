@@ -16,7 +16,6 @@ gradients. Nothing here knows of positions: their encoding changes queries and k
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -252,28 +251,32 @@ def _rows(q: Tensor, hkv: int) -> Tensor:
     return q.unflatten(1, (hkv, -1)).transpose(2, 3)
 
 
-def _take_blocks(x: Tensor, index: Tensor, b: int) -> Tensor:
-    """The blocks `index` [B, Hkv, M] of x [B, Hkv, S, d], as [B, Hkv, M b, d]."""
-    batch, hkv, s, d = x.shape
-    size, (by_row, by_head, by_token, by_value) = b * d, x.stride()
-    plain = (by_token, by_value, by_head % size, by_row % size) == (d, 1, 0, 0) or batch * hkv == 1
-    if x.requires_grad and torch.is_grad_enabled() or not plain:
-        rows, heads = (torch.arange(n, device=x.device) for n in (batch, hkv))
-        blocks = x[:, :, : s // b * b].unflatten(2, (-1, b))
-        return blocks[rows[:, None, None], heads[None, :, None], index].flatten(2, 3)
-    # All blocks of all heads as the rows of one matrix, a view of the buffer: index_select copies whole rows.
-    by_row, by_head = by_row // size, by_head // size
-    table = x.as_strided(((batch - 1) * by_row + (hkv - 1) * by_head + s // b, size), (size, 1))
-    if batch * hkv > 1:
-        index = index + _first_rows(batch, hkv, by_row, by_head, x.device)
-    return table.index_select(0, index.reshape(-1)).view(batch, hkv, -1, d)
+def _take_blocks(k: Tensor, v: Tensor, index: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """The blocks `index` [B, Hkv, M] of k and v [B, Hkv, S, d], as [B, Hkv, M b, d]."""
+    batch, hkv = k.shape[:2]
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad) or not (_is_table(k, b) and _is_table(v, b)):
+        rows, heads = (torch.arange(n, device=k.device) for n in (batch, hkv))
+        place = rows[:, None, None], heads[None, :, None], index
+        return tuple(x[:, :, : x.shape[2] // b * b].unflatten(2, (-1, b))[place].flatten(2, 3) for x in (k, v))
+    taken, previous = [], None
+    for x in (k, v):
+        # All blocks of all heads as the rows of one matrix, a view of the buffer: index_select copies whole rows.
+        size, heads = b * x.shape[3], batch * hkv
+        step = x.stride(1) // size if hkv > 1 else x.stride(0) // size
+        table = x.as_strided(((heads - 1) * step + x.shape[2] // b, size), (size, 1))
+        if step != previous:
+            firsts = torch.arange(heads, device=x.device) * step
+            place, previous = (index.flatten(0, 1) + firsts[:, None]).view(-1), step
+        taken.append(table.index_select(0, place).view(batch, hkv, -1, x.shape[3]))
+    return tuple(taken)
 
 
-@lru_cache(maxsize=64)
-def _first_rows(batch: int, hkv: int, by_row: int, by_head: int, device: torch.device) -> Tensor:
-    """The row of the first block of each head, [B, Hkv, 1]; kept, since it is the same for every token and layer."""
-    rows, heads = torch.arange(batch, device=device) * by_row, torch.arange(hkv, device=device) * by_head
-    return (rows[:, None] + heads)[..., None]
+def _is_table(x: Tensor, b: int) -> bool:
+    """Whether the blocks of all heads of x [B, Hkv, S, d] are rows of one matrix, at even distances."""
+    (batch, hkv, _, d), (by_row, by_head, by_token, by_value) = x.shape, x.stride()
+    if (by_token, by_value) != (d, 1) or (batch > 1 and hkv > 1 and by_row != hkv * by_head):
+        return False
+    return (hkv == 1 or by_head % (b * d) == 0) and (batch == 1 or by_row % (b * d) == 0)
 
 
 def _local_keys(k: Tensor, v: Tensor, start: int | Tensor, length: int, b: int):
@@ -326,9 +329,8 @@ def _step_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
         return logits if dark is None else logits.masked_fill(dark, -math.inf)
 
     k_local, v_local, seen = _local_keys(k, v, start, length, b)
-    picked_k, picked_v = (
-        _take_blocks(x, (chosen + first).flatten(2), b).to(wide).unflatten(2, (length, -1)) for x in (k, v)
-    )
+    picked = _take_blocks(k, v, (chosen + first).flatten(2), b)
+    picked_k, picked_v = (x.to(wide).unflatten(2, (length, -1)) for x in picked)
     relevance = queries @ picked_k.mT
     grid = part(k_mean, None if hidden is None else hidden[:, :, :, None]) + math.log(b)
     grid = grid.scatter(4, chosen[:, :, :, None].expand(-1, -1, -1, grid.shape[3], -1), -math.inf)
@@ -359,19 +361,20 @@ def _decode_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor
     end, r, local = start // b - 1, b // spec.sub_block_size, slice((start // b - 1) * b, start + 1)
 
     def flat(x: Tensor) -> Tensor:
-        return x.flatten(0, 1).to(wide)
+        x = x.flatten(0, 1)
+        return x if x.dtype == wide else x.to(wide)
 
     rows = q.reshape(batch * hkv, heads // hkv, -1).to(wide)
     bias = rows.new_full((batch * hkv, 1, end - first), math.log(b))
     picked_k = picked_v = None
     if top:
         maxima, minima = (flat(x[:, :, first * r : end * r]).mT for x in summaries[2:])
-        mean = rows.mean(1, keepdim=True)
-        bounds = torch.baddbmm(mean.clamp(min=0) @ maxima, mean.clamp(max=0), minima)
+        total = rows.sum(1, keepdim=True)  # the mean times G: the same order
+        bounds = torch.bmm(total.clamp(min=0), maxima).baddbmm_(total.clamp(max=0), minima)
         chosen = top_blocks(bounds.view(-1, end - first, r).amax(2), top)
         bias.scatter_(2, chosen[:, None], -math.inf)
         index = (chosen + first).view(batch, hkv, top)
-        picked_k, picked_v = (_take_blocks(x, index, b).flatten(0, 1).to(wide) for x in (k, v))
+        picked_k, picked_v = map(flat, _take_blocks(k, v, index, b))
 
     rows = rows * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     keys, values = [flat(k[:, :, local])], [flat(v[:, :, local])]
@@ -381,13 +384,13 @@ def _decode_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor
     if cross is not None:
         keys.append(flat(cross[0]))
         values.append(flat(cross[1]))
-    logits = [rows @ x.mT for x in keys]
+    logits = [torch.bmm(rows, x.mT) for x in keys]
     if cross is not None and cross[2] is not None:
         logits[-1].view(batch, -1, cross[0].shape[2]).masked_fill_(~cross[2].bool()[:, None], -math.inf)
     logits.append(torch.baddbmm(bias, rows, flat(summaries.keys[:, :, first:end]).mT))
     values.append(flat(summaries.values[:, :, first:end]))
     weights = torch.cat(logits, 2).softmax(2).split([x.shape[2] for x in logits], 2)
-    out = weights[0] @ values[0]
+    out = torch.bmm(weights[0], values[0])
     for weight, value in zip(weights[1:], values[1:]):
         out = out.baddbmm_(weight, value)
     return out.view(batch, heads, 1, -1).to(v.dtype)
@@ -466,6 +469,7 @@ def _masked_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor
     return F.scaled_dot_product_attention(q, keys, values, mask, scale=scaling, enable_gqa=groups > 1)
 
 
+@torch.compiler.disable
 def _tile_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
     """Tiles merged by log-sum-exp; needs `memory_blocks` to exceed `relevance_top_k` by more than one block."""
     if summaries is None or k.requires_grad or v.requires_grad:

@@ -60,15 +60,16 @@ def top_blocks(scores: Tensor, k: int) -> Tensor:
         return torch.arange(min(k, n), device=scores.device).expand(*scores.shape[:-1], -1)
     # torch.topk partially sorts rows of 64 k and more, which is quicker than what it does to rows a little shorter.
     short = 64 * (k + 1) - n
-    padded = F.pad(scores, (0, short), value=-math.inf) if 0 < short < n and scores.shape[-2] > 1 else scores
+    padded = F.pad(scores, (0, short), value=-math.inf) if 0 < short < n and scores.numel() > 64 * n else scores
     # It breaks ties at will, but only a tie between ranks k and k+1 can change the chosen set.
     values, index = padded.topk(k + 1, dim=-1)
-    index, last = index[..., :k], values[..., k]
-    tied = (values[..., k - 1] == last) & (last > -math.inf)
-    if tied.any():
-        index = index.contiguous()
-        index[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return index
+    index, edge = index[..., :k], values[..., k - 1 :]
+    if edge.numel() <= 64:  # a decoding step: Python compares a few numbers sooner than tensors do
+        tied = any(last == after > -math.inf for last, after in edge.reshape(-1, 2).tolist())
+    else:
+        tied = ((edge[..., 0] == edge[..., 1]) & (edge[..., 1] > -math.inf)).any()
+    # It breaks ties at will, but only a tie between ranks k and k+1 can change the chosen set.
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k] if tied else index
 
 
 class TileSizes(NamedTuple):
@@ -409,9 +410,7 @@ def _backward_pairs(head: _Head, lo: int, sizes: TileSizes, out, lse, chosen, gr
         # Groups as heads: the op's backward runs heads in parallel.
         picked = [_heads_view(x.index_select(0, index).view(z - a, groups, -1)) for x in (g, q, o, log)]
         k, v = _shared(head.k[here], groups), _shared(head.v[here], groups)
-        gq, gk, gv = tile_backward(
-            picked[0], picked[1], k, v, None, picked[2], picked[3].squeeze(-1), sizes.scale
-        )
+        gq, gk, gv = tile_backward(picked[0], picked[1], k, v, None, picked[2], picked[3].squeeze(-1), sizes.scale)
         grad_q.index_add_(0, index, gq[0].transpose(0, 1).reshape(z - a, -1))
         grads.k[here] += gk[0].sum(0)
         grads.v[here] += gv[0].sum(0)
@@ -471,7 +470,7 @@ class TileAttention(torch.autograd.Function):
                 _head_backward(head, ctx.sizes, o, lse[row, h], chosen[row, h], g, grads)
                 n = grads.k_mean.shape[0]
                 for own, mean in ((grads.k, grads.k_mean), (grads.v, grads.v_mean)):
-                    own[: n * b].view(n, b, -1).add_(mean.div_(b)[:, None])
+                    own[: n * b].unflatten(0, (n, b)).add_(mean.div_(b)[:, None])
                 results[0][row, mine] = grads.q.transpose(0, 1)
                 for result, part in zip(results[1:], (grads.k, grads.v, grads.cross_k, grads.cross_v)):
                     if result is not None:
