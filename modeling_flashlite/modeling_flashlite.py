@@ -268,15 +268,25 @@ class FlashLiteDecoder(FlashLiteStack):
             )
         past_columns = 0 if past_key_values is None else past_key_values.get_seq_length()
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_columns)
-        if use_cache and memory is None or past_key_values is not None:
-            past_key_values = prepare_cache(past_key_values, self.config, encoder_hidden_states is not None)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        continues = past_key_values is not None or memory is not None
+        rows = None if continues else packed_rows(inputs_embeds, attention_mask, position_ids)
+        if rows is not None and encoder_hidden_states is not None:
+            raise ValueError(
+                "`decoder_position_ids` restart within a row, which means packed documents, but an encoder's states "
+                "belong to whole rows; give each document a row of its own."
+            )
+        # a packed batch has no single end to continue from
+        use_cache = use_cache and rows is None
+        if use_cache and memory is None or past_key_values is not None:
+            past_key_values = prepare_cache(past_key_values, self.config, encoder_hidden_states is not None)
+        if rows is None:
+            rows = padded_rows(inputs_embeds, attention_mask)
         hidden_states = self.embed(inputs_embeds)
         past = memory if past_key_values is None else past_key_values
         if isinstance(past, EncoderDecoderCache):
             past = past.self_attention_cache
-        rows = self._rows(hidden_states, attention_mask, position_ids, past, encoder_hidden_states)
         angles = position_angles(self.config, target_positions(hidden_states, rows, past), hidden_states.dtype)
         context = self._context(rows, memory, encoder_hidden_states, encoder_attention_mask)
         for layer in self.layers:
@@ -288,26 +298,6 @@ class FlashLiteDecoder(FlashLiteStack):
             past_key_values=past_key_values if use_cache else None,
             memory=context.next_memory,
         )
-
-    def _rows(self, hidden_states, attention_mask, position_ids, past, encoder_hidden_states) -> Rows | None:
-        """How columns map to rows: `None` where all are real and each batch row is one document."""
-        columns = hidden_states.shape[1]
-        if attention_mask is not None:
-            mask = attention_mask[:, -columns:].bool()
-            if not mask.all():
-                return rows_of_mask(mask)
-        if position_ids is None or past is not None or columns < 2:
-            return None
-        jumps = position_ids.diff(dim=-1) != 1
-        if not jumps.any():
-            return None
-        if encoder_hidden_states is not None:
-            raise ValueError(
-                "`decoder_position_ids` restart within a row, which means packed documents, but an encoder's states "
-                "belong to whole rows; give each document a row of its own."
-            )
-        starts = nn.functional.pad(jumps, (1, 0), value=True).expand(hidden_states.shape[0], -1)
-        return rows_of_documents(starts)
 
     def _context(self, rows, memory, encoder_hidden_states, encoder_attention_mask) -> DecoderContext:
         context = DecoderContext(rows=rows, memory=memory)
@@ -329,6 +319,23 @@ class FlashLiteDecoder(FlashLiteStack):
             context.encoder_angles = position_angles(self.config, positions, encoder_hidden_states.dtype)
             context.encoder_mask = None if mask is None else mask.bool()
         return context
+
+
+def padded_rows(states: torch.Tensor, attention_mask: torch.Tensor | None) -> Rows | None:
+    """How the new columns `[B, T]` map to rows of real tokens; `None` where all are real."""
+    mask = None if attention_mask is None else attention_mask[:, -states.shape[1] :].bool()
+    return None if mask is None or mask.all() else rows_of_mask(mask)
+
+
+def packed_rows(states, attention_mask, position_ids) -> Rows | None:
+    """How the columns of packed documents map to rows; `None` where no `position_ids` restart within a row."""
+    columns = states.shape[1]
+    if position_ids is None or columns < 2 or attention_mask is not None and not attention_mask.all():
+        return None
+    jumps = position_ids.diff(dim=-1) != 1
+    if not jumps.any():
+        return None
+    return rows_of_documents(nn.functional.pad(jumps, (1, 0), value=True).expand(states.shape[0], -1))
 
 
 def target_positions(hidden_states: torch.Tensor, rows: Rows | None, past: FlashLiteCache | None) -> torch.Tensor:
