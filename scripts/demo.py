@@ -1,4 +1,4 @@
-"""The main job on real text, from nothing: tokenizer, teacher, distilled student, 4-bit file, LoRA, and a clean reload.
+"""The main job on real text, from nothing: tokenizer, teacher, distilled student, 4-bit file, LoRA, clean reload.
 
 python scripts/demo.py
 python scripts/demo.py --size smallest --output runs/quick
@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,31 +23,27 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from datasets import load_from_disk
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_flashlite import FlashLiteConfig
+from modeling_flashlite.calibration import quantize
+from modeling_flashlite.cli import finish, parse_args
 from modeling_flashlite.data import PaddingCollator, load_data, pack, pick_split, tokenize_texts
 from modeling_flashlite.distillation import DistillationCallback, KDLoss, TeacherCache, set_loss_function
+from modeling_flashlite.lora import add_lora
 from modeling_flashlite.measurement import measure_generation, model_size
 from modeling_flashlite.perplexity import text_likelihood
+from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.results import write_json, write_results
 from modeling_flashlite.tokenization import train_tokenizer
+from modeling_flashlite.training import CarefulTrainer, last_checkpoint
 
 
 @dataclass
 class DemoArgs:
-    size: str = field(
-        default="default", metadata={"help": "default (minutes) or smallest (a quick check of the path)"}
-    )
+    size: str = field(default="default", metadata={"help": "default (minutes) or smallest (seconds of training)"})
     dataset: str = field(default="python", metadata={"help": "python, local files (train=a.txt,...), or a Hub id"})
     column: str = field(default="text", metadata={"help": "column that holds the text"})
     limit: int | None = field(default=None, metadata={"help": "rows to use of every split; all if unset"})
@@ -73,10 +70,10 @@ SIZES = {
     "default": Size(
         vocab_size=4096,
         length=256,
-        batch=16,
+        batch=8,
         teacher={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2},
-        student={"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2},
-        steps={"teacher": 260, "student": 260, "qat": 60, "lora": 40},
+        student={"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+        steps={"teacher": 320, "student": 320, "lora": 60},
         validation_rows=400,
     ),
     "smallest": Size(
@@ -85,7 +82,7 @@ SIZES = {
         batch=8,
         teacher={"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
         student={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
-        steps={"teacher": 12, "student": 12, "qat": 8, "lora": 6},
+        steps={"teacher": 12, "student": 12, "lora": 6},
         validation_rows=20,
     ),
 }
@@ -97,14 +94,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, adapter, prompt = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-if adapter:
-    model.load_adapter(adapter)
+model.load_adapter(adapter)
 inputs = tokenizer(prompt, return_tensors="pt")
 torch.manual_seed(0)
 with torch.inference_mode():
     logits = model.eval()(**inputs).logits
     ids = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=20, pad_token_id=tokenizer.pad_token_id)
-print(json.dumps({"text": tokenizer.decode(ids[0], skip_special_tokens=True), "last": logits[0, -1].tolist()}))
+print(json.dumps({"text": tokenizer.decode(ids[0], skip_special_tokens=True), "logits": logits[0, -1].tolist()}))
 """
 PROMPT = "Return a list of"
 
@@ -171,7 +167,7 @@ class Demo:
     def fit(self, model, folder: Path, kind: str, *, rows=None, learning_rate: float, callbacks=()) -> None:
         """The stock Trainer; started again after an interruption, it goes on from its last checkpoint."""
         steps = self.size.steps[kind]
-        arguments = TrainingArguments(
+        arguments = Seq2SeqTrainingArguments(
             output_dir=str(folder / "trainer"),
             max_steps=steps,
             per_device_train_batch_size=self.size.batch,
@@ -186,7 +182,7 @@ class Demo:
             report_to="none",
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        trainer = Trainer(
+        trainer = CarefulTrainer(
             model=model,
             args=arguments,
             train_dataset=self.rows if rows is None else rows,
@@ -195,8 +191,7 @@ class Demo:
         )
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossOnBar)
-        last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir))
 
     def new_model(self, shape: dict):
         config = FlashLiteConfig(
@@ -247,52 +242,101 @@ class Demo:
             folder / "rows"
         )
 
-    def annotated_rows(self):
-        return load_from_disk(self.root / "annotations" / "rows")
+    def fit_to_teacher(self, model, folder: Path, kind: str, learning_rate: float, callbacks=()) -> None:
+        """Train with the teacher's columns in the loss."""
+        loss = KDLoss("forward", alpha=0.3, temperature=1.0)
+        set_loss_function(model, loss)
+        rows = load_from_disk(self.root / "annotations" / "rows")
+        self.fit(
+            model,
+            folder,
+            kind,
+            rows=rows,
+            learning_rate=learning_rate,
+            callbacks=[DistillationCallback(loss), *callbacks],
+        )
 
     def distilled(self, folder: Path) -> dict:
-        loss = KDLoss("forward", alpha=0.3, temperature=1.0)
         model = self.new_model(self.size.student)
-        set_loss_function(model, loss)
-        callback = DistillationCallback(loss)
-        self.fit(model, folder, "student", rows=self.annotated_rows(), learning_rate=3e-3, callbacks=[callback])
+        self.fit_to_teacher(model, folder, "student", 3e-3)
         return self.keep(model, folder)
 
-    def reload(self, folder: Path, base: Path, adapter: Path | None = None) -> dict:
-        """Load what was saved where the package cannot be imported, compare the logits, generate."""
-        command = [
-            sys.executable,
-            "-c",
-            RELOAD,
-            str(base.resolve()),
-            str(adapter.resolve()) if adapter else "",
-            PROMPT,
-        ]
-        home = folder / "hf_home"
-        done = subprocess.run(
-            command,
-            cwd=self.root,
-            env={**os.environ, "HF_HOME": str(home.resolve()), "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        shutil.rmtree(home, ignore_errors=True)
+    def quantized(self, folder: Path) -> dict:
+        """Round the student to a file of the asked size, with some training rows to see what matters."""
+        model = AutoModelForCausalLM.from_pretrained(self.root / "distilled")
+        some = self.rows.select(range(min(len(self.rows), 16 * self.size.batch)))
+        quantize(model, EcqConfig(target_bits=self.args.target_bits), some, data_collator=self.collator)
+        return self.keep(model, folder)
+
+    def lora(self, folder: Path) -> dict:
+        """Low-rank adapters on the 4-bit model win back some of what rounding lost."""
+        base = self.root / "quantized"
+        model = add_lora(AutoModelForCausalLM.from_pretrained(base), r=4)
+        self.fit_to_teacher(model, folder, "lora", 1e-3)
+        model.save_pretrained(folder)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        return self.measure(model, base, adapter=folder)
+
+    def reloaded(self, folder: Path) -> dict:
+        """Load base and adapter where the package cannot be imported, compare with the model here, generate."""
+        base, adapter = self.root / "quantized", self.root / "lora"
+        command = [sys.executable, "-c", RELOAD, str(base.resolve()), str(adapter.resolve()), PROMPT]
+        with tempfile.TemporaryDirectory() as home:
+            environment = {**os.environ, "HF_HOME": home, "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"demo: the saved model does not load by itself:\n{done.stderr}")
-        return json.loads(done.stdout.splitlines()[-1])
+        there = json.loads(done.stdout.splitlines()[-1])
+        here = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+        with torch.inference_mode():
+            logits = here(**self.tok(PROMPT, return_tensors="pt")).logits[0, -1]
+        torch.testing.assert_close(logits, torch.tensor(there["logits"]), rtol=1e-3, atol=1e-3)
+        return {"text": there["text"]}
+
+
+def render(table: list[dict]) -> str:
+    """The table as text, one line for each stage."""
+    columns = {
+        "stage": ("stage", "{}"),
+        "parameters": ("parameters", "{:,}"),
+        "bits_per_weight": ("bits/weight", "{:.2f}"),
+        "file_bytes": ("file bytes", "{:,}"),
+        "loss": ("loss", "{:.3f}"),
+        "perplexity": ("perplexity", "{:.1f}"),
+        "tokens_per_second": ("tokens/s", "{:.0f}"),
+    }
+    rows = [[title for title, _ in columns.values()]]
+    rows += [[pattern.format(row[key]) for key, (_, pattern) in columns.items()] for row in table]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
 def main(args: DemoArgs) -> dict:
+    start = time.monotonic()
     demo = Demo(args)
     demo.stage("tokenizer", demo.tokenizer)
     demo.load_rows()
-    demo.stage("teacher", demo.teacher)
-    demo.stage("annotations", demo.annotations)
-    distilled = demo.stage("distilled", demo.distilled)
-    print(demo.reload(demo.root, distilled)["text"])
-    print(json.dumps(demo.table))
+    for work in (demo.teacher, demo.annotations, demo.distilled, demo.quantized, demo.lora):
+        demo.stage(work.__name__, work)
+    demo.stage("reloaded", demo.reloaded)
+    text = json.loads((demo.root / "reloaded" / "stage.json").read_text(encoding="utf-8"))["text"]
+    print(f"\n{text}\n\n{render(demo.table)}\n")
+    results = write_results(
+        demo.root / "results.json",
+        {
+            "seconds": round(time.monotonic() - start, 1),
+            **{f"perplexity_{r['stage']}": r["perplexity"] for r in demo.table},
+        },
+        task="text-generation",
+        dataset=args.dataset,
+        split="validation",
+        config={**dataclasses.asdict(args), **dataclasses.asdict(demo.size)},
+        seed=args.seed,
+        stages=demo.table,
+        sample=text,
+    )
+    return finish({"stages": demo.table, "seconds": results["metrics"]["seconds"], "output": args.output})
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(DemoArgs).parse_args_into_dataclasses()[0])
+    main(*parse_args([DemoArgs]))
