@@ -163,7 +163,7 @@ def rans_decode(jobs: Sequence[Lanes]) -> list[np.ndarray]:
 def rans_batches(jobs: list) -> list[list]:
     """Group jobs, tuples whose first entry has `lanes` and `steps`, by falling steps into batches of bounded memory.
 
-    A batch holds at most 64 chunks (each has its table) and 2**23 symbols, unless it is a single chunk, and shorter lanes
+    A batch holds at most 64 chunks (each has its table) and 2**23 symbols, unless it is a single chunk; shorter lanes
     waste at most as much room as all of them fill.
     """
     batches: list[list] = []
