@@ -5,16 +5,24 @@ A weight is w[n, k] = code[n, k] * step[n] with codes -8..7 and one float32 step
 and of row 64 b + j + 32 in its high nibble; padding is code 0. That is what PyTorch's AVX-512 int4 kernel reads, so
 half a byte per weight is all there is: nothing is kept twice, and the same tiles serve products, look-ups and saving.
 
-`int4_linear` picks by the number of activation rows M (microseconds, one thread of an AVX-512 server core with VNNI,
-minima; "mixed" is what runs here, "exact" is without int8 activations):
+`int4_linear` picks a way by the number of activation rows M; microseconds on one thread of an AVX-512 core with VNNI
+and BF16, weights not in the cache (PyTorch 2.13, minima, interleaved). "int4" is the default, "exact" has
+`int8_activations=False`:
 
-    ============  ====  ======  ======  =======================  =====
-    size             M    bf16   fp32   mixed                    exact
-    ============  ====  ======  ======  =======================  =====
-    1024 x 1024      1      93      73  55    int4 kernel
-    2048 x 2048      1     356     358  211   int4 kernel
-    4096 x 4096      1    2405    2888  836   int4 kernel
-    ============  ====  ======  ======  =======================  =====
+    ===========  ===  =====  =====  =====  =====  ===============================================
+    size           M   bf16   fp32   int4  exact  int4 runs
+    ===========  ===  =====  =====  =====  =====  ===============================================
+    1024 x 1024    1    110     80     95     78  PyTorch's int4 kernel up to M = 16 (exact: 36)
+    1024 x 1024   64    773   1626   1049   1511  codes and activations as int8, `_int_mm`
+    1024 x 1024  256   2729   5773   2620   3657
+    2048 x 2048    1    668    998    275    239
+    2048 x 2048   16   1227   2750   1797   1574
+    2048 x 2048   64   2964   6736   3238   4677  (exact: codes unpacked to bfloat16)
+    2048 x 2048  256   9986  22846   7633  12143
+    4096 x 4096    1   3224   3973   1133    870
+    4096 x 4096   64  11925  32050  10709  19280
+    4096 x 4096  256  39657  97897  28331  48339
+    ===========  ===  =====  =====  =====  =====  ===============================================
 
 Everything is computed in bfloat16 with exact integer codes and float32 accumulation, and scaled by the float32 step
 afterwards, whatever the caller's dtype: the kernel's float32 and float16 versions are scalar loops, 27 to 55 times
@@ -116,10 +124,14 @@ def int4_linear_reference(
     return F.linear(x, dequantize_int4(tiles, step, in_features, x.dtype), bias)
 
 
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
 @functools.lru_cache(maxsize=1)
 def _tiles_fit_kernel() -> bool:
     """Whether this processor's int4 kernel reads tiles as they are (AVX-512 does)."""
-    packed = (torch.arange(64 * 32 // 2) * 7919 % 251).to(torch.uint8)
+    packed = (torch.arange(64 * 32 // 2, device="cpu") * 7919 % 251).to(torch.uint8)
     tiles = tile_codes(packed, 64, 32)
     nibbles = torch.stack([packed & 15, packed >> 4], -1).view(64, 32).to(torch.int32)
     return torch.equal(torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1).view(-1), tiles.view(-1))
@@ -147,7 +159,8 @@ def _kernel_form(tiles: torch.Tensor) -> torch.Tensor:
 def _unit_scales(groups: int, rows: int) -> torch.Tensor:
     """Scale 1 and zero point 0 for every group; the steps are applied afterwards, in float32."""
     with torch.inference_mode(False):
-        return torch.stack([torch.ones(groups, rows), torch.zeros(groups, rows)], -1).to(torch.bfloat16)
+        ones = torch.ones(groups, rows, dtype=torch.bfloat16, device="cpu")
+        return torch.stack([ones, torch.zeros_like(ones)], -1)
 
 
 def _kernel_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
@@ -166,7 +179,7 @@ def _int8_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor | None:
     scale = peak.clamp_(min=torch.finfo(torch.float32).tiny * 127) / 127
     quantized = (x / scale).round_().to(torch.int8)
     group = _group(TILE_ROWS * tiles.shape[1], x.device)
-    return torch.cat([torch._int_mm(quantized, _codes(part)) * scale for part in tiles.split(group)], 1)
+    return _join([torch._int_mm(quantized, _codes(part)) * scale for part in tiles.split(group)])
 
 
 def _no_autocast(x: torch.Tensor):
@@ -179,7 +192,7 @@ def _exact_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
     """x `[M, Kp]` times codes unpacked to bfloat16, a few tiles at a time."""
     group = _group(TILE_ROWS * tiles.shape[1], x.device)
     with _no_autocast(x):
-        return torch.cat([x @ _codes(part).to(torch.bfloat16) for part in tiles.split(group)], 1)
+        return _join([x @ _codes(part).to(torch.bfloat16) for part in tiles.split(group)])
 
 
 def _matmul(x: torch.Tensor, tiles: torch.Tensor, out_features: int, int8: bool) -> torch.Tensor:
@@ -270,9 +283,9 @@ def int4_linear(
     rows, out_features = x.reshape(-1, in_features), step.numel()
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     int8 = int8_activations and not needs_grad
-    if needs_grad or torch.compiler.is_compiling():
+    if needs_grad or torch.compiler.is_compiling() or type(rows) is not torch.Tensor:
         out = int4_matmul(rows, tiles, out_features, int8)
-    else:  # the op's wrapper costs as much as a small product
+    else:  # plain eager inference: the op's wrapper costs as much as a small product
         out = _matmul(rows, tiles, out_features, int8)
     out = out * step
     if bias is not None:

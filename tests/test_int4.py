@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_flashlite import int4_flashlite as int4
 from modeling_flashlite.codec_flashlite import pack_codes
@@ -181,6 +182,22 @@ def test_meta_tensors_run():
     _, _, tiles, step = make(64, 40)
     value = int4_linear(torch.empty(3, 40, device="meta"), tiles.to("meta"), step.to("meta"), 40)
     assert value.shape == (3, 64)
+
+
+def test_nothing_made_elsewhere_is_kept():
+    """Scales and probes are cached, so neither a default device nor fake tensors may decide what they are."""
+    _, _, tiles, step = make(64, 32)
+    x = torch.randn(2, 32)
+    expected = int4_linear(x, tiles, step, 32)
+    int4._unit_scales.cache_clear()
+    int4._tiles_fit_kernel.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(int4_linear(x, tiles, step, 32), expected)
+    int4._unit_scales.cache_clear()
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in (x, tiles, step)]
+        assert int4_linear(*fakes, 32).shape == (2, 64)
+    assert torch.equal(int4_linear(x, tiles, step, 32), expected)
 
 
 def test_wrong_width_is_named():
