@@ -4,12 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .data import PaddingCollator
 from .metrics import METRICS, RESAMPLES
 from .perplexity import label_likelihood, text_likelihood
-from .preprocessing import cut_prompt, question_windows
+from .preprocessing import cut_prompt, preprocess, question_windows
 from .results import write_results
 from .tasks import Task, label_names, prompts_and_references, references_of, resolve_columns
 
@@ -48,7 +50,8 @@ def evaluate_task(
         batch_size (`int`, *optional*, defaults to 16): rows at a time, sorted by length.
         max_source_length (`int`, *optional*, defaults to 512): longer inputs are cut, contexts of questions windowed.
         generation (`dict`, *optional*): arguments of `generate` over the task's own.
-        likelihood (`dict`, *optional*): arguments of `text_likelihood`, for text generation.
+        likelihood (`dict`, *optional*): arguments of `text_likelihood`, for text generation without an encoder; with
+            one, the loss of the continuations of pieces of the text is computed instead.
         resamples (`int`, *optional*, defaults to 1000): of the bootstrap; 0 for no intervals.
 
     Returns:
@@ -60,9 +63,8 @@ def evaluate_task(
     if not rows:
         raise ValueError("The data set has 0 rows, but at least 1 is needed; check the split and the limit.")
     if task.name == "text-generation":
-        scores, protocol = text_likelihood(
-            model, tokenizer, [row[columns["text"]] for row in rows], **{"resamples": resamples, **(likelihood or {})}
-        )
+        options = {"resamples": resamples, **(likelihood or {})}
+        scores, protocol = _likelihood(task, model, tokenizer, rows, columns, batch_size, max_source_length, options)
         return {**_sorted_scores(scores), "protocol": protocol, "examples": len(rows), "predictions": []}
     limits = {"batch_size": batch_size, "max_source_length": max_source_length}
     protocol = {"max_source_length": max_source_length}
@@ -86,6 +88,16 @@ def evaluate_task(
         for given, answer, accepted in zip(inputs, found, references, strict=True)
     ]
     return {**_sorted_scores(scores), "protocol": protocol, "examples": len(rows), "predictions": predictions}
+
+
+def _likelihood(task, model, tokenizer, rows, columns, batch_size, max_source_length, options) -> tuple[dict, dict]:
+    """Likelihood of plain text; an encoder-decoder has none, so it is judged on how it continues pieces of text."""
+    if not model.config.is_encoder_decoder:
+        return text_likelihood(model, tokenizer, [row[columns["text"]] for row in rows], **options)
+    limits = {"max_source_length": max_source_length, "max_target_length": max(2, max_source_length // 4)}
+    pieces = preprocess(task, Dataset.from_list(rows), tokenizer, columns=columns, **limits)
+    batches = DataLoader(pieces, batch_size=batch_size, collate_fn=PaddingCollator(tokenizer))
+    return label_likelihood(model, batches), limits
 
 
 def _prompts(task: Task, rows: list, columns: dict, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool):

@@ -147,11 +147,15 @@ def _sacrebleu(name: str, metric: BLEU | CHRF, predictions, references, resample
     if not count:
         raise ValueError("All references are empty, but a score needs some; check the target column.")
     padded = [[answers[i] if i < len(answers) else None for answers in references] for i in range(count)]
-    score = metric.corpus_score(list(predictions), padded, n_bootstrap=max(1, resamples))
-    result = {name: float(score.score), f"{name}_signature": str(metric.get_signature())}
-    if resamples > 1:
-        result |= {f"{name}_low": float(score._mean - score._ci), f"{name}_high": float(score._mean + score._ci)}
-    return result
+    score = metric.corpus_score(list(predictions), padded).score
+    result = {name: float(score), f"{name}_signature": str(metric.get_signature())}
+    # sacreBLEU's own bootstrap fails where a resample scores 0, so resample the counts of its sentences here
+    counts = np.asarray(metric._extract_corpus_statistics(list(predictions), padded))
+    samples = [
+        float(metric._compute_score_from_stats(counts[picks].sum(0).tolist()).score)
+        for picks in _resampled_indices(len(counts), resamples)
+    ]
+    return result | _interval(name, samples)
 
 
 def _token_f1(prediction: str, answer: str) -> float:
