@@ -241,7 +241,7 @@ def make_snippet(card: dict) -> str:
         return (
             "from peft import PeftModel\n"
             f"from transformers import {card['auto_class']}, AutoTokenizer\n\n"
-            f'tokenizer = AutoTokenizer.from_pretrained("{card["adapter_base"]}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{card["adapter_base"]}", trust_remote_code=True)\n'
             f'base = {card["auto_class"]}.from_pretrained("{card["adapter_base"]}", trust_remote_code=True)\n'
             f"model = PeftModel.from_pretrained(base, {pinned})\n"
             f'inputs = tokenizer({example!r}, return_tensors="pt")\n'

@@ -141,7 +141,15 @@ class Job:
             self.pieces.put(None)
 
     def __iter__(self):
-        while (piece := self.pieces.get()) is not None:
+        while True:
+            try:
+                # a little longer than the worker, which can say more about the end
+                piece = self.pieces.get(timeout=max(0.0, self.deadline - time.monotonic()) + 1.0)
+            except queue.Empty:
+                self.finish("timeout")
+                continue
+            if piece is None:
+                return
             yield piece
 
 
@@ -179,7 +187,9 @@ class RowSampler(LogitsProcessor):
         if settings.top_p < 1.0:
             ordered, order = probabilities.sort(descending=True)
             # keep the smallest set that reaches top_p: the tokens before which less than that has gathered
-            ordered[ordered.cumsum(-1) - ordered >= settings.top_p] = 0.0
+            beyond = ordered.cumsum(-1) - ordered >= settings.top_p
+            beyond[0] = False
+            ordered[beyond] = 0.0
             probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
         return int(torch.multinomial(probabilities, 1, generator=generator))
 
@@ -219,23 +229,33 @@ class Engine:
     """One model, one worker thread, many jobs: those that wait are generated together.
 
     Args:
-        model (`str`): Hub id or folder.
-        revision (`str`, *optional*): branch, tag or commit.
+        model (`str` or `Path`): folder, or Hub id.
+        name (`str`, *optional*): what readers call it; defaults to the id or the folder's name.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the repository's code; not needed for
             Flash-Lite checkpoints when the package is installed.
         limits (`Limits`, *optional*): what is accepted.
         device (`str`, *optional*): defaults to an accelerator if there is one.
     """
 
-    def __init__(self, model: str, revision: str | None = None, trust_remote_code=False, limits=None, device=None):
-        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    def __init__(
+        self,
+        model: str | Path,
+        name: str | None = None,
+        trust_remote_code: bool = False,
+        limits: Limits | None = None,
+        device: str | None = None,
+    ):
         self.limits = limits or Limits()
-        self.name = Path(model).name if Path(model).is_dir() else model
-        self.tokenizer = AutoTokenizer.from_pretrained(model, **hub)
-        config = AutoConfig.from_pretrained(model, **hub)
+        self.name = name or (Path(model).resolve().name if Path(model).is_dir() else str(model))
+        self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.model = auto_class.from_pretrained(model, **hub).eval().to(device or accelerator or "cpu")
+        self.model = (
+            auto_class.from_pretrained(model, trust_remote_code=trust_remote_code)
+            .eval()
+            .to(device or accelerator or "cpu")
+        )
         self.is_encoder_decoder = config.is_encoder_decoder
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -253,6 +273,10 @@ class Engine:
             if token in self.tokenizer.get_vocab():
                 found.add(self.tokenizer.convert_tokens_to_ids(token))
         return found - {None}
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Turn texts into prompts."""
+        return [self.tokenizer(text)["input_ids"] for text in texts]
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Turn a conversation into a prompt; an encoder-decoder reads the last message."""

@@ -36,6 +36,7 @@ EDGES = {
 }
 # floor 2, the workshop: it stands on everything that travels, and on these of its own floor
 WORKSHOP_EDGES = {
+    "benchmarking": {"measurement"},
     "cli": set(),
     "corpus": set(),
     "lora": set(),
@@ -43,6 +44,9 @@ WORKSHOP_EDGES = {
     "metrics": set(),
     "results": set(),
     "serving": set(),
+    "protocol": set(),
+    "api": {"protocol", "serving"},
+    "web": {"serving"},
     "tokenization": set(),
     "data": {"corpus"},
     "tasks": {"data"},

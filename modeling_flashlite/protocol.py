@@ -1,0 +1,122 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""OpenAI's completions protocol: requests, errors and events (needs the `serve` extra)."""
+
+import json
+from typing import Annotated, Literal
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+TYPES = {401: "authentication_error", 404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """A refusal with its HTTP status; becomes OpenAI's error shape."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+class StreamOptions(BaseModel):
+    """What a stream adds: `include_usage` sends a last chunk with the numbers of tokens."""
+
+    include_usage: bool = False
+
+
+class Sampling(BaseModel):
+    """Fields that both endpoints share; values that this server cannot honour are refused, not ignored."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+
+
+class CompletionRequest(Sampling):
+    """Body of `/v1/completions`."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+    logprobs: int | None = None
+
+
+class TextPart(BaseModel):
+    """One part of a message; this server reads text only."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """The message with its parts joined; `developer` is the newer name of `system`."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(Sampling):
+    """Body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list | None = None
+    functions: list | None = None
+    response_format: dict | None = None
+
+
+async def parse(request: Request, kind):
+    """Read the JSON body into its model; every defect of it is a 400."""
+    try:
+        content = json.loads(await request.body())
+        # text that UTF-8 cannot hold would fail later, in the tokenizer
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise ApiError(400, "The body is not JSON in UTF-8 with finite numbers.") from None
+    try:
+        return kind.model_validate(content, strict=False)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], where or None) from None
+
+
+def render_error(error: ApiError) -> JSONResponse:
+    """OpenAI's error shape."""
+    kind = TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
+    content = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
+    return JSONResponse({"error": content}, status_code=error.status, headers=headers)
+
+
+def event(content: dict) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def usage(jobs: list, n: int) -> dict[str, int]:
+    """Numbers of tokens; a prompt with `n` answers is counted once."""
+    prompt = sum(len(job.prompt) for job in jobs[::n])
+    completion = sum(job.new_tokens for job in jobs)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

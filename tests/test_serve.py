@@ -1,0 +1,399 @@
+"""The server with the real `openai` client, its limits, its errors, a fuzz of its API, and its page in a browser."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from checkpoints import save_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+openai = pytest.importorskip("openai", reason="the openai client is not installed")
+pytest.importorskip("fastapi", reason="the serve extra is not installed")
+
+import torch  # noqa: E402
+
+from modeling_flashlite.serving import Engine, Job, Limits, QueueFull, RowSampler, Settings, TextAssembler  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+LIMITS = ("--max-new-tokens=64", "--max-prompt-tokens=200", "--max-body=20000", "--max-waiting=30", "--timeout=60")
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> tuple[subprocess.Popen, str]:
+    """Start the script on a free port; return the process and the address."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "serve.py"), "--model", str(folder), "--port=0", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    line = process.stdout.readline()
+    if not line:
+        raise AssertionError(process.communicate()[1])
+    return process, re.search(r"http://\S+?(?=/v1)", line)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_checkpoint("causal", tmp_path_factory.mktemp("serve") / "tiny-lm")
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    process, address = start(folder, *LIMITS)
+    yield address
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors, errors
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    engine = Engine(
+        folder, limits=Limits(prompt_tokens=100, new_tokens=50, batch=4, waiting=6, seconds=60), device="cpu"
+    )
+    yield engine
+    engine.close()
+
+
+def test_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == ["tiny-lm"]
+    assert client.models.retrieve("tiny-lm").owned_by == "flashlite"
+    with pytest.raises(openai.NotFoundError, match="does not exist") as caught:
+        client.completions.create(model="gpt-4", prompt="x")
+    assert caught.value.code == "model_not_found"
+
+
+def test_completion_is_what_generate_gives(client, engine):
+    prompt = "You may obtain a copy"
+    answer = client.completions.create(model="tiny-lm", prompt=prompt, max_tokens=20, temperature=0)
+    inputs = engine.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    ids = engine.model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer.choices[0].text == engine.tokenizer.decode(ids, skip_special_tokens=True)
+    assert answer.usage.prompt_tokens == inputs["input_ids"].shape[1]
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    by_ids = client.completions.create(
+        model="tiny-lm", prompt=inputs["input_ids"][0].tolist(), max_tokens=20, temperature=0
+    )
+    assert by_ids.choices[0].text == answer.choices[0].text
+
+
+def test_stream_gives_the_same_text_and_usage(client):
+    request = {"model": "tiny-lm", "prompt": "Licensed under", "max_tokens": 24, "seed": 3, "temperature": 1.2}
+    whole = client.completions.create(**request)
+    chunks = list(client.completions.create(**request, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
+    assert chunks[-1].usage == whole.usage
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason
+
+
+def test_chat_and_its_stream(client):
+    request = {
+        "model": "tiny-lm",
+        "messages": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Who grants?"}],
+        "max_completion_tokens": 16,
+        "seed": 1,
+    }
+    answer = client.chat.completions.create(**request)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason in ("stop", "length")
+    chunks = list(client.chat.completions.create(**request, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content
+    parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "grants?"}]
+    request["messages"][1]["content"] = parts
+    assert client.chat.completions.create(**request).choices[0].message.content == answer.choices[0].message.content
+
+
+def test_seed_is_kept_in_any_company(client):
+    request = {"model": "tiny-lm", "prompt": "Licensed under", "max_tokens": 12, "seed": 7}
+    alone = client.completions.create(**request).choices[0].text
+    texts: list[str] = []
+
+    def ask(**changes):
+        text = client.completions.create(**{**request, **changes}).choices[0].text
+        if not changes:
+            texts.append(text)
+
+    changes = [{}, {"seed": 8, "prompt": "Any"}, {}, {"temperature": 0, "max_tokens": 3}, {}]
+    threads = [threading.Thread(target=ask, kwargs=change) for change in changes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == [alone] * 3
+    several = client.completions.create(**request, n=3)
+    assert several.choices[0].text == alone and len({choice.text for choice in several.choices}) == 3
+    assert several.choices[1].text == client.completions.create(**{**request, "seed": 8}).choices[0].text
+
+
+def test_stop_texts_end_the_answer_and_are_left_out(client):
+    request = {"model": "tiny-lm", "prompt": "Licensed under", "max_tokens": 40, "seed": 5}
+    text = client.completions.create(**request).choices[0].text
+    stop = text[8:11]
+    for stream in (False, True):
+        answer = client.completions.create(**request, stop=[stop, "never there"], stream=stream)
+        pieces = [chunk.choices[0] for chunk in answer] if stream else [answer.choices[0]]
+        assert "".join(piece.text for piece in pieces) == text[: text.index(stop)]
+        assert pieces[-1].finish_reason == "stop"
+
+
+def test_several_prompts_in_one_request(client):
+    prompts = ["Licensed under", "The Licensor", "a"]
+    answer = client.completions.create(model="tiny-lm", prompt=prompts, max_tokens=8, temperature=0)
+    alone = [client.completions.create(model="tiny-lm", prompt=p, max_tokens=8, temperature=0) for p in prompts]
+    assert [choice.text for choice in answer.choices] == [single.choices[0].text for single in alone]
+    assert answer.usage.prompt_tokens == sum(single.usage.prompt_tokens for single in alone)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"prompt": "x", "max_tokens": 65}, 400, "the limit is 64"),
+        ({"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
+        ({"prompt": "word " * 400}, 400, "the limit is 200"),
+        ({"prompt": ""}, 400, "empty"),
+        ({"prompt": []}, 400, "empty"),
+        ({"prompt": [10**9]}, 400, "token outside"),
+        ({"prompt": "x", "n": 9}, 400, "limit of 8"),
+        ({"prompt": "x", "temperature": 3}, 400, "temperature"),
+        ({"prompt": "x", "stop": ["a"] * 5}, 400, "at most 4"),
+        ({"prompt": "x", "logprobs": 3}, 400, "logprobs is not supported"),
+        ({"prompt": "x" * 30000}, 413, "larger than 20000 bytes"),
+        ({}, 400, "prompt"),
+    ],
+)
+def test_limits_are_4xx_in_the_shape_of_openai(server, body, status, words):
+    answer = httpx.post(f"{server}/v1/completions", json=body, timeout=60)
+    error = answer.json()["error"]
+    assert answer.status_code == status and words in error["message"] and "\n" not in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'"a"', b"\xff", b'{"prompt": "\\ud800"}', b'{"temperature": NaN}']
+)
+def test_bodies_that_are_not_requests_are_400(server, content):
+    for path in ("completions", "chat/completions"):
+        answer = httpx.post(f"{server}/v1/{path}", content=content, timeout=60)
+        assert answer.status_code == 400 and "error" in answer.json()
+
+
+def test_body_without_a_length_is_limited_too(server):
+    def chunks():
+        for _ in range(100):
+            yield b" " * 1000
+
+    assert httpx.post(f"{server}/v1/completions", content=chunks(), timeout=60).status_code == 413
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+ROLES = st.sampled_from(["system", "user", "assistant", "tool"])
+FIELDS = {
+    "prompt": st.text(max_size=30) | st.lists(st.integers(-5, 500), max_size=5),
+    "messages": st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": st.text()}
+        ),
+        max_size=3,
+    ),
+    "max_tokens": st.integers(-1, 6),
+    "temperature": st.floats(-1, 3),
+    "top_p": st.floats(-0.5, 1.5),
+    "frequency_penalty": st.floats(-3, 3),
+    "n": st.integers(-1, 3),
+    "seed": st.integers(),
+    "stop": st.text(max_size=3) | st.lists(st.text(max_size=2), max_size=5),
+    "stream": st.booleans(),
+    "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}),
+    "model": st.just("tiny-lm") | st.text(max_size=5),
+    "logit_bias": JSON,
+    "response_format": JSON,
+}
+BODIES = st.fixed_dictionaries({}, optional={name: good | JSON for name, good in FIELDS.items()})
+LIKELY = st.fixed_dictionaries(
+    {"prompt": FIELDS["prompt"], "messages": FIELDS["messages"], "max_tokens": st.integers(1, 4)},
+    optional={
+        name: FIELDS[name] for name in ("temperature", "top_p", "n", "seed", "stop", "stream", "frequency_penalty")
+    },
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(st.sampled_from(["completions", "chat/completions"]), BODIES | LIKELY | JSON)
+def test_fuzz_finds_no_server_error(server, path, body):
+    content = json.dumps(body).encode()
+    answer = httpx.post(f"{server}/v1/{path}", content=content, timeout=60)
+    assert answer.status_code < 500, answer.text
+    if answer.status_code >= 400:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    st.sampled_from(["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "POST"]),
+    st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="?#"), max_size=20),
+)
+def test_fuzz_of_paths_finds_no_server_error(server, method, path):
+    answer = httpx.request(method, f"{server}/{path}", timeout=60)
+    assert answer.status_code < 500
+    if answer.status_code >= 400:
+        assert "error" in answer.json()
+
+
+def test_health_and_metrics(server, client):
+    client.completions.create(model="tiny-lm", prompt="x", max_tokens=2)
+    assert httpx.get(f"{server}/health").json()["status"] == "ok"
+    text = httpx.get(f"{server}/metrics").text
+    assert re.search(r'flashlite_responses_total\{status="200"\} \d', text)
+    assert re.search(r"flashlite_generated_tokens_total [1-9]", text)
+
+
+def test_key_is_asked_for_and_running_answers_end_before_the_stop(folder):
+    process, address = start(folder, FLASHLITE_API_KEY="the key")
+    for key in (None, "Bearer wrong", "Basic the key"):
+        answer = httpx.get(f"{address}/v1/models", headers={"Authorization": key} if key else {})
+        assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{address}/health").status_code == 200
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="the key", max_retries=0, timeout=60)
+    stream = client.completions.create(model="tiny-lm", prompt="x", max_tokens=200, seed=0, stream=True)
+    next(stream)
+    process.send_signal(signal.SIGTERM)
+    assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("stop", "length")
+    output = "".join(process.communicate(timeout=60))
+    assert "the key" not in output and "Traceback" not in output
+
+
+def test_other_machines_need_a_key(folder):
+    command = [sys.executable, str(ROOT / "scripts" / "serve.py"), "--model", str(folder), "--host", "0.0.0.0"]
+    environment = {name: value for name, value in os.environ.items() if name != "FLASHLITE_API_KEY"}
+    done = subprocess.run(
+        command, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "set FLASHLITE_API_KEY" in done.stderr
+
+
+def test_encoder_decoder_is_served(tmp_path):
+    folder = save_checkpoint("seq2seq", tmp_path / "tiny-s2s")
+    engine = Engine(folder, limits=Limits(new_tokens=8), device="cpu")
+    jobs = [engine.submit(prompt, Settings(8, 0.0)) for prompt in engine.encode(["The Licensor grants.", "You"])]
+    texts = ["".join(job) for job in jobs]
+    for text, prompt in zip(texts, ("The Licensor grants.", "You")):
+        inputs = engine.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        ids = engine.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+        assert text == engine.tokenizer.decode(ids, skip_special_tokens=True)
+    assert engine.encode_chat([{"role": "user", "content": "You"}]) == engine.encode(["You"])[0]
+    engine.close()
+
+
+def test_requests_share_a_batch_and_the_queue_is_limited(engine):
+    before = dict(engine.counters)
+    prompt = engine.encode(["Licensed"])[0]
+    jobs = [engine.submit(prompt, Settings(20, 0.0)) for _ in range(6)]
+    with pytest.raises(QueueFull, match="answers are waiting already"):
+        for _ in range(50):
+            jobs.append(engine.submit(prompt, Settings(20, 0.0)))
+    assert len({"".join(job) for job in jobs}) == 1
+    assert engine.counters["batches"] - before.get("batches", 0) < len(jobs)
+
+
+def test_deadline_and_cancellation_free_the_worker(engine):
+    prompt = engine.encode(["Licensed"])[0]
+    late = Job(prompt, Settings(50, 1.0, seed=0), time.monotonic() - 1)
+    engine._waiting.put(late)
+    assert "".join(late) == "" and late.finish_reason == "timeout"
+    gone = engine.submit(prompt, Settings(50, 1.0, seed=0))
+    gone.cancelled = True
+    assert engine.submit(prompt, Settings(2, 0.0)) and list(gone) is not None
+    assert gone.finish_reason == "cancelled"
+
+
+def test_sampler_follows_its_settings():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]] * 3)
+    jobs = [Job([0], s, 0.0) for s in (Settings(1, 0.0), Settings(1, 1.0, top_p=0.5), Settings(1, 1.0, seed=1))]
+    chosen = RowSampler(jobs, 1)(torch.zeros(3, 1, dtype=torch.long), logits).argmax(-1)
+    assert chosen[:2].tolist() == [0, 0]  # the first token alone holds more than half
+    sampler = RowSampler([Job([0], Settings(1, 1.0, seed=1), 0.0)] * 4000, 1)
+    drawn = sampler(torch.zeros(4000, 1, dtype=torch.long), logits[:1].expand(4000, -1)).argmax(-1)
+    assert len(set(drawn.tolist())) == 1  # one seed, one answer
+    free = RowSampler([Job([0], Settings(1, 1.0), 0.0)] * 4000, 1)
+    drawn = free(torch.zeros(4000, 1, dtype=torch.long), logits[:1].expand(4000, -1)).argmax(-1)
+    share = torch.bincount(drawn, minlength=4) / 4000
+    torch.testing.assert_close(share, logits[0].softmax(-1), atol=0.04, rtol=0)
+    penal = RowSampler([Job([0], Settings(1, 0.0, frequency_penalty=1.0), 0.0)], 1)
+    assert penal(torch.tensor([[3, 0, 0]]), logits[:1]).argmax() == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=3), max_size=3))
+def test_pieces_are_the_text_up_to_the_first_stop(engine_tokenizer, text, stop):
+    ids = engine_tokenizer(text)["input_ids"]
+    whole = engine_tokenizer.decode(ids, skip_special_tokens=True)
+    assembler = TextAssembler(engine_tokenizer, stop)
+    pieces = []
+    for token in ids:
+        pieces.append(assembler.add(token))
+        if assembler.stopped:
+            break
+    pieces.append(assembler.finish())
+    places = [whole.find(s) for s in stop if s in whole]
+    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in whole
+    # the earliest text to be complete ends the answer, which may begin before another that was found first
+    if not places:
+        assert "".join(pieces) == whole
+    else:
+        assert whole.startswith("".join(pieces)) and assembler.stopped
+
+
+@pytest.fixture(scope="module")
+def engine_tokenizer(engine):
+    return engine.tokenizer
+
+
+def test_page_answers_in_a_browser(folder, tmp_path):
+    pytest.importorskip("gradio", reason="the web extra is not installed")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not browser or not driver:
+        pytest.skip("there is no chromium and chromedriver on this machine")
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    process, address = start(folder, "--web", "--max-new-tokens=16")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(argument)
+    page = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    try:
+        page.get(address)
+        field = WebDriverWait(page, 60).until(lambda page: page.find_element(By.CSS_SELECTOR, "textarea"))
+        field.send_keys("Who grants?", Keys.ENTER)
+        WebDriverWait(page, 60).until(lambda page: len(page.find_elements(By.CSS_SELECTOR, ".message.bot")) >= 1)
+        assert "Who grants?" in page.find_element(By.TAG_NAME, "body").text
+        assert page.save_screenshot(str(tmp_path / "page.png"))
+        # the API stays where it was
+        assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "tiny-lm"
+    finally:
+        page.quit()
+        process.terminate()
+        process.communicate(timeout=60)
