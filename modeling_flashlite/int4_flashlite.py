@@ -66,22 +66,33 @@ def tile_codes(packed: torch.Tensor, out_features: int, in_features: int) -> tor
         raise ValueError(
             f"{out_features} x {in_features} codes need {(count + 1) // 2} uint8, got {packed.numel()} {packed.dtype}."
         )
-    nibbles = torch.stack([packed.reshape(-1) & 15, packed.reshape(-1) >> 4], -1).view(-1)[:count]
-    pad_rows, pad_columns = -out_features % TILE_ROWS, _padded(in_features) - in_features
-    nibbles = nibbles.view(out_features, in_features)
-    if pad_rows or pad_columns:
-        nibbles = F.pad(nibbles, (0, pad_columns, 0, pad_rows), value=8)
-    halves = nibbles.view(-1, 2, 32, nibbles.shape[1])
-    return (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2).contiguous()
+    packed, padded = packed.reshape(-1), _padded(in_features)
+    tiles = packed.new_empty(-(-out_features // TILE_ROWS), padded, 32)
+    group = max(1, _GROUP_WEIGHTS // (TILE_ROWS * padded))
+    for first in range(0, len(tiles), group):  # 64 rows fill whole bytes, also when K is odd
+        part = packed[32 * in_features * first : 32 * in_features * (first + group)]
+        rows = min(group * TILE_ROWS, out_features - first * TILE_ROWS)
+        nibbles = torch.stack([part & 15, part >> 4], -1).view(-1)[: rows * in_features].view(rows, in_features)
+        if rows % TILE_ROWS or padded != in_features:
+            nibbles = F.pad(nibbles, (0, padded - in_features, 0, -rows % TILE_ROWS), value=8)
+        halves = nibbles.view(-1, 2, 32, padded)
+        tiles[first : first + group] = (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2)
+    return tiles
 
 
 def untile_codes(tiles: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
     """Inverse of [`tile_codes`]: uint8 `[ceil(out_features * in_features / 2)]`, an odd count padded with code 0."""
-    nibbles = torch.stack([tiles & 15, tiles >> 4], 1).transpose(2, 3)
-    nibbles = nibbles.reshape(-1, tiles.shape[1])[:out_features, :in_features].reshape(-1)
-    if nibbles.numel() % 2:
-        nibbles = F.pad(nibbles, (0, 1), value=8)
-    return nibbles[0::2] | (nibbles[1::2] << 4)
+    packed = tiles.new_empty((out_features * in_features + 1) // 2)
+    group = max(1, _GROUP_WEIGHTS // (TILE_ROWS * tiles.shape[1]))
+    for first in range(0, len(tiles), group):
+        part = tiles[first : first + group]
+        nibbles = torch.stack([part & 15, part >> 4], 1).transpose(2, 3).reshape(-1, tiles.shape[1])
+        nibbles = nibbles[: out_features - first * TILE_ROWS, :in_features].reshape(-1)
+        if nibbles.numel() % 2:
+            nibbles = F.pad(nibbles, (0, 1), value=8)
+        start = 32 * in_features * first
+        packed[start : start + nibbles.numel() // 2] = nibbles[0::2] | (nibbles[1::2] << 4)
+    return packed
 
 
 def _codes(tiles: torch.Tensor) -> torch.Tensor:

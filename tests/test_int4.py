@@ -123,6 +123,10 @@ def test_several_groups_equal_one(monkeypatch):
     monkeypatch.setattr(int4, "_GROUP_WEIGHTS", 5000)
     for a, b in zip(run(), whole):
         assert relative_error(a, b) < 4e-3
+    for shape in [(300, 96), (129, 33), (128, 31)]:
+        codes, packed, tiles, step = make(*shape)
+        assert torch.equal(untile_codes(tiles, *shape), packed)
+        assert torch.equal(dequantize_int4(tiles, step, shape[1]), codes * step[:, None])
 
 
 def test_outliers_are_not_rounded_to_int8():
