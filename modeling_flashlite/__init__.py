@@ -40,6 +40,9 @@ for _auto, _model in (
     (AutoModelForQuestionAnswering, FlashLiteForQuestionAnswering),
 ):
     _auto.register(FlashLiteConfig, _model, exist_ok=True)
+    # `save_pretrained` then writes the code beside the weights, for machines without this package
+    _model.register_for_auto_class(_auto.__name__)
+FlashLiteConfig.register_for_auto_class()
 register_pipelines()
 
 __all__ = [

@@ -409,13 +409,15 @@ class FlashLiteModel(FlashLitePreTrainedModel):
         """
         own = {"past_key_values": past_key_values, "use_cache": use_cache, "memory": memory, **kwargs}
         if not self.config.is_encoder_decoder:
-            return self.decoder(
+            outputs = self.decoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
                 **own,
             )
+            # what was recorded under this name is empty: there is no encoder to attend to
+            return type(outputs)(**{name: value for name, value in outputs.items() if name != "cross_attentions"})
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if input_ids is None:
                 raise ValueError(
@@ -746,7 +748,8 @@ class FlashLiteForSequenceClassification(FlashLiteTaskModel):
             decoder_inputs_embeds=decoder_inputs_embeds,
             **kwargs,
         )
-        own = self.config.is_encoder_decoder and decoder_input_ids is not None
+        given = decoder_input_ids is not None or decoder_inputs_embeds is not None
+        own = self.config.is_encoder_decoder and given
         last = self._last_token(
             *((decoder_input_ids, decoder_attention_mask) if own else (input_ids, attention_mask)), scores
         )
