@@ -1,0 +1,133 @@
+"""Races between implementations of the same thing, in one run, and the tables and files that come of them."""
+
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from tqdm.auto import tqdm
+
+from .measurement import peak_memory_bytes
+
+__all__ = ["format_table", "growth_exponent", "peak_growth", "race", "summarize_race"]
+
+
+def race(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 5,
+    seconds: float = 10.0,
+    shortest: float = 0.02,
+    name: str = "",
+) -> dict[str, list[float]]:
+    """Times functions in turn, round after round, so that a disturbance of the machine meets all of them.
+
+    Args:
+        contenders: name to function.
+        repeats: rounds after one that warms up; at least one.
+        seconds: after so many no new round begins. A round slower than that is not warmed up for.
+        shortest: a sample is repeated calls of at least that many seconds together.
+        name: shown by the progress bar.
+
+    Returns:
+        Name to seconds per call, one entry per round.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    times: dict[str, list[float]] = {contender: [] for contender in contenders}
+    begin, calls = time.perf_counter(), {}
+    for contender, function in contenders.items():
+        first = _timed(function, 1, device)
+        calls[contender] = max(math.ceil(shortest / first), 1)
+        times[contender].append(first)
+    if time.perf_counter() - begin > seconds:
+        return times
+    times = {contender: [] for contender in contenders}
+    for _ in tqdm(range(repeats), desc=name, leave=False):
+        for contender, function in contenders.items():
+            times[contender].append(_timed(function, calls[contender], device))
+        if time.perf_counter() - begin > seconds:
+            break
+    return times
+
+
+def _timed(function: Callable[[], object], calls: int, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / calls
+
+
+def summarize_race(times: Mapping[str, Sequence[float]], peers: Sequence[str], **columns) -> list[dict]:
+    """One row per contender: median and range in milliseconds, and how many times faster than the quickest peer.
+
+    The ratio is the median over rounds of the peer's time over the contender's in the same round.
+    """
+    peer = min(peers, key=lambda name: statistics.median(times[name]))
+    rows = []
+    for name, samples in times.items():
+        ratios = [a / b for a, b in zip(times[peer], samples)]
+        rows.append(
+            {
+                **columns,
+                "name": name,
+                "ms": round(1e3 * statistics.median(samples), 3),
+                "spread_ms": [round(1e3 * min(samples), 3), round(1e3 * max(samples), 3)],
+                "rounds": len(samples),
+                "peer": peer,
+                "times_faster": round(statistics.median(ratios), 2),
+            }
+        )
+    return rows
+
+
+def peak_growth(target: Callable, *args) -> int:
+    """Bytes by which the most memory of a fresh process grows while it runs the function that `target(*args)` returns.
+
+    `target` is importable; what it does before it returns the function is not counted. A fresh process, because an
+    allocator keeps what an earlier measurement made it take.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report_growth, args=(sender, torch.get_num_threads(), target, *args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"the measuring process of {target.__name__}{args} ended without a result.") from None
+    finally:
+        process.join()
+
+
+def _report_growth(sender, threads: int, target: Callable, *args) -> None:
+    torch.set_num_threads(threads)
+    function = target(*args)
+    before = peak_memory_bytes()
+    function()
+    sender.send(peak_memory_bytes() - before)
+
+
+def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """The exponent `p` of the least-squares fit `cost ~ size ** p`; 1 is linear, 2 quadratic."""
+    x, y = ([math.log(value) for value in values] for values in (sizes, costs))
+    return statistics.linear_regression(x, y).slope
+
+
+def format_table(rows: Sequence[Mapping]) -> str:
+    """Rows as an aligned text table, with a column for every key that occurs."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([_cell(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return " to ".join(map(_cell, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
