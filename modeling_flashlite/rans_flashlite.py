@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -125,13 +125,13 @@ class Lanes:
         return np.repeat(entry - start, frequencies) + np.arange(1 << _PROB_BITS)
 
 
-def rans_decode(jobs: Sequence[Lanes]) -> list[np.ndarray]:
-    """Decode chunks side by side. `jobs` are sorted by falling `steps`; the packed bytes of each come back."""
+def rans_decode(jobs: Sequence[Lanes]) -> Iterator[np.ndarray]:
+    """Decode chunks side by side. `jobs` are sorted by falling `steps`; yields the packed bytes of each."""
     lane_counts = [job.lanes for job in jobs]
     edges = np.cumsum([0] + lane_counts)
     tables = np.concatenate([job.table() for job in jobs])
     base = np.repeat(np.arange(len(jobs), dtype=np.int64) << _PROB_BITS, lane_counts)
-    words = np.concatenate([job.words for job in jobs] + [np.zeros(1, "<u2")]).astype(np.int64)
+    words = np.concatenate([job.words for job in jobs] + [np.zeros(1, "<u2")])
     counts = np.concatenate([job.words_per_lane for job in jobs])
     end = np.cumsum(counts)
     read = end - counts
@@ -157,7 +157,8 @@ def rans_decode(jobs: Sequence[Lanes]) -> list[np.ndarray]:
             x[low] = (x[low] << 16) | words.take(at, mode="clip")  # a damaged lane may overrun; found out below
     if (read != end).any() or (state != _STATE_LOW).any():
         raise CodecError("A rANS lane does not end where it should; fetch the file again.")
-    return [symbols[: job.steps, edges[i] : edges[i + 1]].reshape(-1)[: job.size] for i, job in enumerate(jobs)]
+    for i, job in enumerate(jobs):
+        yield symbols[: job.steps, edges[i] : edges[i + 1]].reshape(-1)[: job.size]
 
 
 def rans_batches(jobs: list) -> list[list]:
