@@ -69,7 +69,8 @@ def rows_of_mask(mask: torch.Tensor) -> Rows:
     """Left-align each batch row: real tokens in order, then padding. `mask` is bool `[B, T]`."""
     batch, columns = mask.shape
     counts = mask.sum(1)
-    width = max(int(counts.max()), 1)
+    # the longest row's, except in an exported graph, whose shapes cannot depend on values
+    width = columns if torch.compiler.is_exporting() else max(int(counts.max()), 1)
     row = torch.arange(batch, device=mask.device)[:, None]
     order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :width]
     slot = (mask.cumsum(1) - 1).clamp(min=0)

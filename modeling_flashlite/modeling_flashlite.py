@@ -134,8 +134,9 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_columns:
     batch, columns = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
     if columns == 0:
         raise ValueError("The sequence is empty (0 tokens); give at least one token, such as the start token.")
-    # a look at the values would stall an accelerator, whose embedding kernel checks by itself
-    if input_ids is not None and input_ids.device.type == "cpu" and input_ids.numel():
+    # a look at the values would stall an accelerator, whose embedding kernel checks by itself, and break a graph
+    look = input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if look and input_ids.numel():
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(
@@ -324,13 +325,18 @@ class FlashLiteDecoder(FlashLiteStack):
 def padded_rows(states: torch.Tensor, attention_mask: torch.Tensor | None) -> Rows | None:
     """How the new columns `[B, T]` map to rows of real tokens; `None` where all are real."""
     mask = None if attention_mask is None else attention_mask[:, -states.shape[1] :].bool()
-    return None if mask is None or mask.all() else rows_of_mask(mask)
+    # an exported graph cannot look at the mask, and does without the shortcut
+    return None if mask is None or not torch.compiler.is_exporting() and mask.all() else rows_of_mask(mask)
 
 
 def packed_rows(states, attention_mask, position_ids) -> Rows | None:
-    """How the columns of packed documents map to rows; `None` where no `position_ids` restart within a row."""
-    columns = states.shape[1]
-    if position_ids is None or columns < 2 or attention_mask is not None and not attention_mask.all():
+    """How the columns of packed documents map to rows; `None` where no `position_ids` restart within a row.
+
+    An exported graph cannot look at the positions, and takes each row for one document.
+    """
+    if position_ids is None or states.shape[1] < 2 or torch.compiler.is_exporting():
+        return None
+    if attention_mask is not None and not attention_mask.all():
         return None
     jumps = position_ids.diff(dim=-1) != 1
     if not jumps.any():
