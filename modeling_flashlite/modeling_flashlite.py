@@ -46,6 +46,9 @@ from .layers_flashlite import (
 )
 from .loss_flashlite import chunked_cross_entropy
 
+# imported to be registered: with it, coded checkpoints load wherever this file does
+from .quantization_flashlite import EcqConfig  # noqa: F401
+
 # training logits of more elements than this are never built: the loss then runs chunk by chunk over the tokens
 _MAX_TRAINING_LOGITS = 2**26
 
