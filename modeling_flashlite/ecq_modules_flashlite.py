@@ -135,15 +135,15 @@ class EcqEmbedding(EcqModule, nn.Embedding):
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Learned step size quantization (LSQ, Esser et al. 2020) with the step `s = exp2(log_step) * scale[row]`.
+    """Learned step size quantization (LSQ, Esser et al. 2020) with the step `s = exp2(shift) * start[row]`.
 
     Forward: `s * clamp(round(w / s), -8, 7)`. Backward: the gradient passes to w where `w / s` is inside, and
-    `dL/dlog_step = ln 2 * sum g * s * (q - u inside, q outside)`, scaled by `1 / sqrt(7 * elements)`.
+    `dL/dshift = ln 2 * sum g * s * (q - u inside, q outside)`, scaled by `1 / sqrt(7 * elements)`.
     """
 
     @staticmethod
-    def forward(ctx, weight, log_step, scale):
-        step = torch.exp2(log_step.float()) * scale
+    def forward(ctx, weight, shift, start):
+        step = torch.exp2(shift.float()) * start
         ctx.save_for_backward(weight, step)
         codes = torch.round(weight.float() / step[:, None]).clamp(-8, 7)
         return (codes * step[:, None]).to(weight.dtype)
@@ -155,48 +155,59 @@ class _FakeQuantize(torch.autograd.Function):
         inside = (ratio >= -8.5) & (ratio <= 7.5)
         codes = torch.round(ratio).clamp(-8, 7)
         slope = torch.where(inside, codes - ratio, codes) * step[:, None] * math.log(2)
-        grad_step = (grad.float() * slope).sum() / math.sqrt(7 * weight.numel())
-        return grad * inside, grad_step.reshape(1), None
+        grad_shift = (grad.float() * slope).sum() / math.sqrt(7 * weight.numel())
+        return grad * inside, grad_shift.reshape(1), None
+
+
+_TWIN_STATE = ("log_base", "exponents", "code_lengths")
 
 
 class FakeQuantModule:
     """What the twins share: a float weight, a learned step for the tensor, frozen relative steps of its rows.
 
     Attributes:
-        log_step (parameter `[1]`): log2 of the base step.
-        exponents (buffer int8 `[rows]`): `step[row] = 2 ** (log_step + exponents[row] / 16)`.
-        code_lengths (buffer float `[16]`): running mean of `-log2` of the frequency of each code -8..7.
+        log_step (parameter `[1]`): learned shift of log2 of all steps; it starts at 0, so weight decay does no harm.
+        log_base (buffer `[1]`), exponents (buffer int8 `[rows]`):
+            `step[row] = 2 ** (log_base + log_step + exponents[row] / grid)`.
+        code_lengths (buffer `[16]`): running mean of `-log2` of the frequency of each code -8..7.
     """
 
     def _open_twin(self, weight: QuantizedWeight, master: torch.Tensor) -> None:
         device = self.weight.device
-        self.weight = nn.Parameter(master.to(device))
-        self.log_step = nn.Parameter(torch.tensor([math.log2(weight.base)], device=device))
+        self._parameters["weight"] = nn.Parameter(master)
+        self._parameters["log_step"] = nn.Parameter(torch.zeros(1, device=device))
+        self.register_buffer("log_base", torch.tensor([math.log2(weight.base)], device=device))
         self.register_buffer("exponents", weight.exponents.to(device, torch.int8))
         self.register_buffer("code_lengths", torch.full((16,), 4.0, device=device))
         self.grid = weight.grid
 
+    def share_twin(self, other: FakeQuantModule) -> None:
+        """Use weight and steps of a tied twin."""
+        for name in ("weight", "log_step"):
+            self._parameters[name] = other._parameters[name]
+        for name in _TWIN_STATE:
+            self.register_buffer(name, other._buffers[name])
+        self.grid = other.grid
+
+    def _start(self) -> torch.Tensor:
+        return torch.exp2(self.log_base.double() + self.exponents.double() / self.grid).float()
+
     def step(self) -> torch.Tensor:
         """Steps, float32 `[rows]`, without gradient."""
-        return self.base_step() * self._scale()
-
-    def base_step(self) -> torch.Tensor:
-        return torch.exp2(self.log_step.detach().float())
-
-    def _scale(self) -> torch.Tensor:
-        return torch.exp2(self.exponents.double() / self.grid).float()
+        return torch.exp2(self.log_step.detach().float()) * self._start()
 
     def codes(self) -> torch.Tensor:
-        """Codes -8..7 of the weight as it stands, int8 `[rows, columns]`."""
-        return torch.round(self.weight.detach().float() / self.step()[:, None]).clamp(-8, 7).to(torch.int8)
+        """Codes -8..7 of the weight as it stands, float `[rows, columns]`."""
+        return torch.round(self.weight.detach().float() / self.step()[:, None]).clamp(-8, 7)
 
     def fake_quantized(self) -> torch.Tensor:
         """The weight rounded to its levels, `[rows, columns]`, differentiable."""
-        return _FakeQuantize.apply(self.weight, self.log_step, self._scale())
+        return _FakeQuantize.apply(self.weight, self.log_step, self._start())
 
     def quantized(self) -> QuantizedWeight:
         """What the file will hold."""
-        return QuantizedWeight.from_codes(self.codes(), self.base_step().item(), self.exponents, self.grid)
+        base = torch.exp2(self.log_base.double() + self.log_step.detach().double()).float().item()
+        return QuantizedWeight.from_codes(self.codes(), base, self.exponents, self.grid)
 
 
 class FakeQuantLinear(FakeQuantModule, nn.Linear):
@@ -226,11 +237,6 @@ def _subclass(plain: type, mixin: type) -> type:
     return _CLASSES[key]
 
 
-def plain_class(module: nn.Module) -> type:
-    """The class that a quantized module or twin had before."""
-    return module.plain_class
-
-
 def _retype(module: nn.Module, linear: type, embedding: type) -> nn.Module:
     """`module` with its class changed in place; a `Conv1D` becomes a new linear layer, transposed."""
     plain = getattr(module, "plain_class", type(module))
@@ -252,7 +258,7 @@ def to_quantized(module: nn.Module, size_only: bool = False) -> nn.Module:
     """Turn a float layer or a twin into an [`EcqLinear`] or [`EcqEmbedding`] without codes, in place if possible."""
     dtype, device = module.weight.dtype, module.weight.device
     module = _retype(module, EcqLinear, EcqEmbedding)
-    for name in ("log_step", "exponents", "code_lengths"):
+    for name in ("log_step", *_TWIN_STATE):
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)
     module._open(dtype, device, size_only)

@@ -1,12 +1,12 @@
 """Steps and codes: rounding with error feedback, and the search for the multiplier that meets a byte budget.
 
-The loss of quantizing `W [rows, columns]` to `W + E` is about `1/2 tr(E^T G E H)`, with `G = E[g g^T]` of the gradients of
-the output and `H = E[x x^T]` of the inputs. With upper Cholesky factors `C_G`, `C_H` of the damped inverses, rounding the
-elements in order and subtracting `(w - q) / (C_G[i,i] C_H[j,j]) * C_G[i, i':] C_H[j, j':]` from those not yet rounded is
-optimal for that order. `C_H` alone is GPTQ (Frantar et al. 2022); both are used where that is affordable.
+Quantizing `W [rows, columns]` to `W + E` costs about `1/2 tr(E^T G E H)`, with `G = E[g g^T]` of the gradients of
+the output and `H = E[x x^T]` of the inputs. With upper Cholesky factors `C_G`, `C_H` of the damped inverses, rounding
+the elements in order and subtracting `(w - q) / (C_G[i,i] C_H[j,j]) * C_G[i, i':] C_H[j, j':]` from those not yet
+rounded is optimal for that order. `C_H` alone is GPTQ (Frantar et al. 2022); both are used where that is affordable.
 
-At rates above about 1.5 bits the best steps are proportional to `C_G[i,i]` and to the geometric mean of `C_H[j,j]`, which
-equalises what one more bit buys everywhere; one multiplier then sets the rate (reverse water-filling).
+At rates above about 1.5 bits the best steps are proportional to `C_G[i,i]` and to the geometric mean of `C_H[j,j]`,
+which equalises what one more bit buys everywhere; one multiplier then sets the rate (reverse water-filling).
 """
 
 from __future__ import annotations
@@ -14,15 +14,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
-from .codec_flashlite import coded_size
+from .codec_flashlite import coded_size, encode_bytes
 from .ecq_stream_flashlite import QuantizedWeight
 
 _MIN_STEP, _MAX_STEP = 0.28, 3.0  # in standard deviations of the row: what 16 levels can serve
 _OUTLIER_NOISE = 0.3  # a row reaches beyond 16 levels when clipping costs this share of its rounding noise
 _WAVE_ROWS = 16
+
+
+def grid_of(columns: int) -> int:
+    """Step sizes per octave: the fewer columns share a step, the coarser."""
+    return 8 if columns < 256 else 16
 
 
 @dataclass
@@ -53,8 +59,7 @@ class Layer:
 
     @property
     def grid(self) -> int:
-        """Step sizes per octave: the fewer columns share a step, the coarser."""
-        return 8 if self.weight.shape[1] < 256 else 16
+        return grid_of(self.weight.shape[1])
 
     def steps(self, multiplier: float) -> tuple[float, torch.Tensor]:
         """(base, exponents int8 `[rows]`) for the log2 of the common multiplier."""
@@ -145,14 +150,12 @@ def _gain(layer: Layer, weight: torch.Tensor, rounded: torch.Tensor) -> float:
 
 
 def weight_bytes(weight: QuantizedWeight) -> int:
-    """Bytes of the coded stream, to a few bytes, without writing it."""
-    size = 24 + coded_size(weight.packed.numpy(), weight.shape[0] * weight.shape[1])
+    """Bytes of the coded stream, without writing its codes."""
+    size = 12 + coded_size(weight.packed.numpy(), weight.shape[0] * weight.shape[1])
     if weight.exponents.any():
-        counts = torch.bincount(weight.exponents.int() + 128, minlength=256).double()
-        p = counts[counts > 0] / counts.sum()
-        size += 16 + int(-(counts[counts > 0] * p.log2()).sum().item() / 8 + len(p) * 0.7)
+        size += 4 + encode_bytes(weight.exponents.numpy().view(np.uint8)).size
     if weight.outlier_packed is not None:
-        size += 20 + 4 * len(weight.outlier_rows)
+        size += 12 + encode_bytes(weight.outlier_rows.numpy().astype("<u4").view(np.uint8), planes=4).size
         size += coded_size(weight.outlier_packed.numpy(), len(weight.outlier_rows) * weight.shape[1])
     return size
 
@@ -177,8 +180,8 @@ def search(
     elements = sum(layer.weight.numel() for layer in layers)
     if room < elements / 16:
         raise ValueError(
-            f"A budget of {budget:.0f} bytes leaves {max(room, 0):.0f} for {elements} weights besides {overhead:.0f} bytes"
-            " of other tensors and headers; ask for at least half a bit per weight more than those take."
+            f"A budget of {budget:.0f} bytes leaves {max(room, 0):.0f} for {elements} weights besides {overhead:.0f}"
+            " bytes of other tensors and headers; ask for at least half a bit per weight more than those take."
         )
 
     def size(shift: float, feedback: bool) -> tuple[list[QuantizedWeight], int]:

@@ -22,11 +22,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .ecq_modules_flashlite import EcqModule, FakeQuantModule, to_float, to_quantized, to_twin
-from .ecq_search_flashlite import Layer, search
+from .ecq_search_flashlite import Layer, grid_of, search
 from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weights
 
 _METHOD = "ecq"
 _DECODE_BYTES = 64 << 20
+_TRAINING_STATE = ("log_step", "log_base", "exponents", "code_lengths", "ecq_rate")
 _FIELDS = ("bits", "target_bits", "target_bytes", "max_loss_increase", "modules_to_not_convert", "dequantize", "stage")
 
 
@@ -55,7 +56,7 @@ class EcqConfig(QuantizationConfigMixin):
             most this fraction; needs `calibration.quantize`.
         modules_to_not_convert (`list[str]`, *optional*): module names, or parts of them, that stay float.
         dequantize (`bool`, *optional*, defaults to `False`): load as a float model.
-        stage (`str`, *optional*, defaults to `"coded"`): `"qat"` in checkpoints taken during quantization-aware training.
+        stage (`str`, *optional*, defaults to `"coded"`): `"qat"` in checkpoints of quantization-aware training.
     """
 
     def __init__(
@@ -132,9 +133,9 @@ def quantizable_layers(model: nn.Module, config: EcqConfig) -> dict[str, nn.Modu
     stacked = [name for name in stacked if should_convert_module(name.rpartition(".")[0], skip)]
     if stacked:
         raise ValueError(
-            f"{type(model).__name__} keeps weights in stacked parameters ({stacked[0]} and {len(stacked) - 1} more), as"
-            " mixtures of experts do; only nn.Linear, Conv1D and nn.Embedding can be quantized. Name their modules in"
-            " modules_to_not_convert to leave them in bfloat16."
+            f"{type(model).__name__} keeps weights in stacked parameters ({stacked[0]}, {len(stacked)} in all),"
+            " as mixtures of experts do; only nn.Linear, Conv1D and nn.Embedding can be quantized. Name their modules"
+            " in modules_to_not_convert to leave them in bfloat16."
         )
     return {n: m for n, m in model.named_modules() if _is_quantizable(m) and should_convert_module(n, skip)}
 
@@ -162,47 +163,59 @@ def collect_layers(model: nn.Module, config: EcqConfig) -> list[Layer]:
     return list(groups.values())
 
 
-def _original_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def ids_of(layers: list[Layer]) -> set[int]:
+    """Ids of the parameters of all layers."""
+    return {id(module.weight) for layer in layers for module in layer.modules}
 
 
-def overhead_bytes(model: nn.Module, layers: list[Layer]) -> int:
-    """Bytes of the file besides the weight streams: other tensors in bfloat16 and the safetensors header."""
-    coded = {id(module.weight) for layer in layers for module in layer.modules}
-    header, size = {"__metadata__": {"format": "pt"}}, 0
-    seen = set()
+def overhead_bytes(model: nn.Module, coded: set[int]) -> int:
+    """Bytes of the file besides the weight streams: other tensors in bfloat16 and the safetensors header.
+
+    Args:
+        coded (`set[int]`): ids of the parameters that become streams.
+    """
+    header, size, end, seen = {"__metadata__": {"format": "pt"}}, 0, 0, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
+        if id(tensor) in seen or name.rpartition(".")[2] in _TRAINING_STATE:
             continue
         seen.add(id(tensor))
-        held = (
-            0 if id(tensor) in coded else tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
-        )
-        header[name] = {"dtype": "BF16", "shape": [max(held, 9999)], "data_offsets": [size + 10**6, size + 10**6]}
-        size += held
-    return size + 8 + len(json.dumps(header, separators=(",", ":")))
+        if id(tensor) in coded:
+            held = tensor.numel() // 2  # for the digits of the offsets only
+            kind, shape = "U8", [held]
+        else:
+            kind, shape = ("BF16", tensor.shape) if tensor.is_floating_point() else ("I64", tensor.shape)
+            held = tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
+            size += held
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + held]}
+        end += held
+    return size + 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8
 
 
 def install(model: nn.Module, layers: list[Layer], weights: list[QuantizedWeight]) -> None:
-    """Put the codes into the model, in place, and round what stays float to the bfloat16 that the file holds."""
-    for layer, weight in zip(layers, weights):
-        first = None
-        for name, module in zip(layer.names, layer.modules):
-            new = to_quantized(module)
-            if new is not module:
+    """Put the codes of float layers into the model, in place."""
+    groups = []
+    for layer in layers:
+        modules = [to_quantized(module) for module in layer.modules]
+        for name, old, new in zip(layer.names, layer.modules, modules):
+            if new is not old:
                 model.set_submodule(name, new)
-            if first is None:
-                new.set_quantized(weight)
-                first = new
-            else:
-                new.share_quantized(first)
-    with torch.no_grad():
-        for module in model.modules():
-            names = ("bias",) if isinstance(module, EcqModule) else tuple(module._parameters)
-            for name in names:
-                value = module._parameters.get(name)
-                if value is not None and value.is_floating_point():
-                    value.copy_(value.to(torch.bfloat16))
+        groups.append((layer.names, modules))
+    install_groups(model, groups, weights)
+
+
+@torch.no_grad()
+def install_groups(model: nn.Module, groups: list[tuple[list[str], list]], weights: list[QuantizedWeight]) -> None:
+    """Give codes to quantized modules, and round what stays float to the bfloat16 that the file holds."""
+    for (_, modules), weight in zip(groups, weights):
+        modules[0].set_quantized(weight)
+        for module in modules[1:]:
+            module.share_quantized(modules[0])
+    for module in model.modules():
+        names = ("bias",) if isinstance(module, EcqModule) else tuple(module._parameters)
+        for name in names:
+            value = module._parameters.get(name)
+            if value is not None and value.is_floating_point():
+                value.copy_(value.to(torch.bfloat16))
 
 
 def attach(model, config: EcqConfig) -> None:
@@ -218,8 +231,8 @@ def quantize_data_free(model, config: EcqConfig) -> None:
     if config.max_loss_increase is not None:
         raise ValueError("max_loss_increase needs calibration data: call calibration.quantize(model, config, data).")
     layers = collect_layers(model, config)
-    budget = config.budget(_original_parameters(model))
-    install(model, layers, search(layers, budget, overhead_bytes(model, layers)))
+    budget = config.budget(sum(p.numel() for p in model.parameters()))
+    install(model, layers, search(layers, budget, overhead_bytes(model, ids_of(layers))))
 
 
 class EcqQuantizer(HfQuantizer):
@@ -233,8 +246,8 @@ class EcqQuantizer(HfQuantizer):
             raise ValueError("Quantized modules cannot be offloaded to disk; leave 'disk' out of device_map.")
         if not self.pre_quantized and (len(devices) > 1 or devices & {"auto", "balanced", "sequential"}):
             raise ValueError(
-                f"Quantizing while loading needs the model on one device, got device_map={device_map!r}; quantize on one"
-                " device, save, and load the saved model with this device_map."
+                f"Quantizing while loading needs the model on one device, got device_map={device_map!r}; quantize on"
+                " one device, save, and load the saved model with this device_map."
             )
 
     def update_parallel_plan(self, model, plan):
@@ -254,10 +267,12 @@ class EcqQuantizer(HfQuantizer):
         if self.quantization_config.stage == "qat":
             for name, module in quantizable_layers(model, self.quantization_config).items():
                 rows, columns = weight_of(module).shape
-                empty = QuantizedWeight((rows, columns), None, 1.0, torch.zeros(rows, dtype=torch.int8))
+                steps = torch.zeros(rows, dtype=torch.int8)
+                empty = QuantizedWeight((rows, columns), None, 1.0, steps, grid_of(columns))
                 new = to_twin(module, empty, weight_of(module))
                 if new is not module:
                     model.set_submodule(name, new)
+            model.register_buffer("ecq_rate", torch.zeros(2, device="meta"))
             return
         coded = _coded_names(checkpoint_files)
         prefix = model.base_model_prefix + "."
@@ -277,13 +292,17 @@ class EcqQuantizer(HfQuantizer):
             self.pre_quantized = True
         elif self.quantization_config.stage == "coded":
             _decode_model(model)
+        else:
+            for _, twins in groups_of(model, FakeQuantModule):
+                for twin in twins[1:]:
+                    twin.share_twin(twins[0])
         if self.quantization_config.dequantize:
             self._dequantize(model, model.dtype)
         return model
 
     def _dequantize(self, model, dtype=None):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
-        for names, modules in _coded_groups(model):
+        for names, modules in groups_of(model):
             weight = None
             for name, module in zip(names, modules):
                 plain = to_float(module, dtype)
@@ -297,8 +316,13 @@ class EcqQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model):
         """The tensors of the file: streams for coded weights, bfloat16 for other floats."""
         if self.quantization_config.stage == "qat":
-            return model.state_dict(), {}
-        groups = _coded_groups(model)
+            state, seen = {}, set()
+            for key, value in model.state_dict(keep_vars=True).items():
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    state[key] = value.detach()
+            return state, {}
+        groups = groups_of(model)
         streams = encode_weights([modules[0].quantized() for _, modules in groups])
         state = {}
         inner = {f"{name}." for names, _ in groups for name in names}
@@ -347,11 +371,11 @@ def _coded_names(checkpoint_files) -> set[str] | None:
     return names
 
 
-def _coded_groups(model) -> list[tuple[list[str], list[EcqModule]]]:
-    """Names and modules of the coded weights; those of one tied weight together."""
-    groups: dict[int, tuple[list[str], list[EcqModule]]] = {}
+def groups_of(model: nn.Module, kind: type = EcqModule) -> list[tuple[list[str], list]]:
+    """Names and modules of the quantized layers (or twins); those of one tied weight together."""
+    groups: dict[int, tuple[list[str], list]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, EcqModule):
+        if isinstance(module, kind):
             names, modules = groups.setdefault(id(module.weight), ([], []))
             names.append(name)
             modules.append(module)
@@ -361,7 +385,7 @@ def _coded_groups(model) -> list[tuple[list[str], list[EcqModule]]]:
 def _decode_model(model) -> None:
     """Turn the loaded streams into codes, some megabytes at a time, freeing each stream as it is done."""
     batch, size = [], 0
-    groups = _coded_groups(model)
+    groups = groups_of(model)
     for index, (names, modules) in enumerate(groups):
         owner = next((module for module in modules if module.stream is not None), None)
         if owner is None:

@@ -1,0 +1,229 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+r"""Quantization-aware training to a bit budget, on the stock Trainer.
+
+    model = prepare_qat(model, EcqConfig(target_bits=2.2), calibration=dataset)
+    Trainer(model, args, train_dataset=dataset, callbacks=[EcqCallback()]).train()
+    model.save_pretrained("small")
+
+`prepare_qat` starts from the steps of post-training quantization and puts fake-quantized twins in place of the layers.
+Their weights and steps learn from the loss by straight-through gradients. The rate of a weight w with step s is the
+piecewise linear code length
+
+    R(u) = (1 - f) L[floor u] + f L[floor u + 1],    u = w / s,    f = u - floor u,
+
+with L the running mean of `-log2` of each code's frequency. [`EcqCallback`] adds `lambda dR/dw` and `lambda dR/dlog s`
+to the gradients just before each optimizer step, after accumulation, averaging over processes and clipping, in units
+of the root mean square of the loss's own gradient; a proportional-integral controller sets lambda so that the bits of
+the whole file come to the target. Negative lambda, when the file is too small, only shortens steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from transformers import TrainerCallback
+
+from .calibration import batches_of, collect_moments
+from .ecq_modules_flashlite import FakeQuantModule, to_quantized, to_twin
+from .ecq_search_flashlite import search, weight_bytes
+from .quantization_flashlite import (
+    EcqConfig,
+    attach,
+    collect_layers,
+    groups_of,
+    ids_of,
+    install_groups,
+    overhead_bytes,
+)
+
+logger = logging.getLogger(__name__)
+_MEMORY = 0.9  # of the running means
+_PROPORTIONAL, _INTEGRAL, _LIMIT = 2.0, 0.05, 4.0  # of the controller, per bit of error
+
+
+def prepare_qat(
+    model,
+    config: EcqConfig,
+    calibration: Iterable | None = None,
+    data_collator: Callable | None = None,
+    batch_size: int = 8,
+    max_batches: int | None = None,
+):
+    """Replace the layers of a float model by fake-quantized twins, in place.
+
+    Args:
+        model (`PreTrainedModel`): a float model, best fully trained.
+        config (`EcqConfig`): with `target_bits` or `target_bytes`.
+        calibration, data_collator, batch_size, max_batches: as for `calibration.quantize`; without data the steps
+            start proportional to the standard deviation of each row.
+
+    Returns:
+        The same model, ready for `Trainer(..., callbacks=[EcqCallback()])`.
+    """
+    if config.target_bits is None and config.target_bytes is None:
+        raise ValueError("Training needs a budget: set target_bits or target_bytes in the EcqConfig.")
+    layers = collect_layers(model, config)
+    overhead, parameters = overhead_bytes(model, ids_of(layers)), sum(p.numel() for p in model.parameters())
+    if calibration is not None:
+        collect_moments(model, layers, batches_of(calibration, model, data_collator, batch_size, max_batches))
+    for layer in layers:
+        layer.input_factor = layer.output_factor = None  # the weights learn by themselves: steps only
+    weights = search(layers, config.budget(parameters), overhead)
+    config.stage = "qat"
+    for layer, weight in zip(layers, weights):
+        first = None
+        for name, module in zip(layer.names, layer.modules):
+            twin = to_twin(module, weight, layer.weight.detach().clone())
+            if twin is not module:
+                model.set_submodule(name, twin)
+            if first is None:
+                first = twin
+            else:
+                twin.share_twin(first)
+    model.register_buffer("ecq_rate", torch.zeros(2, device=model.device))
+    attach(model, config)
+    return model
+
+
+class RateController:
+    """The rate of a model with twins: measures it, adds its gradient, steers it to the budget.
+
+    Its state, lambda's integral and the running ratio of gradients, is the model's buffer `ecq_rate`, which
+    checkpoints keep.
+    """
+
+    def __init__(self, model):
+        self.model, config = model, model.hf_quantizer.quantization_config
+        self.groups = [twins for _, twins in groups_of(model, FakeQuantModule)]
+        if not self.groups:
+            raise ValueError("The model has no fake-quantized layers; call prepare_qat(model, EcqConfig(...)) first.")
+        coded = {id(twin.weight) for twins in self.groups for twin in twins}
+        own = [p for n, p in model.named_parameters() if not n.endswith("log_step")]
+        self.parameters = sum(p.numel() for p in own)
+        self.elements = sum(twins[0].weight.numel() for twins in self.groups)
+        self.target = 8 * config.budget(self.parameters) / self.parameters
+        self.overhead = 8 * overhead_bytes(model, coded)
+        # What the coded streams take besides the entropy of the codes: headers, tables, steps, the coder's own loss.
+        self.side = self.overhead
+        self.measure()
+        self.side += self._held() - (self.bits * self.parameters - self.overhead)
+        self.bits = self.distortion = self.weight = math.nan
+
+    def _held(self) -> int:
+        """Bits of the coded streams."""
+        return 8 * sum(weight_bytes(twins[0].quantized()) for twins in self.groups)
+
+    @torch.no_grad()
+    def measure(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Updates the code lengths and the bits per weight; the rate's gradient by weight and by step of each twin."""
+        bits, power, noise, gradients = self.side, 0.0, 0.0, []
+        for twins in self.groups:
+            twin = twins[0]
+            step = twin.step()[:, None]
+            ratio = (twin.weight.float() / step).clamp(-8, 7)
+            codes = torch.round(ratio)
+            counts = torch.bincount((codes + 8).long().flatten(), minlength=16).float()
+            p = counts / counts.sum()
+            lengths = -torch.log2(p.clamp(min=0.1 / counts.sum()))
+            bits += (counts * lengths).sum().item()
+            started = bool((twin.code_lengths != 4.0).any())
+            twin.code_lengths.lerp_(lengths, 1 - _MEMORY if started else 1.0)
+            low = torch.floor(ratio).clamp(max=6)
+            slope = (twin.code_lengths[1:] - twin.code_lengths[:-1])[(low + 8).long()] / step
+            shift = -(slope * ratio * step).sum() * math.log(2) / math.sqrt(7 * slope.numel())
+            gradients.append((slope, shift))
+            noise += ((twin.weight.float() - codes * step).square()).sum().item()
+            power += twin.weight.float().square().sum().item()
+        self.bits, self.distortion = bits / self.parameters, noise / power
+        return gradients
+
+    @torch.no_grad()
+    def step(self, frozen: bool = False) -> None:
+        """Call it with complete gradients before the optimizer's step; `frozen` keeps the weights as they are."""
+        gradients = self.measure()
+        state, error = self.model.ecq_rate, self.bits - self.target
+        loss_power = rate_power = 0.0
+        for twins, (slope, _) in zip(self.groups, gradients):
+            if twins[0].weight.grad is not None:
+                loss_power += twins[0].weight.grad.float().square().sum().item()
+                rate_power += slope.square().sum().item()
+        if loss_power == 0.0:
+            return
+        scale = math.sqrt(loss_power / max(rate_power, 1e-30))
+        state[1] = scale if state[1] == 0 else _MEMORY * state[1] + (1 - _MEMORY) * scale
+        state[0] = (state[0] + _INTEGRAL * max(-0.5, min(0.5, error))).clamp(-_LIMIT, _LIMIT)
+        self.weight = max(-_LIMIT, min(_LIMIT, state[0].item() + _PROPORTIONAL * error))
+        for twins, (slope, shift) in zip(self.groups, gradients):
+            twin = twins[0]
+            if twin.log_step.grad is not None:
+                twin.log_step.grad += self.weight * state[1] * shift
+            if frozen:
+                twin.weight.grad = None
+            elif self.weight > 0:
+                twin.weight.grad += (self.weight * state[1] * slope).to(twin.weight.grad.dtype)
+
+
+class EcqCallback(TrainerCallback):
+    """Quantization-aware training for the stock `Trainer` and `Seq2SeqTrainer`: rate, schedule, logs, and the export.
+
+    Adds `bits_per_weight` (whole file), `distortion` (squared error over squared weight) and `lambda` to the logs.
+    When training ends the model becomes the coded 4-bit model, and `save_pretrained` writes the file.
+
+    Args:
+        freeze (`float`): last part of the training in which weights rest and only steps, norms and biases learn.
+    """
+
+    def __init__(self, freeze: float = 0.1):
+        self.freeze = freeze
+        self.controller: RateController | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if getattr(model, "hf_quantizer", None) is None:
+            raise ValueError("EcqCallback trains a model of prepare_qat(model, EcqConfig(...)); this one is float.")
+        self.controller = RateController(model)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        done = state.global_step / max(1, state.max_steps)
+        self.controller.step(frozen=done >= 1 - self.freeze)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.controller is None or logs is None or "loss" not in logs or math.isnan(self.controller.bits):
+            return
+        rate = self.controller
+        values = {"bits_per_weight": rate.bits, "distortion": rate.distortion, "lambda": rate.weight}
+        values = {key: round(value, 5) for key, value in values.items()}
+        logs.update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        finalize(model, self.controller)
+        self.controller = None
+
+
+@torch.no_grad()
+def finalize(model, controller: RateController | None = None) -> None:
+    """Turn a trained model with twins into the coded 4-bit model, in place.
+
+    The file is what training steered to; should it still exceed the budget by more than 0.03 bits, for want of
+    training, all quantization steps grow until it does not.
+    """
+    controller = controller or RateController(model)
+    groups = groups_of(model, FakeQuantModule)
+    for _ in range(8):
+        excess = (controller.overhead + controller._held()) / controller.parameters - controller.target
+        if excess <= 0.03:
+            break
+        logger.warning("The file is %.2f bits per weight above the budget; all steps grow.", excess)
+        for _, twins in groups:
+            twins[0].log_base += 1.05 * excess
+    weights = [twins[0].quantized() for _, twins in groups]
+    modules = [(names, [to_quantized(twin) for twin in twins]) for names, twins in groups]
+    install_groups(model, modules, weights)
+    del model.ecq_rate
+    config = model.hf_quantizer.quantization_config
+    config.stage = "coded"
+    attach(model, config)
