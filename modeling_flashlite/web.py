@@ -26,6 +26,8 @@ def make_page(engine: Engine) -> gr.Blocks:
             yield text
         if job.finish_reason not in ("stop", "length"):
             raise gr.Error(f"The answer was not finished ({job.finish_reason}).")
+        if not text:
+            yield "(no text)"
 
     def chat(message: str, history: list[dict], max_tokens: float, temperature: float) -> Iterator[str]:
         turns = [{"role": turn["role"], "content": _plain(turn["content"])} for turn in history]
