@@ -26,29 +26,31 @@ def _has_flash(q: Tensor, v: Tensor) -> bool:
     return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and _flash is not None and _flash_backward is not None
 
 
-def tile_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of q [N, H, R, dk] to k [N, H, C, dk], v [N, H, C, dv] with an additive bias [*, *, R, C].
+def tile_forward(q: Tensor, k: Tensor, v: Tensor, bias, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """Attention of q [N, H, R, dk] to k [N, H, C, dk], v [N, H, C, dv] with an additive bias [*, *, R, C] or None.
 
     Every query must see at least one key. Returns the output [N, H, R, dv] and the log-sum-exp [N, H, R]. The CPU op
     is private to PyTorch; where it is missing public operations do the same.
     """
     if _has_flash(q, v):
-        return _flash(q, k, v, attn_mask=bias, scale=scale)
-    logits = (q * scale) @ k.mT
-    if bias is not None:
-        logits += bias
+        return _flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    logits = _logits(q, k, bias, scale, causal)
     lse = logits.logsumexp(-1)
     return logits.sub_(lse[..., None]).exp_() @ v, lse
 
 
-def tile_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, scale):
+def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
+    logits = (q * scale) @ k.mT
+    if causal:
+        logits.masked_fill_(torch.ones_like(logits, dtype=torch.bool).triu_(1), -math.inf)
+    return logits if bias is None else logits.add_(bias)
+
+
+def tile_backward(grad, q, k, v, bias, out, lse, scale: float, causal: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v for one part of a softmax whose merged output is `out` and log-sum-exp `lse`."""
     if _has_flash(q, v):
-        return _flash_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)
-    logits = (q * scale) @ k.mT
-    if bias is not None:
-        logits += bias
-    weights = logits.sub_(lse[..., None]).exp_()
+        return _flash_backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
+    weights = _logits(q, k, bias, scale, causal).sub_(lse[..., None]).exp_()
     grad_logits = (grad @ v.mT).sub_((grad * out).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
     return grad_logits @ k, grad_logits.mT @ q, weights.mT @ grad
 
@@ -191,12 +193,16 @@ def _grid_bias(head: _Head, chosen: Tensor, lo: int, sizes: TileSizes) -> tuple[
     return first, end, bias.scatter_(1, chosen - first, -math.inf)
 
 
-def _pairs_by_block(chosen: Tensor) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """Sorts the (query, block) pairs by block: the order [T K] and `(block, lo, hi)` for every block that occurs."""
+def _pairs_by_block(chosen: Tensor) -> tuple[Tensor, list[int], list[int]]:
+    """Sorts the (query, block) pairs [T, K] by block: the order, the blocks that occur and how often each does."""
     blocks, order = chosen.reshape(-1).sort(stable=True)
     which, counts = blocks.unique_consecutive(return_counts=True)
-    ends = counts.cumsum(0).tolist()
-    return order, list(zip(which.tolist(), [0, *ends[:-1]], ends))
+    return order, which.tolist(), counts.tolist()
+
+
+def _blocks(x: Tensor, b: int) -> tuple[Tensor, ...]:
+    """The whole blocks of x [S, d], each as [1, 1, b, d]."""
+    return x[: x.shape[0] // b * b].view(-1, 1, 1, b, x.shape[1]).unbind(0)
 
 
 def _head_forward(head: _Head, boxes: Tensor, sizes: TileSizes, buffer: Tensor, out: Tensor, lse: Tensor, chosen):
@@ -208,7 +214,7 @@ def _head_forward(head: _Head, boxes: Tensor, sizes: TileSizes, buffer: Tensor, 
     if dense == t_count:
         return
     parts = sizes.top + 2 + (head.cross is not None)
-    chunk = max(buffer.shape[0] // (parts * groups), 1)
+    chunk = -(-(t_count - dense) // -(-(t_count - dense) * parts * groups // buffer.shape[0]))
     bias = _local_bias(sizes.block, groups, head.q)
     for lo in range(dense, t_count, chunk):
         hi = min(lo + chunk, t_count)
@@ -236,13 +242,18 @@ def _dense_prefix(head: _Head, hi: int, sizes: TileSizes, out: Tensor, lse: Tens
     """The queries 0..hi, which see every earlier token (and the encoder keys)."""
     k, v, bias = _prefix_operands(head, hi)
     groups = head.q.shape[1]
-    o, logs = tile_forward(_heads_view(head.q[:hi]), _shared(k, groups), _shared(v, groups), bias, sizes.scale)
+    q, k, v = _heads_view(head.q[:hi]), _shared(k, groups), _shared(v, groups)
+    o, logs = tile_forward(q, k, v, bias, sizes.scale, causal=bias is None)
     out[:hi], lse[:hi] = o[0].transpose(0, 1), logs[0].T
 
 
 def _prefix_operands(head: _Head, hi: int):
-    end, bias = head.start + hi, _causal_bias(head, hi)
+    """Keys, values and bias of the queries 0..hi; no bias stands for a plain causal mask."""
+    end = head.start + hi
     k, v = head.k[:end], head.v[:end]
+    if head.start == 0 and head.cross is None:
+        return k, v, None
+    bias = _causal_bias(head, hi)
     if head.cross is not None:
         k, v = torch.cat([k, head.cross[0]]), torch.cat([v, head.cross[1]])
         bias = torch.cat([bias, head.cross[2].expand(hi, -1)], dim=1)
@@ -290,20 +301,19 @@ def _forward_pairs(head: _Head, lo: int, chosen: Tensor, sizes: TileSizes, buffe
     rows, groups, dim = chosen.shape[0], head.q.shape[1], head.q.shape[2]
     if not sizes.top:
         return torch.empty(rows, 0, dtype=torch.long, device=buffer.device)
-    q, b = head.q[lo : lo + rows].reshape(rows, -1), sizes.block
-    order, runs = _pairs_by_block(chosen)
-    queries = order // sizes.top
-    pair_logs = logs.new_empty(order.shape[0] * groups)
-    base = 2 * rows * groups
-    for block, a, z in runs:
-        picked = q.index_select(0, queries[a:z]).view(1, 1, -1, dim)
-        k, v = (x[block * b : (block + 1) * b][None, None] for x in (head.k, head.v))
-        o, log = tile_forward(picked, k, v, None, sizes.scale)
-        buffer[base + a * groups : base + z * groups] = o[0, 0]
-        pair_logs[a * groups : z * groups] = log[0, 0]
+    q = head.q[lo : lo + rows].view(rows, -1)
+    order, blocks, counts = _pairs_by_block(chosen)
+    keys, values = _blocks(head.k, sizes.block), _blocks(head.v, sizes.block)
+    outs = buffer[2 * rows * groups :][: order.shape[0] * groups].split([groups * count for count in counts])
+    pair_logs = []
+    for block, queries, out in zip(blocks, (order // sizes.top).split(counts), outs):
+        picked = q.index_select(0, queries).view(1, 1, -1, dim)
+        o, log = tile_forward(picked, keys[block], values[block], None, sizes.scale)
+        out.copy_(o[0, 0])
+        pair_logs.append(log.view(-1, groups))
     where = torch.empty_like(order)
     where[order] = torch.arange(order.shape[0], device=order.device)
-    ranks = pair_logs.view(-1, groups).index_select(0, where).view(rows, sizes.top, groups)
+    ranks = torch.cat(pair_logs).index_select(0, where).view(rows, sizes.top, groups)
     logs[2 : 2 + sizes.top] = ranks.transpose(0, 1)
     return where.view(rows, sizes.top)
 
@@ -345,7 +355,7 @@ def _head_backward(head: _Head, sizes: TileSizes, out, lse, chosen, grad: Tensor
     dense = min(max(sizes.first_sparse_slot() - head.start, 0), t_count)
     if dense:
         k, v, bias = _prefix_operands(head, dense)
-        gk, gv = _backward_shared(head, 0, dense, k, v, bias, sizes, out, lse, grad, grads.q)
+        gk, gv = _backward_shared(head, 0, dense, k, v, bias, sizes, out, lse, grad, grads.q, causal=bias is None)
         end = head.start + dense
         grads.k[:end] += gk[:end]
         grads.v[:end] += gv[:end]
@@ -371,12 +381,12 @@ def _head_backward(head: _Head, sizes: TileSizes, out, lse, chosen, grad: Tensor
         _backward_pairs(head, dense, sizes, out, lse, chosen, grad, grads)
 
 
-def _backward_shared(head, lo, hi, k, v, bias, sizes, out, lse, grad, grad_q) -> tuple[Tensor, Tensor]:
+def _backward_shared(head, lo, hi, k, v, bias, sizes, out, lse, grad, grad_q, causal=False) -> tuple[Tensor, Tensor]:
     """Backward of the queries lo..hi against one set of keys; adds to grad_q, returns the gradients of k and v."""
     groups = head.q.shape[1]
     q, o, g = (_heads_view(x[lo:hi]) for x in (head.q, out, grad))
     k, v = _shared(k, groups), _shared(v, groups)
-    gq, gk, gv = tile_backward(g, q, k, v, bias, o, lse[lo:hi].T[None], sizes.scale)
+    gq, gk, gv = tile_backward(g, q, k, v, bias, o, lse[lo:hi].T[None], sizes.scale, causal)
     grad_q[lo:hi] += gq[0].transpose(0, 1)
     return gk[0].sum(0), gv[0].sum(0)
 
@@ -402,18 +412,18 @@ def _backward_local(head: _Head, lo: int, hi: int, sizes: TileSizes, out, lse, g
 def _backward_pairs(head: _Head, lo: int, sizes: TileSizes, out, lse, chosen, grad, grads: _Grads) -> None:
     rows, groups = head.q.shape[0] - lo, head.q.shape[1]
     q, o, g, log = (x[lo:].reshape(rows, -1) for x in (head.q, out, grad, lse))
-    grad_q, b = grads.q[lo:].view(rows, -1), sizes.block
-    order, runs = _pairs_by_block(chosen[lo:])
-    queries = order // sizes.top
-    for block, a, z in runs:
-        index, here = queries[a:z], slice(block * b, (block + 1) * b)
+    grad_q = grads.q[lo:].view(rows, -1)
+    order, blocks, counts = _pairs_by_block(chosen[lo:])
+    keys, values, grad_k, grad_v = (_blocks(x, sizes.block) for x in (head.k, head.v, grads.k, grads.v))
+    for block, queries in zip(blocks, (order // sizes.top).split(counts)):
         # Groups as heads: the op's backward runs heads in parallel.
-        picked = [_heads_view(x.index_select(0, index).view(z - a, groups, -1)) for x in (g, q, o, log)]
-        k, v = _shared(head.k[here], groups), _shared(head.v[here], groups)
-        gq, gk, gv = tile_backward(picked[0], picked[1], k, v, None, picked[2], picked[3].squeeze(-1), sizes.scale)
-        grad_q.index_add_(0, index, gq[0].transpose(0, 1).reshape(z - a, -1))
-        grads.k[here] += gk[0].sum(0)
-        grads.v[here] += gv[0].sum(0)
+        picked = [_heads_view(x.index_select(0, queries).view(-1, groups, x.shape[1] // groups)) for x in (g, q, o)]
+        logs = log.index_select(0, queries).T[None]
+        k, v = (x[block].expand(1, groups, -1, -1) for x in (keys, values))
+        gq, gk, gv = tile_backward(*picked[:2], k, v, None, picked[2], logs, sizes.scale)
+        grad_q.index_add_(0, queries, gq[0].transpose(0, 1).reshape(-1, grad_q.shape[1]))
+        grad_k[block][0, 0].add_(gk[0].sum(0))
+        grad_v[block][0, 0].add_(gv[0].sum(0))
 
 
 def _box_table(maxima: Tensor, minima: Tensor, sub_blocks: int) -> Tensor:
