@@ -409,7 +409,7 @@ def _dense_attention(q, k, v, start, scaling, cross) -> Tensor:
             extra = cross[2] if cross[2] is not None else mask.new_ones(q.shape[0], cross[0].shape[2])
             mask, extra = mask.expand(q.shape[0], -1, -1, -1), extra.bool()[:, None, None, :]
             mask = torch.cat([mask, extra.expand(-1, -1, length, -1)], 3)
-    return _sdpa(q, k, v, mask, mask is None and length > 1, scaling)
+    return _sdpa(q, k, v, mask, bool(mask is None and length > 1), scaling)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float | None) -> Tensor:

@@ -147,11 +147,11 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_columns:
                 "model's tokenizer, or resize the embeddings."
             )
     if attention_mask is not None:
-        allowed = {(batch, columns), (batch, past_columns + columns)}
+        allowed = (batch, columns), (batch, past_columns + columns)
         if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) not in allowed:
             shape = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask)
             raise ValueError(
-                f"The attention mask has shape {shape}, but {' or '.join(map(str, sorted(allowed)))} is needed; give "
+                f"The attention mask has shape {shape}, but {' or '.join(map(str, sorted(set(allowed))))} is needed; give "
                 "one entry per token, 1 for real tokens and 0 for padding."
             )
 
@@ -281,8 +281,8 @@ class FlashLiteDecoder(FlashLiteStack):
                 "`decoder_position_ids` restart within a row, which means packed documents, but an encoder's states "
                 "belong to whole rows; give each document a row of its own."
             )
-        # a packed batch has no single end to continue from
-        use_cache = use_cache and rows is None
+        # a packed batch has no single end to continue from, and what a cache holds depends on the mask's values
+        use_cache = use_cache and rows is None and not torch.compiler.is_exporting()
         if use_cache and memory is None or past_key_values is not None:
             past_key_values = prepare_cache(past_key_values, self.config, encoder_hidden_states is not None)
         if rows is None:
