@@ -89,11 +89,11 @@ class EcqModule:
         return weight.detach().to(dtype or torch.float32)
 
     def _apply(self, fn, recurse=True):
-        steps = self.step
+        exact = None if self.step is None else self.step.data
         super()._apply(fn, recurse)
         # `model.to(bfloat16)` must not round the steps: they are stored exactly.
-        if steps is not None and self.step.dtype != torch.float32:
-            self.step.data = steps.data.to(self.step.device, torch.float32)
+        if exact is not None and self.step.dtype != torch.float32:
+            self.step.data = exact.to(self.step.device, torch.float32)
         return self
 
 

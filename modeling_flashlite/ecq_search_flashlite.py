@@ -121,7 +121,7 @@ def quantize_layer(layer: Layer, multiplier: float, feedback: bool = True) -> Qu
     weight = layer.weight.double()
     step = base * torch.exp2(exponents.double() / layer.grid)
     wide = _outlier_rows(weight, step)
-    low, high = torch.where(wide, -128.0, -8.0).to(weight), torch.where(wide, 127.0, 7.0).to(weight)
+    low, high = torch.where(wide, -128.0, -8.0).to(weight), torch.where(wide, 119.0, 7.0).to(weight)
     if not feedback or layer.input_factor is None:
         codes = torch.round(weight / step[:, None]).clamp(low[:, None], high[:, None])
     elif layer.output_factor is None:
@@ -189,7 +189,7 @@ def search(
         return weights, sum(weight_bytes(weight) for weight in weights)
 
     feedback = any(layer.input_factor is not None for layer in layers)
-    for _ in range(12):
+    for _ in range(12 if feedback else 0):
         _, held = size(multiplier, False)
         if abs(held / room - 1) < 0.004:
             break

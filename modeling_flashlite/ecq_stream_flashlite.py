@@ -1,7 +1,7 @@
 """A quantized weight matrix and the byte stream in which it is stored.
 
 A weight matrix `[rows, columns]` is `step[row] * code[row, column]` with integer codes, packed two per byte as in
-`codec_flashlite`. A row with outliers may use codes -128..127: such a code is `low + 16 * high` with both parts in
+`codec_flashlite`. A row with outliers may use codes -136..119: such a code is `low + 16 * high` with both parts in
 -8..7; `low` lies with the other rows, `high` in a second packed array for the outlier rows alone.
 
 Steps are `base * 2 ** (exponent[row] / grid)`: one float and small integers, so that they cost next to nothing on disk
@@ -74,7 +74,7 @@ class QuantizedWeight:
 
     @classmethod
     def from_codes(cls, codes: torch.Tensor, base: float, exponents: torch.Tensor, grid: int = GRID):
-        """Pack integer codes `[rows, columns]` of -128..127; rows that leave -8..7 become outlier rows."""
+        """Pack integer codes `[rows, columns]` of -136..119; rows that leave -8..7 become outlier rows."""
         codes = codes.to(torch.int16)
         wide = ((codes < -8) | (codes > 7)).any(dim=1).nonzero().flatten()
         low = ((codes + 8) & 15) - 8

@@ -129,7 +129,8 @@ def quantizable_layers(model: nn.Module, config: EcqConfig) -> dict[str, nn.Modu
         ValueError: the model keeps weights in stacked (3-D) parameters, as mixtures of experts do.
     """
     skip = config.modules_to_not_convert or []
-    stacked = [name for name, value in model.named_parameters() if value.dim() == 3 and "conv" not in name.lower()]
+    floats = ((name, value) for name, value in model.named_parameters() if value.is_floating_point())
+    stacked = [name for name, value in floats if value.dim() == 3 and "conv" not in name.lower()]
     stacked = [name for name in stacked if should_convert_module(name.rpartition(".")[0], skip)]
     if stacked:
         raise ValueError(

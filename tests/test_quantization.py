@@ -1,0 +1,319 @@
+"""Coded checkpoints: budget, exact round trip, foreign architectures, adapters, shards, hostile files."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    T5Config,
+    T5GemmaConfig,
+    T5GemmaModuleConfig,
+)
+
+from modeling_flashlite.calibration import quantize
+from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, to_quantized
+from modeling_flashlite.ecq_stream_flashlite import CodecError, QuantizedWeight, decode_weights, encode_weights
+from modeling_flashlite.quantization_flashlite import EcqConfig, quantizable_layers
+
+SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=2, tie_word_embeddings=True)
+_GEMMA = T5GemmaModuleConfig(
+    **SMALL, intermediate_size=96, num_key_value_heads=2, head_dim=16, sliding_window=16, query_pre_attn_scalar=16
+)
+MODELS = {
+    "llama": (AutoModelForCausalLM, LLAMA),
+    "llama-untied": (AutoModelForCausalLM, LlamaConfig(**SMALL, intermediate_size=96)),
+    "gpt2": (AutoModelForCausalLM, GPT2Config(vocab_size=256, n_positions=128, n_embd=64, n_layer=2, n_head=4)),
+    "bert": (AutoModelForMaskedLM, BertConfig(**SMALL, intermediate_size=96, max_position_embeddings=128)),
+    "t5": (
+        AutoModelForSeq2SeqLM,
+        T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0),
+    ),
+    "bart": (
+        AutoModelForSeq2SeqLM,
+        BartConfig(
+            vocab_size=256,
+            d_model=64,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=96,
+            decoder_ffn_dim=96,
+            max_position_embeddings=128,
+            scale_embedding=True,
+        ),
+    ),
+    "t5gemma": (AutoModelForSeq2SeqLM, T5GemmaConfig(encoder=_GEMMA, decoder=_GEMMA, vocab_size=256)),
+}
+
+
+def build(kind: str, seed: int = 0):
+    auto, config = MODELS[kind]
+    torch.manual_seed(seed)
+    return auto.from_config(copy.deepcopy(config)).eval()
+
+
+def inputs_of(model) -> dict:
+    ids = torch.randint(3, 256, (2, 12), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids[:, :7]
+    return batch
+
+
+@torch.no_grad()
+def logits_of(model) -> torch.Tensor:
+    return model(**inputs_of(model)).logits
+
+
+def file_bits(folder, parameters: int) -> float:
+    return 8 * sum(p.stat().st_size for p in folder.glob("*.safetensors")) / parameters
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_saved_model_is_the_quantized_model(kind, tmp_path):
+    model = build(kind)
+    parameters = model.num_parameters()
+    quantize(model, EcqConfig(target_bits=4.0))
+    assert not [
+        n for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Embedding) and m.weight.numel() > 2048
+    ]
+    model.save_pretrained(tmp_path / "a")
+    assert file_bits(tmp_path / "a", parameters) == pytest.approx(4.0, rel=0.01)
+    loaded, info = MODELS[kind][0].from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    loaded.save_pretrained(tmp_path / "b")
+    first, second = ((tmp_path / d / "model.safetensors").read_bytes() for d in "ab")
+    assert first == second
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_dequantized_model_computes_the_same(kind, tmp_path):
+    model = build(kind)
+    names = dict(model.named_parameters()).keys()
+    quantize(model, EcqConfig(target_bits=4.5))
+    want = logits_of(model)
+    model.dequantize()
+    assert dict(model.named_parameters()).keys() == names and not hasattr(model.config, "quantization_config")
+    assert (logits_of(model) - want).square().mean() < 1e-3 * want.var()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(MODELS[kind][0].from_pretrained(tmp_path)), logits_of(model))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_quantizes_while_loading(kind, tmp_path):
+    build(kind).save_pretrained(tmp_path / "float")
+    config = EcqConfig(target_bytes=f"{build(kind).num_parameters() // 2} B")
+    model = MODELS[kind][0].from_pretrained(tmp_path / "float", quantization_config=config)
+    model.save_pretrained(tmp_path / "coded")
+    size = (tmp_path / "coded" / "model.safetensors").stat().st_size
+    assert 0.99 * config.target_bytes <= size <= config.target_bytes
+    again = MODELS[kind][0].from_pretrained(tmp_path / "coded", config=model.config)
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_tied_weights_are_stored_and_held_once(tmp_path):
+    model = quantize(build("llama"), EcqConfig(target_bits=4))
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded.lm_head, EcqLinear) and isinstance(loaded.model.embed_tokens, EcqEmbedding)
+    assert loaded.lm_head.tiles is loaded.model.embed_tokens.tiles
+
+
+def test_outlier_rows_keep_their_range():
+    torch.manual_seed(0)
+    codes = torch.randint(-8, 8, (16, 96))
+    codes[3, :5] = torch.tensor([100, -136, 119, -9, 8])
+    weight = QuantizedWeight.from_codes(codes, 0.5, torch.arange(16) - 8, 8)
+    assert weight.outlier_rows.tolist() == [3]
+    (back,) = decode_weights([("w", encode_weights([weight])[0], (16, 96))])
+    assert torch.equal(back.codes(), codes.short()) and torch.equal(back.step(), weight.step())
+    for plain in (nn.Linear(96, 16), nn.Embedding(80, 96)):
+        rows = plain.weight.shape[0]
+        weight = QuantizedWeight.from_codes(codes.repeat(5, 1)[:rows], 0.5, torch.zeros(rows), 8)
+        value = weight.codes() * weight.step()[:, None]
+        module = to_quantized(plain)
+        module.set_quantized(weight)
+        if isinstance(module, nn.Embedding):
+            assert torch.equal(module(torch.arange(rows)), value)
+        else:
+            x = torch.randn(7, 96)
+            want = nn.functional.linear(x, value, module.bias)
+            assert (module(x) - want).square().mean() < 1e-3 * want.var()
+        assert torch.equal(module.dequantize(), value)
+
+
+def test_steps_survive_a_cast():
+    model = quantize(build("llama"), EcqConfig(target_bits=4))
+    step = model.lm_head.step.clone()
+    model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and torch.equal(model.lm_head.step, step)
+    assert logits_of(model).dtype == torch.bfloat16
+
+
+def test_loads_into_other_heads_and_dtypes(tmp_path):
+    quantize(build("llama"), EcqConfig(target_bits=4)).save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert isinstance(base.layers[0].mlp.up_proj, EcqLinear) and base.dtype == torch.bfloat16
+    base.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert isinstance(model.lm_head, EcqLinear)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert type(classifier.score) is nn.Linear
+
+
+def test_sharded_checkpoint(tmp_path):
+    model = quantize(build("llama"), EcqConfig(target_bits=4))
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_loading_without_the_quantizer_raises(tmp_path):
+    quantize(build("llama"), EcqConfig(target_bits=4)).save_pretrained(tmp_path)
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.returncode and "ignore_mismatched_sizes" in done.stderr
+
+
+def test_two_copies_of_the_quantizer_live_together():
+    import importlib.util
+
+    import modeling_flashlite.quantization_flashlite as package
+
+    spec = importlib.util.spec_from_file_location("modeling_flashlite.copy_flashlite", package.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_what_cannot_be_quantized_is_refused():
+    experts = AutoModelForCausalLM.from_config(
+        MixtralConfig(**SMALL, intermediate_size=32, num_key_value_heads=2, num_local_experts=2)
+    )
+    with pytest.raises(ValueError, match="mixtures of experts"):
+        quantize(experts, EcqConfig(target_bits=4))
+    with pytest.raises(ValueError, match="out of reach|leaves"):
+        quantize(build("llama"), EcqConfig(target_bits=0.6))
+    with pytest.raises(ValueError, match="calibration|data"):
+        quantize(build("llama"), EcqConfig(max_loss_increase=0.01))
+    for wrong in ({"bits": 3}, {"target_bits": 2, "target_bytes": "1MB"}, {"target_bytes": "1 furlong"}):
+        with pytest.raises(ValueError):
+            EcqConfig(**wrong)
+
+
+def test_modules_can_be_left_alone():
+    config = EcqConfig(target_bits=6, modules_to_not_convert=["lm_head", "embed_tokens"])
+    model = quantize(build("llama-untied"), config)
+    assert type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
+    assert all("embed" not in name for name in quantizable_layers(model, config))
+
+
+def test_generates_and_backpropagates_to_inputs():
+    model = quantize(build("t5"), EcqConfig(target_bits=4))
+    out = model.generate(torch.randint(3, 256, (2, 9)), max_new_tokens=5, do_sample=False)
+    assert out.shape[0] == 2
+    embeds = torch.randn(2, 5, 64, requires_grad=True)
+    model(inputs_embeds=embeds, decoder_input_ids=torch.ones(2, 3, dtype=torch.long)).logits.sum().backward()
+    assert embeds.grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks for a renamed property
+def test_lora_on_the_quantized_model(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    quantize(build("llama"), EcqConfig(target_bits=4)).save_pretrained(tmp_path / "base")
+    base = prepare_model_for_kbit_training(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    peft = get_peft_model(base, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False))
+    ids = torch.randint(3, 256, (2, 12))
+    peft(input_ids=ids, labels=ids).loss.backward()
+    grads = [p.grad for n, p in peft.named_parameters() if "lora_B" in n]
+    assert grads and all(g is not None and torch.isfinite(g).all() for g in grads)
+    peft.eval()
+    want = logits_of(peft)
+    peft.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.allclose(logits_of(again.eval()), want, atol=1e-5)
+    with pytest.raises((RuntimeError, ValueError)):
+        again.merge_and_unload()
+
+
+def _stream() -> torch.Tensor:
+    torch.manual_seed(0)
+    codes = torch.randn(24, 40).mul(2).round().clamp(-8, 7)
+    codes[5, 0] = 60
+    return encode_weights([QuantizedWeight.from_codes(codes, 0.01, torch.arange(24) % 5, 8)])[0]
+
+
+def test_mutated_streams_fail_or_are_exact():
+    stream = _stream()
+    want = decode_weights([("w", stream, (24, 40))])[0]
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(2000):
+        bad = stream.clone()
+        kind = trial % 3
+        at = int(torch.randint(0, len(bad), (), generator=generator))
+        if kind == 0:
+            bad[at] ^= int(torch.randint(1, 256, (), generator=generator))
+        elif kind == 1:
+            bad = bad[:at]
+        else:
+            other = int(torch.randint(0, len(bad), (), generator=generator))
+            bad = torch.cat([bad[:at], bad[other:]])
+        try:
+            got = decode_weights([("w", bad, (24, 40))])[0]
+        except CodecError:
+            continue
+        assert torch.equal(got.codes(), want.codes()) and torch.equal(got.step(), want.step())
+
+
+def test_streams_of_another_shape_fail():
+    for shape in ((40, 24), (24, 41), (1, 960), (10**6, 10**4)):
+        with pytest.raises(CodecError):
+            decode_weights([("w", _stream(), shape)])
+
+
+def test_damaged_checkpoints_raise(tmp_path):
+    quantize(build("llama"), EcqConfig(target_bits=4)).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    key = "model.layers.0.mlp.up_proj.weight"
+    damaged = {**tensors, key: tensors[key].clone()}
+    damaged[key][40] ^= 255
+    save_file(damaged, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    save_file(
+        {**tensors, key: tensors["model.layers.0.mlp.down_proj.weight"].clone()}, path, metadata={"format": "pt"}
+    )
+    with pytest.raises(ValueError):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["intermediate_size"] = 10**6
+    save_file(tensors, path, metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_copy_and_a_pickle_compute_the_same():
+    model = quantize(build("llama"), EcqConfig(target_bits=4))
+    assert torch.equal(logits_of(copy.deepcopy(model)), logits_of(model))
