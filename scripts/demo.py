@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# the demo needs no network unless the data set is on the Hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# peft asks transformers for it by the old name
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 import torch
 from datasets import load_from_disk
@@ -30,11 +32,12 @@ from transformers.trainer_callback import ProgressCallback
 from modeling_flashlite import FlashLiteConfig
 from modeling_flashlite.calibration import quantize
 from modeling_flashlite.cli import finish, parse_args
-from modeling_flashlite.data import PaddingCollator, load_data, pack, pick_split, tokenize_texts
+from modeling_flashlite.data import PaddingCollator, load_data, pack, pick_split, require_columns, tokenize_texts
 from modeling_flashlite.distillation import DistillationCallback, KDLoss, TeacherCache, set_loss_function
 from modeling_flashlite.lora import add_lora
 from modeling_flashlite.measurement import measure_generation, model_size
 from modeling_flashlite.perplexity import text_likelihood
+from modeling_flashlite.qat import EcqCallback, prepare_qat
 from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.results import write_json, write_results
 from modeling_flashlite.tokenization import train_tokenizer
@@ -62,6 +65,7 @@ class Size:
     teacher: dict
     student: dict
     steps: dict
+    rows: int | None
     validation_rows: int
 
 
@@ -73,7 +77,8 @@ SIZES = {
         batch=8,
         teacher={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2},
         student={"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
-        steps={"teacher": 320, "student": 320, "lora": 60},
+        steps={"teacher": 320, "student": 320, "qat": 80, "lora": 40},
+        rows=None,
         validation_rows=400,
     ),
     "smallest": Size(
@@ -82,8 +87,9 @@ SIZES = {
         batch=8,
         teacher={"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
         student={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
-        steps={"teacher": 12, "student": 12, "lora": 6},
-        validation_rows=20,
+        steps={"teacher": 12, "student": 12, "qat": 10, "lora": 6},
+        rows=600,
+        validation_rows=12,
     ),
 }
 RELOAD = """
@@ -92,7 +98,7 @@ sys.modules["modeling_flashlite"] = None  # the package cannot be imported: only
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, adapter, prompt = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 model.load_adapter(adapter)
 inputs = tokenizer(prompt, return_tensors="pt")
@@ -128,8 +134,8 @@ class Demo:
             raise SystemExit(f"demo: {self.root} was made with other arguments; give another --output, or remove it.")
         write_json(record, made_with)
 
-    def stage(self, name: str, work: Callable[[Path], dict | None]) -> Path:
-        """Run `work` on the stage's folder unless it is finished; what it returns is a row of the table."""
+    def stage(self, name: str, work: Callable[[Path], dict | None]) -> dict:
+        """Run `work` on the stage's folder unless it is finished; return what it returned, a row of the table."""
         folder = self.root / name
         finished = folder / "stage.json"
         if finished.is_file():
@@ -144,24 +150,24 @@ class Demo:
         row = json.loads(finished.read_text(encoding="utf-8"))
         if "parameters" in row:
             self.table.append({"stage": name, **row})
-        return folder
+        return row
+
+    def load_texts(self) -> None:
+        splits = load_data(self.args.dataset, limit=self.args.limit or self.size.rows)
+        if len(splits) == 1:  # without a second split, the last twentieth is held out
+            halves = pick_split(splits, "train").train_test_split(test_size=0.05, shuffle=False)
+            splits = {"train": halves["train"], "validation": halves["test"]}
+        require_columns(splits["train"], [self.args.column], "Name the text column with --column.")
+        self.train_texts = splits["train"].select_columns([self.args.column])
+        self.texts = pick_split(splits, "validation")[self.args.column][: self.size.validation_rows]
 
     def tokenizer(self, folder: Path) -> None:
-        rows = pick_split(load_data(self.args.dataset, limit=self.args.limit), "train")
-        train_tokenizer(rows[self.args.column], self.size.vocab_size, total=len(rows)).save_pretrained(folder)
+        texts = self.train_texts[self.args.column]
+        train_tokenizer(texts, self.size.vocab_size, total=len(texts)).save_pretrained(folder)
 
-    def load_rows(self) -> None:
-        """Packed training rows, and the texts that every stage is measured on."""
+    def pack_rows(self) -> None:
         self.tok = AutoTokenizer.from_pretrained(self.root / "tokenizer")
-        splits = load_data(self.args.dataset, limit=self.args.limit)
-        train = pick_split(splits, "train")
-        if len(splits) == 1:  # files without a second split: the last twentieth is held out
-            halves = train.train_test_split(test_size=0.05, shuffle=False)
-            train, held_out = halves["train"], halves["test"]
-        else:
-            held_out = pick_split(splits, "validation")
-        self.rows = pack(tokenize_texts(train, self.tok, self.args.column), self.size.length)
-        self.texts = held_out[self.args.column][: self.size.validation_rows]
+        self.rows = pack(tokenize_texts(self.train_texts, self.tok, self.args.column), self.size.length)
         self.collator = PaddingCollator(self.tok)
 
     def fit(self, model, folder: Path, kind: str, *, rows=None, learning_rate: float, callbacks=()) -> None:
@@ -261,16 +267,25 @@ class Demo:
         self.fit_to_teacher(model, folder, "student", 3e-3)
         return self.keep(model, folder)
 
-    def quantized(self, folder: Path) -> dict:
-        """Round the student to a file of the asked size, with some training rows to see what matters."""
+    def quantize_with(self, function: Callable):
+        """The distilled student after `calibration.quantize` or `qat.prepare_qat`, which read some training rows."""
         model = AutoModelForCausalLM.from_pretrained(self.root / "distilled")
         some = self.rows.select(range(min(len(self.rows), 16 * self.size.batch)))
-        quantize(model, EcqConfig(target_bits=self.args.target_bits), some, data_collator=self.collator)
+        return function(model, EcqConfig(target_bits=self.args.target_bits), some, data_collator=self.collator)
+
+    def quantized(self, folder: Path) -> dict:
+        """Round the student to a file of the asked size."""
+        return self.keep(self.quantize_with(quantize), folder)
+
+    def qat(self, folder: Path) -> dict:
+        """Train on under rounding, the size of the file being steered to the budget."""
+        model = self.quantize_with(prepare_qat)
+        self.fit_to_teacher(model, folder, "qat", 1e-3, [EcqCallback()])
         return self.keep(model, folder)
 
     def lora(self, folder: Path) -> dict:
         """Low-rank adapters on the 4-bit model win back some of what rounding lost."""
-        base = self.root / "quantized"
+        base = self.root / "qat"
         model = add_lora(AutoModelForCausalLM.from_pretrained(base), r=4)
         self.fit_to_teacher(model, folder, "lora", 1e-3)
         model.save_pretrained(folder)
@@ -279,14 +294,22 @@ class Demo:
 
     def reloaded(self, folder: Path) -> dict:
         """Load base and adapter where the package cannot be imported, compare with the model here, generate."""
-        base, adapter = self.root / "quantized", self.root / "lora"
+        base, adapter = self.root / "qat", self.root / "lora"
         command = [sys.executable, "-c", RELOAD, str(base.resolve()), str(adapter.resolve()), PROMPT]
         with tempfile.TemporaryDirectory() as home:
             environment = {**os.environ, "HF_HOME": home, "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command,
+                cwd=home,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
         if done.returncode:
             raise SystemExit(f"demo: the saved model does not load by itself:\n{done.stderr}")
-        there = json.loads(done.stdout.splitlines()[-1])
+        there = json.loads(done.stdout)
         here = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
         with torch.inference_mode():
             logits = here(**self.tok(PROMPT, return_tensors="pt")).logits[0, -1]
@@ -314,12 +337,12 @@ def render(table: list[dict]) -> str:
 def main(args: DemoArgs) -> dict:
     start = time.monotonic()
     demo = Demo(args)
+    demo.load_texts()
     demo.stage("tokenizer", demo.tokenizer)
-    demo.load_rows()
-    for work in (demo.teacher, demo.annotations, demo.distilled, demo.quantized, demo.lora):
+    demo.pack_rows()
+    for work in (demo.teacher, demo.annotations, demo.distilled, demo.quantized, demo.qat, demo.lora):
         demo.stage(work.__name__, work)
-    demo.stage("reloaded", demo.reloaded)
-    text = json.loads((demo.root / "reloaded" / "stage.json").read_text(encoding="utf-8"))["text"]
+    text = demo.stage("reloaded", demo.reloaded)["text"]
     print(f"\n{text}\n\n{render(demo.table)}\n")
     results = write_results(
         demo.root / "results.json",
