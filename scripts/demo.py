@@ -19,10 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# peft asks transformers for it by the old name
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-
 import torch
 from datasets import load_from_disk
 from peft import PeftModel
@@ -128,6 +124,7 @@ class Demo:
             raise SystemExit(f"demo: size is {args.size!r}, but must be one of {', '.join(SIZES)}.")
         self.args, self.size, self.root = args, SIZES[args.size], Path(args.output)
         self.table: list[dict] = []
+        self.seconds = 0.0
         made_with = {key: value for key, value in dataclasses.asdict(args).items() if key != "output"}
         record = self.root / "args.json"
         if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != made_with:
@@ -148,6 +145,7 @@ class Demo:
             write_json(finished, {**row, "seconds": round(time.monotonic() - start, 1)})
             shutil.rmtree(folder / "trainer", ignore_errors=True)
         row = json.loads(finished.read_text(encoding="utf-8"))
+        self.seconds += row["seconds"]
         if "parameters" in row:
             self.table.append({"stage": name, **row})
         return row
@@ -335,7 +333,9 @@ def render(table: list[dict]) -> str:
 
 
 def main(args: DemoArgs) -> dict:
-    start = time.monotonic()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # peft asks transformers for it by the old name
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     demo = Demo(args)
     demo.load_texts()
     demo.stage("tokenizer", demo.tokenizer)
@@ -347,7 +347,7 @@ def main(args: DemoArgs) -> dict:
     results = write_results(
         demo.root / "results.json",
         {
-            "seconds": round(time.monotonic() - start, 1),
+            "seconds": round(demo.seconds, 1),
             **{f"perplexity_{r['stage']}": r["perplexity"] for r in demo.table},
         },
         task="text-generation",
