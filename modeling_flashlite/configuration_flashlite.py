@@ -1,6 +1,7 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
 """Configuration of Flash-Lite: one composite config with a dense encoder and a sparse decoder."""
 
+import inspect
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -106,7 +107,7 @@ class FlashLiteStackConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
         """How tensor parallelism cuts the modules that this config builds."""
         plan = _TP_PLAN if self.position_encoding == "rotary" else _TP_PLAN | _TP_PLAN_XL
         if self.position_encoding == "transformer_xl":
@@ -291,5 +292,15 @@ class FlashLiteConfig(PreTrainedConfig):
                     f"embedding table and one key space; give them the same `{name}`."
                 )
 
+
+def _show_flat_fields(init) -> None:
+    """Add the flat fields to the signature, for `help` and for tools that ask what a config takes."""
+    signature, fields = inspect.signature(init), FlashLiteDecoderConfig.__dataclass_fields__
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    flat = [inspect.Parameter(name, keyword, default=fields[name].default) for name in sorted(_DECODER_FIELDS)]
+    init.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *flat])
+
+
+_show_flat_fields(FlashLiteConfig.__init__)
 
 __all__ = ["FlashLiteConfig", "FlashLiteDecoderConfig", "FlashLiteEncoderConfig"]
