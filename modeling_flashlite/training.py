@@ -86,8 +86,10 @@ class SegmentTrainer(CarefulTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "memory_reset" not in self._signature_columns:
-            self._signature_columns.append("memory_reset")
+        # `shift_labels` has the target of a segment's last token, which stands in the next segment
+        self._signature_columns += [
+            name for name in ("memory_reset", "shift_labels") if name not in self._signature_columns
+        ]
 
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)

@@ -1,0 +1,172 @@
+"""Adapters through peft: default targets, training, merging, reloading, switching, and distillation on top."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainingArguments
+
+from modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
+from modeling_flashlite.distillation import KDLoss, set_loss_function
+from modeling_flashlite.lora import TARGET_MODULES, add_lora
+from modeling_flashlite.training import CarefulTrainer
+
+# peft 0.21 itself asks for an attribute that transformers 5.23 renamed
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+BATCH = {
+    "input_ids": torch.arange(3, 19).view(2, 8),
+    "attention_mask": torch.ones(2, 8, dtype=torch.long),
+    "labels": torch.arange(20, 32).view(2, 6),
+}
+
+
+def rows():
+    return [{key: value[i % 2] for key, value in BATCH.items()} for i in range(4)]
+
+
+def make(config):
+    torch.manual_seed(0)
+    model = FlashLiteForConditionalGeneration if config.is_encoder_decoder else FlashLiteForCausalLM
+    return model(config)
+
+
+def stir(model):
+    """Give the adapters' zero halves some content."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.2)
+    return model
+
+
+def fit(model, path, **options):
+    arguments = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_steps": 1,
+    }
+    args = Seq2SeqTrainingArguments(str(path), **{**arguments, **options})
+    trainer = CarefulTrainer(model, args, train_dataset=rows())
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_default_targets_are_known_to_peft(tiny_config, encoder_decoder):
+    model = get_peft_model(make(tiny_config(is_encoder_decoder=encoder_decoder)), LoraConfig(r=2))
+    adapted = {
+        name.rpartition(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_modules() if ".lora_A" in name
+    }
+    assert adapted == set(TARGET_MODULES)
+
+
+@pytest.mark.parametrize("order", ["modeling_flashlite.lora, peft", "peft, modeling_flashlite.lora"])
+def test_targets_are_registered_in_either_import_order(order):
+    code = (
+        f"import {order}\n"
+        "from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known\n"
+        "assert 'q_proj' in known['flashlite']\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_train_alone(tmp_path, seq2seq_config, options, checkpointing):
+    model = make(seq2seq_config)
+    model.config.tie_word_embeddings = "modules_to_save" not in options
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    model = add_lora(model, r=2, **options)
+    losses = fit(model, tmp_path, activation_checkpointing=checkpointing)
+    assert losses[-1] < losses[0]
+    changed = {
+        name
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and weight.grad is None and not weight.any()
+    }
+    assert not changed
+    for name, weight in model.get_base_model().named_parameters():
+        name = name.replace(".base_layer", "").replace(".original_module", "")
+        if name in before and "lora" not in name and "modules_to_save" not in name:
+            assert torch.equal(weight, before[name]), name
+
+
+def test_checkpointing_changes_no_number(tmp_path, seq2seq_config):
+    runs = [
+        fit(stir(add_lora(make(seq2seq_config), r=2)), tmp_path, activation_checkpointing=checkpointing)
+        for checkpointing in (False, True)
+    ]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_merged_equals_unmerged(tiny_config, encoder_decoder):
+    model = stir(add_lora(make(tiny_config(is_encoder_decoder=encoder_decoder)), r=2)).eval()
+    batch = BATCH if encoder_decoder else {"input_ids": BATCH["input_ids"]}
+    expected = model(**batch).logits
+    merged = model.merge_and_unload()
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_saved_adapters_load_both_ways_and_switch(tmp_path, seq2seq_config):
+    base = make(seq2seq_config).eval()
+    base.save_pretrained(tmp_path / "base")
+    plain = base(**BATCH).logits
+    expected = []
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        model = stir(add_lora(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base"), r=2)).eval()
+        expected.append(model(**BATCH).logits)
+        model.save_pretrained(tmp_path / name)
+    loaded = PeftModel.from_pretrained(
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base"), tmp_path / "first"
+    ).eval()
+    torch.testing.assert_close(loaded(**BATCH).logits, expected[0])
+    loaded.load_adapter(tmp_path / "second", "second")
+    loaded.set_adapter("second")
+    torch.testing.assert_close(loaded(**BATCH).logits, expected[1])
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base").eval()
+    for name in ("first", "second"):
+        model.load_adapter(str(tmp_path / name), adapter_name=name)
+    for name, logits in zip(("first", "second"), expected):
+        model.set_adapter(name)
+        torch.testing.assert_close(model(**BATCH).logits, logits)
+    model.disable_adapters()
+    torch.testing.assert_close(model(**BATCH).logits, plain)
+    assert model.generate(**{k: v for k, v in BATCH.items() if k != "labels"}, max_new_tokens=3).shape[0] == 2
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "lm_head"]], ids=["layers", "head"])
+def test_distillation_trains_adapters(seq2seq_config, targets):
+    model = add_lora(make(seq2seq_config), r=2, target_modules=targets)
+    loss = KDLoss()
+    set_loss_function(model, loss)
+    assert model.get_base_model().loss_function is loss
+    teacher = torch.randn(2, 6, 97)
+    model(**BATCH, teacher_logits=teacher).loss.backward()
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad and "lora_B" in name]
+    assert trained and all(model.get_parameter(name).grad.abs().sum() > 0 for name in trained)
+    assert loss.pop_metrics()["kd"] > 0
+
+
+def test_rank_zero_is_refused(seq2seq_config):
+    with pytest.raises(ValueError, match="rank 1"):
+        add_lora(make(seq2seq_config), r=0)
