@@ -18,7 +18,6 @@ SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 # floors 0 and 1, what travels: every edge by name; imports go down, never up
 EDGES = {
     "attention_tiles": set(),
-    "codec": {"huffman", "rans"},
     "configuration": set(),
     "huffman": set(),
     "int4": set(),
@@ -26,6 +25,7 @@ EDGES = {
     "pipeline": set(),
     "attention": {"attention_tiles"},
     "rans": {"huffman"},
+    "codec": {"huffman", "rans"},
     "ecq_stream": {"codec"},
     "ecq_modules": {"ecq_stream", "int4"},
     "ecq_search": {"codec", "ecq_stream"},
@@ -36,28 +36,31 @@ EDGES = {
 }
 # floor 2, the workshop: it stands on everything that travels, and on these of its own floor
 WORKSHOP_EDGES = {
-    "benchmarking": {"measurement"},
     "cli": set(),
     "corpus": set(),
+    "divergence": set(),
+    "exporting": set(),
     "lora": set(),
     "measurement": set(),
     "metrics": set(),
+    "protocol": set(),
     "results": set(),
     "serving": set(),
-    "protocol": set(),
-    "api": {"protocol", "serving"},
-    "web": {"serving"},
     "tokenization": set(),
     "data": {"corpus"},
     "tasks": {"data"},
     "preprocessing": {"data", "tasks"},
     "perplexity": {"metrics"},
     "evaluation": {"data", "metrics", "perplexity", "preprocessing", "results", "tasks"},
-    "divergence": set(),
+    "benchmarking": {"measurement"},
     "teacher": {"data"},
-    "distillation": {"data", "divergence", "teacher"},
-    "calibration": {"data", "evaluation"},
-    "qat": {"data", "evaluation"},
+    "training": {"data"},
+    "distillation": {"divergence", "teacher", "training"},
+    "runs": {"cli", "data", "preprocessing", "tasks", "tokenization", "training"},
+    "calibration": set(),
+    "qat": {"calibration"},
+    "api": {"protocol", "serving"},
+    "web": {"serving"},
     "staging": {"tasks"},
     "cards": {"staging"},
     "hub": {"staging"},
@@ -67,6 +70,8 @@ SHIPPED_IMPORTS = {"torch", "numpy", "transformers", "huggingface_hub"} | set(sy
 # shipped code is read before it is trusted: it opens no file and no connection and starts nothing
 FORBIDDEN_IMPORTS = {"ctypes", "http", "pickle", "shutil", "socket", "subprocess", "tempfile", "urllib", "webbrowser"}
 FORBIDDEN_CALLS = {"open", "eval", "exec", "compile", "__import__"}
+# one exception: the quantizer reads the header of the safetensors files that transformers hands it
+ALLOWED_CALLS = {"quantization_flashlite": {"open"}}
 
 
 def imports(path: Path) -> tuple[set[str], set[str]]:
@@ -103,7 +108,8 @@ def test_imports_go_down(name):
 
 def test_init_imports_only_what_travels():
     ours, others = imports(MODULES["__init__"])
-    assert ours <= HUB
+    # `lora` makes an entry in peft's table, once peft is there, and imports nothing for it
+    assert ours <= HUB | {"lora"}
     assert others <= SHIPPED_IMPORTS
 
 
@@ -128,7 +134,7 @@ def test_shipped_file_needs_nothing_unusual(name):
     ours, others = imports(path)
     assert others <= SHIPPED_IMPORTS, f"{name}.py imports {sorted(others - SHIPPED_IMPORTS)}"
     assert not others & FORBIDDEN_IMPORTS
-    assert not called_names(path) & FORBIDDEN_CALLS
+    assert not called_names(path) & FORBIDDEN_CALLS - ALLOWED_CALLS.get(name, set())
     # transformers finds imports by a regular expression over the text, docstrings included
     assert set(get_relative_imports(path)) == ours
 
