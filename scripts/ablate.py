@@ -129,6 +129,23 @@ def summarise(runs: list[dict]) -> list[dict]:
     return rows
 
 
+def save(args, runs: list[dict]) -> None:
+    """Write the results file anew, so that an interrupted study loses one run at most."""
+    table = summarise(runs)
+    write_results(
+        args.out,
+        {row["choice"]: row["loss_equal_steps"] for row in table},
+        task="ablation",
+        dataset=args.dataset,
+        split="validation",
+        config={name: value for name, value in vars(args).items() if name not in ("out", "only")},
+        seeds=sorted({entry["seed"] for entry in runs}),
+        unit="nats per token",
+        table=table,
+        runs=runs,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=STUDIES, default="positions")
@@ -170,21 +187,8 @@ def main() -> None:
             print(f"{args.study}: {choice}, seed {seed}", flush=True)
             curve = run(overrides, seed, args, tokenizer, train, validation)
             report["runs"].append({"choice": choice, "seed": seed, "curve": curve})
-    table = summarise(report["runs"])
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "only")}
-    write_results(
-        args.out,
-        {row["choice"]: row["loss_equal_steps"] for row in table},
-        task="ablation",
-        dataset=args.dataset,
-        split="validation",
-        config=settings,
-        seeds=sorted({entry["seed"] for entry in report["runs"]}),
-        unit="nats per token",
-        table=table,
-        runs=report["runs"],
-    )
-    print(json.dumps(table))
+            save(args, report["runs"])
+    print(json.dumps(summarise(report["runs"])))
 
 
 if __name__ == "__main__":
