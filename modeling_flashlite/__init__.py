@@ -16,6 +16,7 @@ from transformers import (
 
 from .cache_flashlite import FlashLiteCache
 from .configuration_flashlite import FlashLiteConfig, FlashLiteDecoderConfig, FlashLiteEncoderConfig
+from .lora import register_lora_targets
 from .modeling_flashlite import (
     FlashLiteForCausalLM,
     FlashLiteForConditionalGeneration,
@@ -44,6 +45,8 @@ for _auto, _model in (
     _model.register_for_auto_class(_auto.__name__)
 FlashLiteConfig.register_for_auto_class()
 register_pipelines()
+# without importing peft: the entry is made when, and if, somebody else does
+register_lora_targets()
 
 __all__ = [
     "FlashLiteCache",

@@ -92,6 +92,3 @@ def add_lora(
     # checkpointed layers need an input that carries a gradient, which a frozen embedding does not give
     model.enable_input_require_grads()
     return get_peft_model(model, config)
-
-
-register_lora_targets()

@@ -32,7 +32,8 @@ EDGES = {
     "quantization": {"codec", "ecq_modules", "ecq_search", "ecq_stream"},
     "cache": {"attention"},
     "layers": {"attention", "cache", "configuration"},
-    "modeling": {"cache", "configuration", "layers", "loss", "quantization"},
+    "stacks": {"cache", "configuration", "layers"},
+    "modeling": {"cache", "configuration", "loss", "quantization", "stacks"},
 }
 # floor 2, the workshop: it stands on everything that travels, and on these of its own floor
 WORKSHOP_EDGES = {
