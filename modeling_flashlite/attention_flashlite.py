@@ -257,18 +257,19 @@ def _take_blocks(k: Tensor, v: Tensor, index: Tensor, b: int) -> tuple[Tensor, T
     if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad) or not (_is_table(k, b) and _is_table(v, b)):
         rows, heads = (torch.arange(n, device=k.device) for n in (batch, hkv))
         place = rows[:, None, None], heads[None, :, None], index
-        return tuple(x[:, :, : x.shape[2] // b * b].unflatten(2, (-1, b))[place].flatten(2, 3) for x in (k, v))
-    taken, previous = [], None
+        k, v = (x[:, :, : x.shape[2] // b * b].unflatten(2, (-1, b))[place].flatten(2, 3) for x in (k, v))
+        return k, v
+    taken, lines, previous = [], index, None
     for x in (k, v):
         # All blocks of all heads as the rows of one matrix, a view of the buffer: index_select copies whole rows.
-        size, heads = b * x.shape[3], batch * hkv
+        size = b * x.shape[3]
         step = x.stride(1) // size if hkv > 1 else x.stride(0) // size
-        table = x.as_strided(((heads - 1) * step + x.shape[2] // b, size), (size, 1))
+        table = x.as_strided(((batch * hkv - 1) * step + x.shape[2] // b, size), (size, 1))
         if step != previous:
-            firsts = torch.arange(heads, device=x.device) * step
-            place, previous = (index.flatten(0, 1) + firsts[:, None]).view(-1), step
-        taken.append(table.index_select(0, place).view(batch, hkv, -1, x.shape[3]))
-    return tuple(taken)
+            firsts = torch.arange(batch * hkv, device=x.device) * step
+            lines, previous = (index.flatten(0, 1) + firsts[:, None]).view(-1), step
+        taken.append(table.index_select(0, lines).view(batch, hkv, -1, x.shape[3]))
+    return taken[0], taken[1]
 
 
 def _is_table(x: Tensor, b: int) -> bool:
@@ -366,7 +367,7 @@ def _decode_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor
 
     rows = q.reshape(batch * hkv, heads // hkv, -1).to(wide)
     bias = rows.new_full((batch * hkv, 1, end - first), math.log(b))
-    picked_k = picked_v = None
+    keys, values = [flat(k[:, :, local])], [flat(v[:, :, local])]
     if top:
         maxima, minima = (flat(x[:, :, first * r : end * r]).mT for x in summaries[2:])
         total = rows.sum(1, keepdim=True)  # the mean times G: the same order
@@ -375,12 +376,10 @@ def _decode_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor
         bias.scatter_(2, chosen[:, None], -math.inf)
         index = (chosen + first).view(batch, hkv, top)
         picked_k, picked_v = map(flat, _take_blocks(k, v, index, b))
-
-    rows = rows * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    keys, values = [flat(k[:, :, local])], [flat(v[:, :, local])]
-    if top:
         keys.append(picked_k)
         values.append(picked_v)
+
+    rows = rows * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if cross is not None:
         keys.append(flat(cross[0]))
         values.append(flat(cross[1]))
@@ -453,20 +452,21 @@ def _masked_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor
     summaries = summarize_blocks(k, v, spec) if summaries is None else summaries
     tokens, grid = _axis_masks(q, k.shape[2], summaries, spec, start)
     keys, values = [k, summaries.keys.to(k.dtype)], [v, summaries.values.to(v.dtype)]
-    bias = torch.zeros(tokens.shape, dtype=q.dtype, device=q.device).masked_fill_(~tokens, -math.inf)
+    token_bias = torch.zeros(tokens.shape, dtype=q.dtype, device=q.device).masked_fill_(~tokens, -math.inf)
     grid_bias = torch.full(grid.shape, math.log(spec.block_size), dtype=q.dtype, device=q.device)
-    bias = [bias, grid_bias.masked_fill_(~grid, -math.inf)]
+    biases = [token_bias, grid_bias.masked_fill_(~grid, -math.inf)]
     if cross is not None:
         keys.append(cross[0])
         values.append(cross[1])
         row = torch.zeros(q.shape[0], cross[0].shape[2], dtype=q.dtype, device=q.device)
         if cross[2] is not None:
             row = row.masked_fill(~cross[2].bool(), -math.inf)
-        bias.append(row[:, None, None, :].expand(-1, k.shape[1], q.shape[2], -1))
+        biases.append(row[:, None, None, :].expand(-1, k.shape[1], q.shape[2], -1))
     groups = q.shape[1] // k.shape[1]
-    mask = torch.cat(bias, 3).repeat_interleave(groups, dim=1)
-    keys, values = torch.cat(keys, 2), torch.cat(values, 2)
-    return F.scaled_dot_product_attention(q, keys, values, mask, scale=scaling, enable_gqa=groups > 1)
+    mask = torch.cat(biases, 3).repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(
+        q, torch.cat(keys, 2), torch.cat(values, 2), mask, scale=scaling, enable_gqa=groups > 1
+    )
 
 
 @torch.compiler.disable
@@ -483,9 +483,9 @@ def _tile_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
         q.shape[-1] ** -0.5 if scaling is None else scaling,
     )
     starts = start.tolist() if isinstance(start, Tensor) else [start] * q.shape[0]
-    k_e, v_e, mask = cross if cross is not None else (None, None, None)
-    bias = None
+    k_e = v_e = bias = None
     if cross is not None:
+        k_e, v_e, mask = cross
         bias = q.new_zeros(q.shape[0], k_e.shape[2])
         bias = bias if mask is None else bias.masked_fill(~mask.bool(), -math.inf)
     return TileAttention.apply(q, k, v, k_e, v_e, bias, starts, tuple(summaries), sizes)

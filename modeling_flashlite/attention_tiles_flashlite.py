@@ -8,18 +8,18 @@ backward of a part is its share of the joint gradient, because `P = exp(s - l)` 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # Elements of the buffer that holds the outputs of all parts of a chunk of queries, and queries scored at once.
-_PART_ELEMENTS = 1 << 25
+_PART_ELEMENTS = 1 << 24
 _SCORED_QUERIES = 512
 
-_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_flash_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 def _has_flash(q: Tensor, v: Tensor) -> bool:
@@ -60,6 +60,8 @@ def top_blocks(scores: Tensor, k: int) -> Tensor:
     n = scores.shape[-1]
     if k >= n or k == 0:
         return torch.arange(min(k, n), device=scores.device).expand(*scores.shape[:-1], -1)
+    if torch.compiler.is_exporting():
+        return scores.topk(k, dim=-1).indices  # ONNX breaks ties like this by itself
     # torch.topk partially sorts rows of 64 k and more, which is quicker than what it does to rows a little shorter.
     short = 64 * (k + 1) - n
     padded = F.pad(scores, (0, short), value=-math.inf) if 0 < short < n and scores.numel() > 64 * n else scores
@@ -69,7 +71,7 @@ def top_blocks(scores: Tensor, k: int) -> Tensor:
     if edge.numel() <= 64:  # a decoding step: Python compares a few numbers sooner than tensors do
         tied = any(last == after > -math.inf for last, after in edge.reshape(-1, 2).tolist())
     else:
-        tied = ((edge[..., 0] == edge[..., 1]) & (edge[..., 1] > -math.inf)).any()
+        tied = bool(((edge[..., 0] == edge[..., 1]) & (edge[..., 1] > -math.inf)).any())
     # It breaks ties at will, but only a tie between ranks k and k+1 can change the chosen set.
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k] if tied else index
 
@@ -139,7 +141,7 @@ def _local_operands(head: _Head, piece, b: int, bias: Tensor):
 
 
 def _offset(x: Tensor, row: int) -> int:
-    return x.storage_offset() + row * x.stride(0)
+    return int(x.storage_offset()) + row * x.stride(0)
 
 
 def _local_bias(b: int, groups: int, like: Tensor) -> Tensor:
@@ -281,12 +283,11 @@ def _forward_grid(head: _Head, lo: int, hi: int, chosen: Tensor, sizes: TileSize
 
 def _forward_cross(head: _Head, lo: int, hi: int, sizes: TileSizes, out: Tensor, logs: Tensor) -> None:
     """The encoder keys. Where all of a row are masked the op's log-sum-exp means nothing: the part has no mass."""
-    k, v, bias = head.cross
-    groups = head.q.shape[1]
-    if not (bias > -math.inf).any():
+    if head.cross is None or not (head.cross[2] > -math.inf).any():
         out.zero_()
         logs.fill_(-math.inf)
         return
+    (k, v, bias), groups = head.cross, head.q.shape[1]
     k, v = _shared(k, groups), _shared(v, groups)
     o, log = tile_forward(_heads_view(head.q[lo:hi]), k, v, bias.expand(1, 1, hi - lo, -1), sizes.scale)
     out.copy_(o[0].transpose(0, 1))
@@ -345,8 +346,7 @@ class _Grads(NamedTuple):
     v: Tensor
     k_mean: Tensor
     v_mean: Tensor
-    cross_k: Tensor | None
-    cross_v: Tensor | None
+    cross: tuple[Tensor, Tensor] | None
 
 
 def _head_backward(head: _Head, sizes: TileSizes, out, lse, chosen, grad: Tensor, grads: _Grads) -> None:
@@ -359,9 +359,9 @@ def _head_backward(head: _Head, sizes: TileSizes, out, lse, chosen, grad: Tensor
         end = head.start + dense
         grads.k[:end] += gk[:end]
         grads.v[:end] += gv[:end]
-        if head.cross is not None:
-            grads.cross_k.add_(gk[end:])
-            grads.cross_v.add_(gv[end:])
+        if grads.cross is not None:
+            grads.cross[0].add_(gk[end:])
+            grads.cross[1].add_(gv[end:])
     if dense == t_count:
         return
     _backward_local(head, dense, t_count, sizes, out, lse, grad, grads)
@@ -371,12 +371,12 @@ def _head_backward(head: _Head, sizes: TileSizes, out, lse, chosen, grad: Tensor
         gk, gv = _backward_shared(head, lo, hi, k, v, bias[None, None], sizes, out, lse, grad, grads.q)
         grads.k_mean[first:end] += gk
         grads.v_mean[first:end] += gv
-        if head.cross is not None and (head.cross[2] > -math.inf).any():
+        if head.cross is not None and grads.cross is not None and (head.cross[2] > -math.inf).any():
             k, v, bias = head.cross
             bias = bias.expand(1, 1, hi - lo, -1)
             gk, gv = _backward_shared(head, lo, hi, k, v, bias, sizes, out, lse, grad, grads.q)
-            grads.cross_k.add_(gk)
-            grads.cross_v.add_(gv)
+            grads.cross[0].add_(gk)
+            grads.cross[1].add_(gv)
     if sizes.top:
         _backward_pairs(head, dense, sizes, out, lse, chosen, grad, grads)
 
@@ -417,10 +417,11 @@ def _backward_pairs(head: _Head, lo: int, sizes: TileSizes, out, lse, chosen, gr
     keys, values, grad_k, grad_v = (_blocks(x, sizes.block) for x in (head.k, head.v, grads.k, grads.v))
     for block, queries in zip(blocks, (order // sizes.top).split(counts)):
         # Groups as heads: the op's backward runs heads in parallel.
-        picked = [_heads_view(x.index_select(0, queries).view(-1, groups, x.shape[1] // groups)) for x in (g, q, o)]
+        to_heads = (x.index_select(0, queries).view(-1, groups, x.shape[1] // groups) for x in (g, q, o))
+        grad_here, q_here, o_here = map(_heads_view, to_heads)
         logs = log.index_select(0, queries).T[None]
         k, v = (x[block].expand(1, groups, -1, -1) for x in (keys, values))
-        gq, gk, gv = tile_backward(*picked[:2], k, v, None, picked[2], logs, sizes.scale)
+        gq, gk, gv = tile_backward(grad_here, q_here, k, v, None, o_here, logs, sizes.scale)
         grad_q.index_add_(0, queries, gq[0].transpose(0, 1).reshape(-1, grad_q.shape[1]))
         grad_k[block][0, 0].add_(gk[0].sum(0))
         grad_v[block][0, 0].add_(gv[0].sum(0))
@@ -450,7 +451,8 @@ class TileAttention(torch.autograd.Function):
         lse = q.new_empty(batch, hkv, length, groups, dtype=wide)
         chosen = torch.zeros(batch, hkv, length, sizes.top, dtype=torch.int32, device=q.device)
         parts = sizes.top + 2 + (cross_k is not None)
-        rows = parts * groups * min(length, max(_PART_ELEMENTS // (parts * groups * dv), 2 * sizes.block))
+        sparse = min(max(length + max(starts) - sizes.first_sparse_slot(), 0), length)
+        rows = parts * groups * min(sparse, max(_PART_ELEMENTS // (parts * groups * dv), 2 * sizes.block))
         buffer = q.new_empty(rows, dv, dtype=wide)
         for row in range(batch):
             for h in range(hkv):
@@ -475,14 +477,14 @@ class TileAttention(torch.autograd.Function):
                 mine = slice(h * groups, (h + 1) * groups)
                 o = out[row, :, mine].to(wide).contiguous()
                 g = grad_out[row, mine].transpose(0, 1).to(wide).contiguous()
-                inputs = (head.q, head.k, head.v, head.k_mean, head.v_mean, *(head.cross or (None, None))[:2])
-                grads = _Grads(*(None if x is None else torch.zeros_like(x) for x in inputs))
+                cross = head.cross and (torch.zeros_like(head.cross[0]), torch.zeros_like(head.cross[1]))
+                grads = _Grads(*map(torch.zeros_like, head[:5]), cross)
                 _head_backward(head, ctx.sizes, o, lse[row, h], chosen[row, h], g, grads)
                 n = grads.k_mean.shape[0]
                 for own, mean in ((grads.k, grads.k_mean), (grads.v, grads.v_mean)):
                     own[: n * b].unflatten(0, (n, b)).add_(mean.div_(b)[:, None])
                 results[0][row, mine] = grads.q.transpose(0, 1)
-                for result, part in zip(results[1:], (grads.k, grads.v, grads.cross_k, grads.cross_v)):
+                for result, part in zip(results[1:], (grads.k, grads.v, *(grads.cross or ()))):
                     if result is not None:
                         result[row, h] = part
         return *results, None, None, None, None
@@ -494,9 +496,8 @@ def _take_head(q, k, v, cross_k, cross_v, cross_bias, starts, means, row: int, h
     cross = None
     if cross_k is not None:
         cross = (cross_k[row, h].to(wide), cross_v[row, h].to(wide), cross_bias[row].to(wide))
-    return _Head(
-        q[row, h * groups : (h + 1) * groups].transpose(0, 1).to(wide).contiguous(),
-        *(x[row, h].to(wide).contiguous() for x in (k, v, means[0], means[1])),
-        starts[row],
-        cross,
+    own_q = q[row, h * groups : (h + 1) * groups].transpose(0, 1)
+    own_q, k, v, k_mean, v_mean = (
+        x.to(wide).contiguous() for x in (own_q, *(x[row, h] for x in (k, v, means[0], means[1])))
     )
+    return _Head(own_q, k, v, k_mean, v_mean, starts[row], cross)

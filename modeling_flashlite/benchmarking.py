@@ -108,9 +108,9 @@ def peak_growth(target: Callable, *args) -> int:
 def _report_growth(sender, threads: int, target: Callable, *args) -> None:
     torch.set_num_threads(threads)
     function = target(*args)
-    before = peak_memory_bytes()
+    before = peak_memory_bytes() or 0
     function()
-    sender.send(peak_memory_bytes() - before)
+    sender.send((peak_memory_bytes() or 0) - before)
 
 
 def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
