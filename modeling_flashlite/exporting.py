@@ -1,0 +1,303 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""ONNX: an encoder graph, a decoder graph with its cache, and a generator that runs them (needs the `export` extra).
+
+The decoder graph holds the cache as plain tensors of `max_length` slots. It attends by the model's own definition of
+multi-axis attention, so it is exact at every length up to there, and costs `max_length` per token however short the
+text is: it is for running anywhere, not for running fast.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from .attention_flashlite import multi_axis_attention_reference
+from .layers_flashlite import position_angles
+from .modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
+
+
+class ExportError(ValueError):
+    """This checkpoint cannot be exported; the message says why."""
+
+
+class EncoderGraph(nn.Module):
+    """Source tokens and mask `[B, S]` -> states `[B, S, D]`, keys and values `[layers, B, M, S, H]`."""
+
+    def __init__(self, model: FlashLiteForConditionalGeneration):
+        super().__init__()
+        self.encoder, self.decoder = model.model.encoder, model.model.decoder
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        angles = position_angles(self.decoder.config, positions, states.dtype)
+        pairs = [layer.self_attn.keys_values(states, angles) for layer in self.decoder.layers]
+        return states, torch.stack([key for key, _ in pairs]), torch.stack([value for _, value in pairs])
+
+
+class DecoderGraph(nn.Module):
+    """New tokens `[B, T]` at slots `position [B]` on -> logits `[B, T, V]` and the cache with them written in.
+
+    Keys and values are `[layers, B, M, max_length, H]`. A row's tokens stand from slot 0 on without gaps; what a row
+    holds behind its last token is never seen, so shorter rows of a prompt are padded on the right.
+    """
+
+    def __init__(self, model: FlashLiteForCausalLM | FlashLiteForConditionalGeneration):
+        super().__init__()
+        self.decoder, self.head = model.model.decoder, model
+        self.crossed = isinstance(model, FlashLiteForConditionalGeneration)
+
+    def forward(self, input_ids, position, keys, values, encoder_keys=None, encoder_values=None, encoder_mask=None):
+        decoder = self.decoder
+        states = decoder.embed(decoder.embed_tokens(input_ids))
+        slots = position[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
+        angles = position_angles(decoder.config, slots, states.dtype)
+        new_keys, new_values = [], []
+        for index, layer in enumerate(decoder.layers):
+            attention, normed = layer.self_attn, layer.input_layernorm(states)
+            key, value = attention.keys_values(normed, angles)
+            new_keys.append(_write(keys[index], key, slots))
+            new_values.append(_write(values[index], value, slots))
+            cross = (encoder_keys[index], encoder_values[index], encoder_mask.bool()) if self.crossed else None
+            out, _, _ = multi_axis_attention_reference(
+                attention.queries(normed, angles),
+                new_keys[-1],
+                new_values[-1],
+                attention.spec,
+                start=position,
+                scaling=attention.scaling,
+                cross=cross,
+            )
+            states = states + attention.o_proj(out.transpose(1, 2).flatten(2))
+            states = states + layer.mlp(layer.post_attention_layernorm(states))
+        states = decoder.norm(states)
+        if self.head.head_proj is not None:
+            states = self.head.head_proj(states)
+        return self.head.lm_head(states), torch.stack(new_keys), torch.stack(new_values)
+
+
+def _write(buffer: torch.Tensor, new: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Put `[B, M, T, H]` into the slots `[B, T]` of `[B, M, max_length, H]`."""
+    return buffer.scatter(2, slots[:, None, :, None].expand_as(new), new)
+
+
+def check_exportable(model, max_length: int) -> None:
+    """Refuse what the graphs cannot hold, each with its reason."""
+    if not isinstance(model, (FlashLiteForCausalLM, FlashLiteForConditionalGeneration)):
+        raise ExportError(f"{type(model).__name__} has no export; only the two language-model heads have one.")
+    if getattr(model, "is_quantized", False):
+        raise ExportError(
+            "ONNX has no operator for entropy-coded weights; call model.dequantize() first and export the float model."
+        )
+    rope = model.model.decoder.config.rope_parameters
+    if rope["rope_type"] in ("dynamic", "longrope"):
+        raise ExportError(f"rope_type {rope['rope_type']} depends on the length, which a graph cannot; use another.")
+    block = model.model.decoder.config.block_size
+    if max_length < block or max_length % block:
+        raise ExportError(f"max_length is {max_length}, it must be a positive multiple of block_size = {block}.")
+
+
+def cache_shapes(model, max_length: int, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the decoder graph's keys and values."""
+    config = model.model.decoder.config
+    key_size = config.head_dim * (1 if config.position_encoding == "rotary" else 2)
+    outer = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length)
+    return (*outer, key_size), (*outer, config.head_dim)
+
+
+def export_onnx(model, folder: str | Path, max_length: int = 512) -> list[Path]:
+    """Write `decoder.onnx`, for an encoder-decoder `encoder.onnx`, and `onnx_config.json` into a folder.
+
+    Args:
+        model: a language-model head, in float; put into evaluation mode.
+        folder (`str` or `Path`): made if needed.
+        max_length (`int`, *optional*, defaults to 512): slots of the cache, a multiple of `block_size`.
+
+    Returns:
+        `list[Path]`: the files.
+
+    Raises:
+        ExportError: with the reason.
+    """
+    check_exportable(model, max_length)
+    model, folder = model.float().eval(), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    batch, tokens, source = (torch.export.Dim(name, min=1) for name in ("batch", "tokens", "source"))
+    ids, position = torch.ones(2, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    keys, values = (torch.zeros(shape) for shape in cache_shapes(model, max_length, 2))
+    inputs = {"input_ids": ids, "position": position, "keys": keys, "values": values}
+    dynamic = {"input_ids": {0: batch, 1: tokens}, "position": {0: batch}, "keys": {1: batch}, "values": {1: batch}}
+    files = [folder / "decoder.onnx", folder / "onnx_config.json"]
+    if isinstance(model, FlashLiteForConditionalGeneration):
+        mask = torch.ones(2, 5, dtype=torch.long)
+        encoder_ids = torch.ones(2, 5, dtype=torch.long)
+        files.insert(0, folder / "encoder.onnx")
+        with torch.no_grad():
+            graph = EncoderGraph(model)
+            _, cross_keys, cross_values = graph(encoder_ids, mask)
+        outputs = ["last_hidden_state", "encoder_keys", "encoder_values"]
+        shapes = {"input_ids": {0: batch, 1: source}, "attention_mask": {0: batch, 1: source}}
+        _export(graph, {"input_ids": encoder_ids, "attention_mask": mask}, shapes, outputs, files[0])
+        inputs |= {"encoder_keys": cross_keys, "encoder_values": cross_values, "encoder_mask": mask}
+        dynamic |= {name: {1: batch, 3: source} for name in ("encoder_keys", "encoder_values")}
+        dynamic["encoder_mask"] = {0: batch, 1: source}
+    _export(DecoderGraph(model), inputs, dynamic, ["logits", "new_keys", "new_values"], files[-2])
+    key_shape, value_shape = cache_shapes(model, max_length, 0)
+    ends = model.generation_config.eos_token_id
+    description = {
+        "is_encoder_decoder": model.config.is_encoder_decoder,
+        "keys": key_shape,
+        "values": value_shape,
+        "decoder_start_token_id": model.generation_config.decoder_start_token_id
+        if model.generation_config.decoder_start_token_id is not None
+        else model.config.decoder_start_token_id,
+        "eos_token_id": ends if isinstance(ends, list) else [] if ends is None else [ends],
+        "pad_token_id": model.generation_config.pad_token_id or 0,
+    }
+    files[-1].write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def _export(graph: nn.Module, inputs: dict, dynamic: dict, outputs: list[str], path: Path) -> None:
+    with torch.no_grad():
+        program = torch.onnx.export(
+            graph,
+            kwargs=inputs,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=dynamic,
+            dynamo=True,
+            verbose=False,
+        )
+    program.save(str(path))
+
+
+def measure_parity(model, folder: str | Path, steps: int = 8, seed: int = 0) -> dict[str, float]:
+    """Compare an exported folder with the model: two prompts of different length, then token by token.
+
+    Args:
+        model: the model that was exported.
+        folder (`str` or `Path`): what `export_onnx` wrote.
+        steps (`int`, *optional*, defaults to 8): decoded tokens after the prompt.
+        seed (`int`, *optional*, defaults to 0): of the random prompts.
+
+    Returns:
+        `dict`: largest absolute differences `encoder` (where there is one), `prompt` and `step` of states and logits,
+        and `generate`, the share of equal tokens in greedy generation.
+    """
+    runner, random = OnnxGenerator(folder), np.random.default_rng(seed)
+    vocabulary, slots = model.config.get_text_config(decoder=True).vocab_size, runner.config["keys"][3]
+    lengths = np.array([slots - steps, max(1, (slots - steps) // 2)])
+    ids = random.integers(0, vocabulary, (2, lengths[0]))
+    mask = (np.arange(lengths[0]) < lengths[:, None]).astype(np.int64)
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    found = {}
+    with torch.no_grad():
+        if runner.encoder is not None:
+            states = model.model.encoder(**inputs).last_hidden_state
+            fixed = runner.encode(ids, mask)
+            found["encoder"] = float(np.abs(runner.states - states.numpy())[mask.astype(bool)].max())
+            prompt, width = random.integers(0, vocabulary, (2, slots - steps)), np.array([slots - steps] * 2)
+            inputs["decoder_input_ids"] = torch.tensor(prompt)
+        else:
+            prompt, width, fixed = ids, lengths, {}
+        outputs = model(**inputs, use_cache=True)
+        logits, cache = runner.step(prompt, np.zeros(2, np.int64), runner.new_cache(2), fixed)
+        real = np.arange(prompt.shape[1]) < width[:, None]
+        found["prompt"] = float(np.abs(logits - outputs.logits.numpy())[real].max())
+        found["step"] = 0.0
+        past, position, tokens = outputs.past_key_values, width, random.integers(0, vocabulary, (steps, 2, 1))
+        for token in tokens:
+            if runner.encoder is not None:
+                inputs["decoder_input_ids"] = torch.tensor(token)
+            else:
+                grown = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+                inputs = {"input_ids": torch.tensor(token), "attention_mask": grown}
+            outputs = model(**inputs, past_key_values=past, use_cache=True)
+            logits, cache = runner.step(token, position, cache, fixed)
+            found["step"] = max(found["step"], float(np.abs(logits - outputs.logits.numpy()).max()))
+            past, position = outputs.past_key_values, position + 1
+    found["generate"] = _generation_agreement(model, runner, ids[:1, : max(1, slots // 2)], min(steps, slots // 2 - 1))
+    return found
+
+
+def _generation_agreement(model, runner: "OnnxGenerator", ids: np.ndarray, new_tokens: int) -> float:
+    expected = model.generate(torch.tensor(ids), max_new_tokens=new_tokens, do_sample=False, num_beams=1)
+    expected = expected[:, 1 if runner.encoder is not None else ids.shape[1] :].numpy()
+    tokens = runner.generate(ids, max_new_tokens=new_tokens)
+    return float((tokens == expected).mean()) if tokens.shape == expected.shape else 0.0
+
+
+class OnnxGenerator:
+    """Greedy generation by ONNX Runtime from an exported folder; torch is not needed to run it.
+
+    Args:
+        folder (`str` or `Path`): what `export_onnx` wrote.
+    """
+
+    def __init__(self, folder: str | Path):
+        import onnxruntime
+
+        folder = Path(folder)
+        self.config = json.loads((folder / "onnx_config.json").read_text(encoding="utf-8"))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+
+        def load(name: str):
+            return onnxruntime.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
+
+        self.decoder = load("decoder.onnx")
+        self.encoder = load("encoder.onnx") if self.config["is_encoder_decoder"] else None
+
+    def generate(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, max_new_tokens: int = 20):
+        """Continue, or translate, each row; returns the new tokens `[B, at most max_new_tokens]`.
+
+        Args:
+            input_ids (`np.ndarray`): `[B, S]`; a decoder's prompts are padded on the right.
+            attention_mask (`np.ndarray`, *optional*): `[B, S]`, 1 for real tokens.
+            max_new_tokens (`int`, *optional*, defaults to 20): most new tokens.
+
+        Raises:
+            ValueError: the cache has too few slots.
+        """
+        mask = np.ones_like(input_ids) if attention_mask is None else attention_mask.astype(np.int64)
+        batch, fixed = len(input_ids), {}
+        if self.encoder is not None:
+            fixed = self.encode(input_ids, mask)
+            tokens, lengths = np.full((batch, 1), self.config["decoder_start_token_id"]), np.ones(batch, np.int64)
+        else:
+            tokens, lengths = input_ids, mask.sum(1)
+        slots = self.config["keys"][3]
+        if lengths.max() + max_new_tokens > slots:
+            raise ValueError(
+                f"{lengths.max()} tokens and {max_new_tokens} new ones need more than the {slots} slots of this "
+                "export; export it with a larger max_length."
+            )
+        cache, new = self.new_cache(batch), []
+        position, last, done = np.zeros(batch, np.int64), lengths - 1, np.zeros(batch, bool)
+        while len(new) < max_new_tokens and not done.all():
+            logits, cache = self.step(tokens, position, cache, fixed)
+            chosen = logits[np.arange(batch), last].argmax(-1)
+            chosen = np.where(done, self.config["pad_token_id"], chosen)
+            new.append(chosen)
+            done |= np.isin(chosen, self.config["eos_token_id"])
+            position, last, tokens = position + last + 1, np.zeros(batch, np.int64), chosen[:, None]
+        return np.stack(new, 1)
+
+    def encode(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> dict[str, np.ndarray]:
+        """Run the encoder; return what every decoder step reads of it, and keep the states."""
+        self.states, keys, values = self.encoder.run(None, {"input_ids": input_ids, "attention_mask": attention_mask})
+        return {"encoder_keys": keys, "encoder_values": values, "encoder_mask": attention_mask}
+
+    def new_cache(self, batch: int) -> dict[str, np.ndarray]:
+        """An empty cache."""
+        shapes = {name: self.config[name] for name in ("keys", "values")}
+        return {name: np.zeros((layers, batch, *rest), np.float32) for name, (layers, _, *rest) in shapes.items()}
+
+    def step(self, tokens: np.ndarray, position: np.ndarray, cache: dict, fixed: dict) -> tuple[np.ndarray, dict]:
+        """Feed `[B, T]` tokens from slots `position` on; return logits `[B, T, V]` and the cache after them."""
+        inputs = {"input_ids": tokens.astype(np.int64), "position": position.astype(np.int64), **cache, **fixed}
+        logits, keys, values = self.decoder.run(None, inputs)
+        return logits, {"keys": keys, "values": values}
