@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import PreTrainedModel
@@ -227,6 +227,11 @@ class FlashLiteDecoder(FlashLiteStack):
             raise ValueError(
                 "Got both `past_key_values` and `memory`; a cache is a memory already, so give one of them."
             )
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise ValueError(
+                f"`past_key_values` is a {type(past_key_values).__name__}, but must be a cache; pass a "
+                "`FlashLiteCache`, an empty `DynamicCache`, or none."
+            )
         past_columns = 0 if past_key_values is None else past_key_values.get_seq_length()
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_columns)
         if inputs_embeds is None:
@@ -250,7 +255,7 @@ class FlashLiteDecoder(FlashLiteStack):
             past = past.self_attention_cache
         angles = position_angles(self.config, target_positions(hidden_states, rows, past), hidden_states.dtype)
         context = self._context(rows, memory, encoder_hidden_states, encoder_attention_mask)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while a draft exits early
             hidden_states = layer(
                 hidden_states, encoder_hidden_states, angles, context, past_key_values=past_key_values
             )

@@ -359,12 +359,16 @@ def test_beams_equal_a_search_without_cache(make, model_class, encoder):
 
 
 @both_generators
-@pytest.mark.parametrize("helper", ["assistant", "lookup"])
+@pytest.mark.parametrize("helper", ["assistant", "lookup", "early exit"])
 def test_speculation_changes_no_token(make, model_class, encoder, helper):
     model = make(model_class, encoder).double()
     inputs = inputs_of(model, batch=1, padded=False)
     other = make(model_class, encoder).double()
-    arguments = {"assistant_model": other} if helper == "assistant" else {"prompt_lookup_num_tokens": 3}
+    arguments = {
+        "assistant": {"assistant_model": other},
+        "lookup": {"prompt_lookup_num_tokens": 3},
+        "early exit": {"assistant_early_exit": 1},
+    }[helper]
     fast = continued(model, encoder, inputs, max_new_tokens=30, **arguments)
     torch.testing.assert_close(fast, continued(model, encoder, inputs, max_new_tokens=30), rtol=0, atol=0)
 
