@@ -1,0 +1,172 @@
+"""Every recipe is parsed, documented line by line, and trains for two steps on a tiny corpus."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modeling_flashlite.cli import parse_args
+from modeling_flashlite.distillation import check_teacher_columns
+from modeling_flashlite.runs import ArchitectureArgs, DataArgs, ModelArgs, TrainArgs
+
+# peft 0.21 itself asks for an attribute that transformers 5.23 renamed
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+RECIPES = {path.stem: path for path in sorted((SCRIPTS / "recipes").glob("*.yaml"))}
+VERBS = {"train": "train", "distill": "distill", "lora": "finetune"}
+OURS = [name for name in RECIPES if name.partition("_")[0] in VERBS]
+TINY_SHAPE = [
+    "--hidden_size=32",
+    "--num_hidden_layers=2",
+    "--num_attention_heads=4",
+    "--num_key_value_heads=2",
+    "--block_size=8",
+    "--sub_block_size=4",
+    "--relevance_top_k=2",
+]
+TINY_RUN = [
+    "--max_steps=2",
+    "--per_device_train_batch_size=2",
+    "--per_device_eval_batch_size=2",
+    "--gradient_accumulation_steps=1",
+    "--report_to=none",
+    "--use_cpu=true",
+    "--disable_tqdm=true",
+    "--eval_strategy=no",
+    "--save_strategy=no",
+    "--logging_steps=1",
+    "--max_source_length=32",
+    "--max_target_length=16",
+]
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def argument_classes(script):
+    """The dataclasses that a verb parses, in the order of its `main`."""
+    return [hint for name, hint in script.main.__annotations__.items() if name != "return"]
+
+
+def write_corpus(folder):
+    """Texts, translation pairs and dialogues with the columns that the recipes name."""
+    rows = [
+        {
+            "text": f"number {i} and number {i + 1} make {2 * i + 1} " * 3,
+            "en": f"the number {i} is small",
+            "de": f"die Zahl {i} ist klein",
+            "dialogue": f"A: what is {i} plus one? B: it is {i + 1}.",
+            "summary": f"{i} plus one is {i + 1}.",
+        }
+        for i in range(24)
+    ]
+    for split, part in (("train", rows[:18]), ("validation", rows[18:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return f"train={folder}/train.jsonl,validation={folder}/validation.jsonl"
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """A corpus, and one trained model of each kind, made by the train verb itself."""
+    folder = tmp_path_factory.mktemp("recipes")
+    dataset = write_corpus(folder)
+    for kind, recipe in (("causal", "train_tiny"), ("seq2seq", "train_translation")):
+        run_verb(recipe, dataset, folder / kind, [*TINY_SHAPE, "--encoder_layers=2", "--vocab_size=300"])
+    return folder, dataset
+
+
+def run_verb(recipe, dataset, output, overrides):
+    script = load_script(VERBS[recipe.partition("_")[0]])
+    argv = [f"--config={RECIPES[recipe]}", f"--dataset={dataset}", f"--output_dir={output}", *TINY_RUN, *overrides]
+    return script.main(*parse_args(argument_classes(script), argv))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_recipe_trains_for_two_steps(name, ground, capsys):
+    folder, dataset = ground
+    keys = yaml.safe_load(RECIPES[name].read_text())
+    base = folder / ("causal" if keys["task"] == "text-generation" else "seq2seq")
+    overrides = ["--num_train_epochs=1"]
+    if name.startswith("train"):
+        overrides += [*TINY_SHAPE, "--vocab_size=300"] + (["--encoder_layers=2"] if "encoder_layers" in keys else [])
+        overrides += ["--segment_length=16"] if "segment_length" in keys else []
+    elif name.startswith("distill"):
+        overrides += [f"--teacher={base}", f"--teacher_cache={folder / name}_cache", "--k=4"]
+        overrides += ["--keep_layers=1"] if "keep_layers" in keys else TINY_SHAPE
+    else:
+        overrides += [f"--model={base}", "--lora_r=2"]
+    metrics = run_verb(name, dataset, folder / name, overrides)
+    assert metrics["train_loss"] > 0 and metrics["eval_loss"] > 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["train_loss"] == metrics["train_loss"] and Path(printed["loss_curve"]).is_file()
+    if name == "lora_tiny":
+        assert (Path(printed["merged"]) / "model.safetensors").is_file()
+    if name == "distill_tiny":
+        from datasets import load_from_disk
+        from transformers import AutoTokenizer
+
+        check_teacher_columns(load_from_disk(folder / f"{name}_cache"), AutoTokenizer.from_pretrained(base))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_recipe_keys_exist_and_are_documented(name):
+    lines = RECIPES[name].read_text().splitlines()
+    assert lines[0].startswith(f"# {name}.yaml · ")
+    keys = set(yaml.safe_load(RECIPES[name].read_text()))
+    script = load_script(VERBS[name.partition("_")[0]])
+    known = {key for cls in argument_classes(script) for key in cls.__dataclass_fields__}
+    assert keys <= known
+    # a number that says nothing by itself needs a word; the Trainer's own names are known
+    own = {key for cls in argument_classes(script) if cls is not TrainArgs for key in cls.__dataclass_fields__}
+    documented = sum("#" in line for line in lines[1:])
+    assert documented >= len(lines[1:]) / 4
+    assert own & keys
+
+
+def test_resume_continues_and_streaming_trains(ground):
+    folder, dataset = ground
+    overrides = [*TINY_SHAPE, f"--tokenizer={folder / 'causal'}", "--save_strategy=steps", "--save_steps=1"]
+    output = folder / "resumed"
+    first = run_verb("train_tiny", dataset, output, [*overrides, "--streaming=true"])
+    assert first["resumed_from"] is None
+    again = run_verb("train_tiny", dataset, output, [*overrides, "--streaming=true", "--resume=true", "--max_steps=3"])
+    assert again["resumed_from"].endswith("checkpoint-2")
+
+
+def test_defaults_need_no_recipe():
+    model, shape, data, args = parse_args((ModelArgs, ArchitectureArgs, DataArgs, TrainArgs), ["--output_dir=x"])
+    assert (model.model, shape.hidden_size, data.dataset, args.resume) == (None, 256, "python", False)
+
+
+def test_missing_teacher_or_model_is_one_sentence(ground):
+    _, dataset = ground
+    script = load_script("distill")
+    with pytest.raises(SystemExit, match="--teacher"):
+        script.main(*parse_args(argument_classes(script), [f"--dataset={dataset}", "--output_dir=x"]))
+    script = load_script("finetune")
+    with pytest.raises(SystemExit, match="--model"):
+        script.main(*parse_args(argument_classes(script), [f"--dataset={dataset}", "--output_dir=x"]))
+
+
+def test_curves_of_runs_are_drawn(ground, tmp_path):
+    folder, _ = ground
+    script = load_script("plot")
+    argv = [f"--runs=a={folder / 'causal'},a={folder / 'causal'},b={folder / 'seq2seq'}", f"--output={tmp_path}/x.svg"]
+    assert set(script.main(*parse_args([script.PlotArgs], argv))) == {"output", "a", "b"}
+    with pytest.raises(SystemExit, match="logged no 'lss'"):
+        script.main(*parse_args([script.PlotArgs], [*argv, "--key=lss"]))
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPTS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_launch_configurations_are_understood(path):
+    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert isinstance(config, ClusterConfig) and config.num_processes > 1
