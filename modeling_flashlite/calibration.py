@@ -31,6 +31,7 @@ from .quantization_flashlite import (
 logger = logging.getLogger(__name__)
 _MAX_OUTPUT_ROWS = 4096  # beyond, the moments of output gradients are kept for single rows only
 _MAX_WAVE_WORK = 3e10  # multiply-adds that feedback along rows may cost for one weight
+LADDER = (2.0, 2.33, 2.67, 3.0, 3.33, 3.67, 4.0)  # bits per weight tried for `max_loss_increase`
 _ROW_SHARE = 0.8  # how far steps within a tensor follow sensitivity rather than standard deviation
 
 
@@ -90,7 +91,7 @@ class _Moments:
             factor = inverse_factor(outputs)
             spread = factor.diagonal().log2()
             rows, columns = layer.weight.shape
-            if rows * columns * (16 * columns + rows) <= _MAX_WAVE_WORK:
+            if rows * columns * (64 * columns + rows) <= _MAX_WAVE_WORK:
                 layer.output_factor = factor
         else:
             spread = -0.5 * torch.log2(outputs.double() + 0.01 * outputs.double().mean())
@@ -226,12 +227,11 @@ def pareto(model, layers: list[Layer], batches: list[dict], bits: Iterable[float
     """Loss at each rate: rows with bits (per parameter, whole file), loss, increase (of perplexity) and weights."""
     overhead, parameters = overhead_bytes(model, ids_of(layers)), sum(p.numel() for p in model.parameters())
     base, rows = mean_loss(model, batches), []
-    originals = [layer.weight.clone() for layer in layers]
+    for layer in layers:
+        layer.weight = layer.weight.clone()  # the model's own is overwritten while the loss is measured
     for rate in bits:
-        for layer, original in zip(layers, originals):
-            layer.weight = original
         try:
-            weights = search(layers, rate * parameters / 8, overhead)
+            weights = search(layers, rate * parameters / 8, overhead, tolerance=0.02)
         except ValueError:
             continue
         loss = _loss_with(model, layers, weights, batches)
@@ -287,12 +287,12 @@ def quantize(
 
 def _within(model, layers: list[Layer], batches: list[dict], config: EcqConfig) -> list[QuantizedWeight]:
     """The smallest of a ladder of rates whose perplexity rises by at most `max_loss_increase`."""
-    rows = pareto(model, layers, batches, [2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25])
+    rows = pareto(model, layers, batches, LADDER)
     good = [row for row in rows if row["increase"] <= config.max_loss_increase]
     if not good:
         best = min(rows, key=lambda row: row["increase"])
         raise ValueError(
-            f"No rate up to 4.25 bits keeps the perplexity within {config.max_loss_increase:+.2%}: the best is"
+            f"No rate up to {LADDER[-1]} bits keeps the perplexity within {config.max_loss_increase:+.2%}: the best is"
             f" {best['increase']:+.2%} at {best['bits']} bits; allow more, or train with qat.prepare_qat."
         )
     model.ecq_pareto = [{k: v for k, v in row.items() if k != "weights"} for row in rows]

@@ -11,7 +11,6 @@ which equalises what one more bit buys everywhere; one multiplier then sets the 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +22,7 @@ from .ecq_stream_flashlite import QuantizedWeight
 
 _MIN_STEP, _MAX_STEP = 0.28, 3.0  # in standard deviations of the row: what 16 levels can serve
 _OUTLIER_NOISE = 0.3  # a row reaches beyond 16 levels when clipping costs this share of its rounding noise
-_WAVE_ROWS = 16
+_WAVE_ROWS = 64
 
 
 def grid_of(columns: int) -> int:
@@ -161,18 +160,19 @@ def weight_bytes(weight: QuantizedWeight) -> int:
 
 
 def search(
-    layers: list[Layer], budget: float | None, overhead: float, multiplier: float = -1.0
+    layers: list[Layer], budget: float | None, overhead: float, multiplier: float = -1.0, tolerance: float = 0.006
 ) -> list[QuantizedWeight]:
     """Codes of all layers at the multiplier whose file is the budget.
 
     The rate falls by one bit per octave of the multiplier. Rounding to nearest, which is cheap, finds the place;
-    feedback passes correct it until the file is at most the budget and within 0.4% of it, or steps reach their limits.
+    feedback passes correct it until the file is at most the budget and within the tolerance.
 
     Args:
         layers (`list[Layer]`): the weights.
         budget (`float`, *optional*): bytes of the file; `None` keeps `multiplier`.
         overhead (`float`): bytes of the file that are not these streams.
         multiplier (`float`): log2 of the first multiplier to try.
+        tolerance (`float`): how far below the budget is near enough, as a share of it.
     """
     if budget is None:
         return [quantize_layer(layer, multiplier) for layer in layers]
@@ -191,25 +191,35 @@ def search(
     feedback = any(layer.input_factor is not None for layer in layers)
     for _ in range(12 if feedback else 0):
         _, held = size(multiplier, False)
-        if abs(held / room - 1) < 0.004:
+        if abs(held / room - 1) < tolerance:
             break
         multiplier += 8 * (held - room) / elements
-    best = None
-    for attempt in range(8):
+    best = too_large = last = None
+    slope = elements / 8  # bytes that one octave saves; feedback makes it smaller
+    for attempt in range(12):
         weights, held = size(multiplier, feedback)
-        if held <= room and (best is None or held > best[1]):
-            best = weights, held
-        if 0.996 * room <= held <= room:
+        if last is not None and last[0] != multiplier:
+            slope = min(max((held - last[1]) / (last[0] - multiplier), elements / 80), elements / 8)
+        last = multiplier, held
+        if held > room:
+            too_large = multiplier, held
+        elif best is None or held > best[1]:
+            best = weights, held, multiplier
+        if best is not None and (best[1] >= (1 - tolerance) * room or attempt > 7):
             break
-        multiplier += 8 * (held - 0.998 * room) / elements * (0.6 if attempt > 3 else 1.0)
+        if best is not None and too_large is not None:
+            share = ((1 - tolerance / 2) * room - best[1]) / (too_large[1] - best[1])
+            multiplier = best[2] + min(max(share, 0.1), 0.9) * (too_large[0] - best[2])
+        else:
+            multiplier += (held - (1 - tolerance * (0.5 + 0.25 * attempt)) * room) / slope
+    if best is None and feedback:
+        # Where few directions of the input carry all the power, fed-back errors cost more bits than longer steps save.
+        for layer in layers:
+            layer.input_factor = layer.output_factor = None
+        return search(layers, budget, overhead, multiplier, tolerance)
     if best is None:
         raise ValueError(
             f"{8 * budget / elements:.2f} bits per weight are out of reach: steps of {_MAX_STEP} standard deviations"
             f" still need {held + overhead:.0f} bytes; ask for more bits."
         )
     return best[0]
-
-
-def tensor_bits(weight: QuantizedWeight) -> float:
-    """Bits per weight of one tensor, tables included."""
-    return 8 * weight_bytes(weight) / math.prod(weight.shape)

@@ -1,0 +1,147 @@
+"""Post-training quantization with data."""
+
+import math
+
+import pytest
+import torch
+from test_quantization import MODELS, build, logits_of
+
+from modeling_flashlite import FlashLiteConfig, FlashLiteForConditionalGeneration
+from modeling_flashlite.calibration import batches_of, collect_moments, mean_loss, quantize
+from modeling_flashlite.ecq_search_flashlite import (
+    Layer,
+    _round_columns,
+    _round_waves,
+    inverse_factor,
+    quantize_layer,
+    search,
+    weight_bytes,
+)
+from modeling_flashlite.ecq_stream_flashlite import encode_weights
+from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers
+
+
+def _moment(n: int, seed: int) -> torch.Tensor:
+    x = torch.randn(4 * n, n, generator=torch.Generator().manual_seed(seed)) * torch.logspace(0, -0.7, n)
+    mix = torch.randn(n, n, generator=torch.Generator().manual_seed(seed + 1)) / n**0.5
+    x = x @ (torch.eye(n) + mix)
+    return x.T @ x
+
+
+def _layer(rows: int = 40, columns: int = 64) -> Layer:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(5))
+    layer = Layer(["w"], [], weight, torch.zeros(rows))
+    layer.input_moment = _moment(columns, 0)
+    layer.input_factor = inverse_factor(layer.input_moment)
+    layer.output_factor = inverse_factor(_moment(rows, 7))
+    return layer
+
+
+def test_waves_without_coupling_of_rows_are_gptq():
+    layer = _layer()
+    step, low, high = torch.full((40,), 0.5).double(), torch.full((40,), -8.0), torch.full((40,), 7.0)
+    rows = torch.diag(torch.rand(40).double() + 0.5)
+    args = (step, low.double(), high.double(), layer.input_factor)
+    columns = _round_columns(layer.weight.double(), *args)
+    assert torch.equal(_round_waves(layer.weight.double(), *args, rows), columns)
+
+
+def test_waves_equal_element_by_element_feedback():
+    layer = _layer(20, 12)
+    step = torch.full((20,), 0.4).double()
+    low, high = torch.full((20,), -8.0).double(), torch.full((20,), 7.0).double()
+    weight, codes = layer.weight.double(), torch.zeros(20, 12).double()
+    c_h, c_g = layer.input_factor, layer.output_factor
+    for i in range(20):
+        for j in range(12):
+            codes[i, j] = torch.round(weight[i, j] / step[i]).clamp(-8, 7)
+            error = (weight[i, j] - codes[i, j] * step[i]) / (c_g[i, i] * c_h[j, j])
+            weight = weight - error * torch.outer(c_g[i], c_h[j])
+    assert torch.equal(_round_waves(layer.weight.double(), step, low, high, c_h, c_g), codes)
+
+
+def test_feedback_lowers_the_loss_at_equal_steps():
+    layer = _layer()
+    g, h = torch.linalg.inv(layer.output_factor.T @ layer.output_factor), layer.input_moment.double()
+
+    def cost(feedback: bool, output_factor) -> float:
+        layer.output_factor = output_factor
+        weight = quantize_layer(layer, -1.0, feedback)
+        error = layer.weight.double() - weight.codes() * weight.step()[:, None]
+        return (error.T @ g @ error @ h).trace().item()
+
+    both = layer.output_factor
+    nearest, columns, rows_too = cost(False, None), cost(True, None), cost(True, both)
+    assert rows_too < 0.9 * columns < 0.9 * 0.9 * nearest
+
+
+def test_search_lands_on_the_budget():
+    layers = [_layer(40, 64), _layer(120, 96)]
+    for bits in (2.0, 3.0):
+        budget = sum(layer.weight.numel() for layer in layers) * bits / 8
+        weights = search(layers, budget + 100, 100)
+        held = sum(len(stream) for stream in encode_weights(weights))
+        assert 0.99 * budget <= held <= budget + 8
+        assert held == pytest.approx(sum(weight_bytes(weight) for weight in weights), abs=4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
+def test_calibrated_quantization_saves_and_loads(kind, tmp_path):
+    torch.manual_seed(0)
+    model = build(kind)
+    parameters = model.num_parameters()
+    data = [{"input_ids": torch.randint(3, 256, (n,)), "labels": torch.randint(3, 256, (n,))} for n in (9, 12, 5, 7)]
+    quantize(model, EcqConfig(target_bits=4.0), calibration=data, batch_size=2)
+    model.save_pretrained(tmp_path)
+    bits = 8 * (tmp_path / "model.safetensors").stat().st_size / parameters
+    assert bits == pytest.approx(4.0, rel=0.01)
+    assert torch.equal(logits_of(MODELS[kind][0].from_pretrained(tmp_path)), logits_of(model))
+
+
+def _trained(steps: int = 60):
+    """A small encoder-decoder that has learned to copy, and batches of its task."""
+    torch.manual_seed(0)
+    config = FlashLiteConfig(
+        vocab_size=64,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        block_size=16,
+        sub_block_size=4,
+        pad_token_id=0,
+        decoder_start_token_id=1,
+    )
+    model = FlashLiteForConditionalGeneration(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        ids = torch.randint(2, 64, (16, 8))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(2, 64, (8, 16, 8))]
+    return model.eval(), batches
+
+
+def test_data_help_an_encoder_decoder_and_a_loss_can_be_asked_for():
+    model, batches = _trained()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    base, losses = mean_loss(model, batches[4:]), {}
+    for name, calibration in (("data-free", None), ("calibrated", batches[:4])):
+        fresh = FlashLiteForConditionalGeneration(model.config)
+        fresh.load_state_dict(state)
+        losses[name] = mean_loss(quantize(fresh, EcqConfig(target_bits=3.0), calibration), batches[4:])
+    assert losses["calibrated"] - base < 0.8 * (losses["data-free"] - base)
+    quantize(model, EcqConfig(max_loss_increase=0.3), batches[:4])
+    table = model.ecq_pareto
+    assert math.exp(mean_loss(model, batches[:4]) - base) < 1.5 and len(table) > 4
+    assert table[0]["increase"] > table[-1]["increase"]
+
+
+def test_hooks_and_gradients_are_left_as_they_were():
+    model = build("llama")
+    layers = collect_layers(model, EcqConfig(target_bits=3))
+    collect_moments(model, layers, batches_of([{"input_ids": torch.randint(3, 256, (2, 9))}], model))
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(layer.output_factor is not None for layer in layers)
