@@ -1,0 +1,159 @@
+"""Quantize a model to a bit budget: after training (ptq), with training (qat), or with adapters on top (recover).
+
+python scripts/quantize.py --config scripts/recipes/qat_tiny.yaml --model runs/train_tiny --target_bits 2.5
+python scripts/quantize.py --config scripts/recipes/ptq_tiny.yaml --rates 2 2.5 3 3.5 --results runs/rates.json
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from modeling_flashlite.calibration import batches_of, collect_moments, mean_loss, pareto, quantize
+from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.data import PaddingCollator
+from modeling_flashlite.distillation import DistillationTrainer, KDLoss
+from modeling_flashlite.lora import add_lora
+from modeling_flashlite.qat import EcqCallback, prepare_qat
+from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers, weight_of
+from modeling_flashlite.results import write_results
+from modeling_flashlite.runs import (
+    ArchitectureArgs,
+    DataArgs,
+    ModelArgs,
+    TrainArgs,
+    is_encoder_decoder,
+    load_model,
+    load_rows,
+    load_splits,
+    run,
+)
+
+
+@dataclass
+class QuantizeArgs:
+    method: str = field(default="ptq", metadata={"help": "ptq, qat, or recover: adapters on the quantized model"})
+    target_bits: float | None = field(default=None, metadata={"help": "bits per parameter of the whole file"})
+    target_bytes: str | None = field(default=None, metadata={"help": "the same as a size, 3MB"})
+    max_loss_increase: float | None = field(
+        default=None, metadata={"help": "ptq: smallest file whose perplexity rises by at most this share"}
+    )
+    data_free: bool = field(default=False, metadata={"help": "ptq without calibration"})
+    calibration_batches: int = field(default=16, metadata={"help": "batches of training rows to calibrate on"})
+    alpha: float = field(
+        default=0.0, metadata={"help": "qat, recover: share of plain cross-entropy beside the teacher"}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "of teacher and student"})
+    divergence: str = field(
+        default="forward", metadata={"help": "from the float original: forward, reverse, jsd:beta"}
+    )
+    lora_r: int = field(default=8, metadata={"help": "recover: rank of the adapters"})
+    rates: list[float] = field(
+        default_factory=list, metadata={"help": "ptq: only measure the loss at these bits per weight"}
+    )
+    results: str | None = field(default=None, metadata={"help": "results file of the rates"})
+
+
+def nearest_int4(weight: torch.Tensor, group: int = 128) -> tuple[torch.Tensor, float]:
+    """Round to nearest with 4 bits and a bfloat16 scale, the largest magnitude, for each group; (weight, bits)."""
+    rows, columns = weight.shape
+    group = min(group, columns)
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % group)).view(rows, -1, group)
+    scale = (padded.abs().amax(-1, keepdim=True) / 7.5).to(torch.bfloat16).float().clamp(min=1e-12)
+    rounded = (torch.round(padded / scale).clamp(-8, 7) * scale).view(rows, -1)[:, :columns]
+    return rounded.to(weight.dtype), 4.0 * rows * columns + 16.0 * scale.numel()
+
+
+@torch.no_grad()
+def nearest_point(model, layers, batches, base: float) -> dict:
+    """The peer that everybody has: int4 in groups of 128, nothing coded."""
+    peer, total, bits = copy.deepcopy(model), sum(p.numel() for p in model.parameters()), 0.0
+    for layer in layers:
+        module = peer.get_submodule(layer.names[0])
+        rounded, held = nearest_int4(weight_of(module))
+        module.weight.copy_(rounded if rounded.shape == module.weight.shape else rounded.T)
+        bits += held - 16 * rounded.numel()
+    loss = mean_loss(peer, batches)
+    return {"method": "int4 g128", "bits": bits / total + 16, "loss": loss, "increase": math.exp(loss - base) - 1}
+
+
+def measure_rates(model, options: QuantizeArgs, calibration: list, evaluation: list) -> list[dict]:
+    """Loss of float, int4 g128, data-free and calibrated quantization over bits per weight."""
+    base = mean_loss(model, evaluation)
+    layers = collect_layers(model, EcqConfig())
+    points = [{"method": "float", "bits": 32.0, "loss": base, "increase": 0.0}]
+    points.append(nearest_point(model, layers, evaluation, base))
+    for method in ("ours, data-free", "ours, calibrated"):
+        if method.endswith("calibrated"):
+            layers = collect_layers(model, EcqConfig())
+            collect_moments(model, layers, calibration)
+        for row in pareto(model, layers, evaluation, options.rates):
+            points.append({"method": method, **{k: v for k, v in row.items() if k != "weights"}})
+    return points
+
+
+def file_size(folder: str, parameters: int) -> dict:
+    size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    return {"file_bytes": size, "bits_per_weight": 8 * size / parameters, "smaller": 4 * parameters / size}
+
+
+def main(
+    model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, options: QuantizeArgs, args: TrainArgs
+) -> dict:
+    if options.method not in ("ptq", "qat", "recover"):
+        raise SystemExit(f"quantize.py: method is {options.method!r}, but must be ptq, qat or recover.")
+    if not model_args.model:
+        raise SystemExit("quantize.py: no model is given; pass --model with a folder or Hub id of a trained one.")
+    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer or model_args.model)
+    model = load_model(model_args, shape, tokenizer, is_encoder_decoder(data))
+    collator = PaddingCollator(tokenizer)
+    rows, held_out = load_rows(data, args, tokenizer, load_splits(data))
+    calibration = batches_of(rows, model, collator, args.train_batch_size, options.calibration_batches)
+    evaluation = batches_of(held_out or rows, model, collator, args.eval_batch_size)
+    if options.rates:
+        points = measure_rates(model, options, calibration, evaluation)
+        if options.results:
+            best = {f"increase_{p['method']}_{p['bits']:.2f}": p["increase"] for p in points}
+            write_results(options.results, best, model=model_args.model, dataset=data.dataset, points=points)
+        return finish({"points": points})
+
+    base, parameters = mean_loss(model, evaluation), sum(p.numel() for p in model.parameters())
+    config = EcqConfig(
+        target_bits=options.target_bits,
+        target_bytes=options.target_bytes,
+        max_loss_increase=options.max_loss_increase,
+    )
+    teacher = copy.deepcopy(model) if options.method != "ptq" else None
+    metrics = {"output_dir": args.output_dir, "float_loss": base}
+    if options.method == "qat":
+        prepare_qat(model, config, calibration)
+    else:
+        quantize(model, config, None if options.data_free else calibration)
+        metrics["ptq_perplexity_increase"] = math.exp(mean_loss(model, evaluation) - base) - 1
+    folder = args.output_dir if options.method != "recover" else f"{args.output_dir}/base"
+    if options.method != "qat":
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    if options.method != "ptq":
+        trainer = DistillationTrainer(
+            add_lora(model, options.lora_r) if options.method == "recover" else model,
+            args,
+            teacher=teacher,
+            loss=KDLoss(options.divergence, options.alpha, options.temperature),
+            train_dataset=rows,
+            eval_dataset=held_out,
+            data_collator=collator,
+            processing_class=tokenizer,
+            callbacks=[EcqCallback()] if options.method == "qat" else None,
+        )
+        metrics |= run(trainer, "quantize")
+        model = trainer.model
+    metrics["perplexity_increase"] = math.exp(mean_loss(model, evaluation) - base) - 1
+    return finish({**metrics, **file_size(folder, parameters)})
+
+
+if __name__ == "__main__":
+    main(*parse_args((ModelArgs, ArchitectureArgs, DataArgs, QuantizeArgs, TrainArgs), description=__doc__))
