@@ -262,12 +262,12 @@ def _take_blocks(k: Tensor, v: Tensor, index: Tensor, b: int) -> tuple[Tensor, T
     taken, lines, previous = [], index, None
     for x in (k, v):
         # All blocks of all heads as the rows of one matrix, a view of the buffer: index_select copies whole rows.
-        size = b * x.shape[3]
+        size, count = b * x.shape[3], batch * hkv
         step = x.stride(1) // size if hkv > 1 else x.stride(0) // size
-        table = x.as_strided(((batch * hkv - 1) * step + x.shape[2] // b, size), (size, 1))
         if step != previous:
-            firsts = torch.arange(batch * hkv, device=x.device) * step
-            lines, previous = (index.flatten(0, 1) + firsts[:, None]).view(-1), step
+            firsts = torch.arange(0, count * step, step, device=x.device) if count > 1 else 0
+            lines, previous = (index.view(count, -1).mT + firsts).mT.reshape(-1), step
+        table = x.as_strided(((count - 1) * step + x.shape[2] // b, size), (size, 1))
         taken.append(table.index_select(0, lines).view(batch, hkv, -1, x.shape[3]))
     return taken[0], taken[1]
 
@@ -374,8 +374,8 @@ def _decode_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor
         bounds = torch.bmm(total.clamp(min=0), maxima).baddbmm_(total.clamp(max=0), minima)
         chosen = top_blocks(bounds.view(-1, end - first, r).amax(2), top)
         bias.scatter_(2, chosen[:, None], -math.inf)
-        index = (chosen + first).view(batch, hkv, top)
-        picked_k, picked_v = map(flat, _take_blocks(k, v, index, b))
+        index = chosen + first if first else chosen
+        picked_k, picked_v = map(flat, _take_blocks(k, v, index.view(batch, hkv, top), b))
         keys.append(picked_k)
         values.append(picked_v)
 
