@@ -277,7 +277,8 @@ def _is_table(x: Tensor, b: int) -> bool:
     (batch, hkv, _, d), (by_row, by_head, by_token, by_value) = x.shape, x.stride()
     if (by_token, by_value) != (d, 1) or (batch > 1 and hkv > 1 and by_row != hkv * by_head):
         return False
-    return (hkv == 1 or by_head % (b * d) == 0) and (batch == 1 or by_row % (b * d) == 0)
+    # A step of 0 is an expanded dimension, whose heads share their rows.
+    return all(size == 1 or (step > 0 and step % (b * d) == 0) for size, step in ((hkv, by_head), (batch, by_row)))
 
 
 def _local_keys(k: Tensor, v: Tensor, start: int | Tensor, length: int, b: int):
