@@ -83,7 +83,7 @@ def prepare_qat(
                 first = twin
             else:
                 twin.share_twin(first)
-    model.register_buffer("ecq_rate", torch.zeros(2, device=model.device))
+    model.register_buffer("ecq_rate", torch.zeros(3, device=model.device))
     attach(model, config)
     return model
 
@@ -91,8 +91,8 @@ def prepare_qat(
 class RateController:
     """The rate of a model with twins: measures it, adds its gradient, steers it to the budget.
 
-    Its state, lambda's integral and the running ratio of gradients, is the model's buffer `ecq_rate`, which
-    checkpoints keep.
+    Its state is the model's buffer `ecq_rate`, which checkpoints keep: lambda's integral, the ratio of gradients, and
+    the bits of the file besides the entropy of the codes.
     """
 
     def __init__(self, model):
@@ -107,9 +107,11 @@ class RateController:
         self.target = 8 * config.budget(self.parameters) / self.parameters
         self.overhead = 8 * overhead_bytes(model, coded)
         # What the coded streams take besides the entropy of the codes: headers, tables, steps, the coder's own loss.
-        self.side = self.overhead
-        self.measure()
-        self.side += self._held() - (self.bits * self.parameters - self.overhead)
+        if model.ecq_rate[2] == 0:
+            self.side = 0.0
+            self.measure(update=False)
+            model.ecq_rate[2] = self.overhead + self._held() - self.bits * self.parameters
+        self.side = model.ecq_rate[2].item()
         self.bits = self.distortion = self.weight = math.nan
 
     def _held(self) -> int:
@@ -117,8 +119,8 @@ class RateController:
         return 8 * sum(weight_bytes(twins[0].quantized()) for twins in self.groups)
 
     @torch.no_grad()
-    def measure(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Updates the code lengths and the bits per weight; the rate's gradient by weight and by step of each twin."""
+    def measure(self, update: bool = True) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Measures the bits per weight, updates the code lengths; the rate's gradients by weight and by step."""
         bits, power, noise, gradients = self.side, 0.0, 0.0, []
         for twins in self.groups:
             twin = twins[0]
@@ -130,7 +132,8 @@ class RateController:
             lengths = -torch.log2(p.clamp(min=0.1 / counts.sum()))
             bits += (counts * lengths).sum().item()
             started = bool((twin.code_lengths != 4.0).any())
-            twin.code_lengths.lerp_(lengths, 1 - _MEMORY if started else 1.0)
+            if update:
+                twin.code_lengths.lerp_(lengths, 1 - _MEMORY if started else 1.0)
             low = torch.floor(ratio).clamp(max=6)
             slope = (twin.code_lengths[1:] - twin.code_lengths[:-1])[(low + 8).long()] / step
             shift = -(slope * ratio * step).sum() * math.log(2) / math.sqrt(7 * slope.numel())

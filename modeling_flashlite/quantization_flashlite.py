@@ -273,7 +273,7 @@ class EcqQuantizer(HfQuantizer):
                 new = to_twin(module, empty, weight_of(module))
                 if new is not module:
                     model.set_submodule(name, new)
-            model.register_buffer("ecq_rate", torch.zeros(2, device="meta"))
+            model.register_buffer("ecq_rate", torch.zeros(3, device="meta"))
             return
         coded = _coded_names(checkpoint_files)
         prefix = model.base_model_prefix + "."
