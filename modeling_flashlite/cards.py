@@ -153,13 +153,14 @@ def quality_rows(results: list[dict]) -> list[dict]:
 
 
 def size_rows(folder: Path) -> list[dict]:
-    """Parameters, bytes in the file and bits per weight of each group of tensors, and their total.
+    """Parameters, bytes in the file and bits per weight of each group of tensors, and of the whole files.
 
     Parameters are counted on the float model, so that codes, scales and streams of a quantized checkpoint are charged
     to the weights they stand for.
     """
     headers: dict[str, dict] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    for path in weights:
         headers |= read_safetensors_header(path)
     stored, counts = defaultdict(int), defaultdict(int)
     shapes = float_shapes(folder) or {name: prod(entry["shape"]) for name, entry in headers.items()}
@@ -170,7 +171,9 @@ def size_rows(folder: Path) -> list[dict]:
     for name, count in shapes.items():
         counts[tensor_group(name)] += count
     rows = [{"group": group, "parameters": counts[group], "bytes": size} for group, size in sorted(stored.items())]
-    total = {"group": "total", "parameters": sum(counts.values()), "bytes": sum(stored.values())}
+    size = sum(path.stat().st_size for path in weights)
+    rows.append({"group": "headers", "parameters": 0, "bytes": size - sum(stored.values())})
+    total = {"group": "total", "parameters": sum(counts.values()), "bytes": size}
     for row in [*rows, total]:
         row["bits"] = 8 * row["bytes"] / row["parameters"] if row["parameters"] else None
     return [*rows, total]

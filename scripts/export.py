@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         config = AutoConfig.from_pretrained(folder)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = auto_class.from_pretrained(folder)
+        if getattr(model, "is_quantized", False):
+            print("ONNX has no operator for entropy-coded weights: exporting their float values", flush=True)
+            model = model.dequantize()
         files = export_onnx(model, args.output, args.max_length)
     except (ExportError, DownloadError) as error:
         print(f"export: {error}", file=sys.stderr)

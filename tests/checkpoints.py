@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 import modeling_flashlite as flashlite
+from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.tokenization import train_tokenizer
 
 TEXT = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").splitlines()
@@ -66,9 +67,13 @@ def make_model(kind: str, vocab_size: int = 400):
 
 
 def save_checkpoint(kind: str, folder: Path) -> Path:
-    """Save model and tokenizer, with a card.yaml and a results file beside them."""
-    tokenizer = make_tokenizer(kind == "seq2seq")
-    make_model(kind, len(tokenizer)).save_pretrained(folder)
+    """Save model (of a head, or `"quantized"`) and tokenizer, with a card.yaml and a results file beside them."""
+    head = "seq2seq" if kind == "quantized" else kind
+    tokenizer = make_tokenizer(head == "seq2seq")
+    make_model(head, len(tokenizer)).save_pretrained(folder)
+    if kind == "quantized":
+        model = HEADS[head][0].from_pretrained(folder, quantization_config=EcqConfig(target_bits=4.5))
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     describe(folder)
     return folder

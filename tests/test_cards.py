@@ -124,7 +124,9 @@ def test_card_says_what_the_files_are(card, tmp_path):
         assert part in text
     total = card["sizes"][-1]
     assert total["parameters"] == make_model("seq2seq").num_parameters()
-    assert total["bits"] == pytest.approx(32)
+    size = (tmp_path / "staged" / "model.safetensors").stat().st_size
+    assert total["bytes"] == size and total["bits"] == pytest.approx(8 * size / total["parameters"])
+    assert [row["bits"] for row in card["sizes"] if row["group"] == "embeddings"] == [32.0]
     assert 'revision="files-' in card["snippet"]
 
 
@@ -147,6 +149,16 @@ def test_card_asks_for_teacher_and_float_where_there_are_any(card):
         row.update(teacher=1.0, float=0.9)
     assert cards.missing_fields(card) == []
     assert "base_model_relation: quantized" in cards.render_card(card)
+
+
+def test_quantized_checkpoint_shows_its_bits_and_asks_for_the_float_model(tmp_path):
+    run = save_checkpoint("quantized", tmp_path / "run")
+    folder = stage(run, tmp_path / "staged", task="translation")
+    card = cards.collect_card(folder, "you/model", [RESULTS], WRITTEN)
+    rows = {row["group"]: row for row in card["sizes"]}
+    assert card["quantized"] and rows["total"]["parameters"] == make_model("seq2seq").num_parameters()
+    assert rows["encoder feed-forward"]["bits"] < 4 < rows["encoder norms"]["bits"]
+    assert any("float model's value is empty" in line for line in cards.missing_fields(card))
 
 
 def test_unknown_field_and_bad_results_are_named(run, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import make_model, save_checkpoint
+from checkpoints import HEADS, make_model, save_checkpoint
 
 for name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(name, reason=f"the export extra is not installed: {name}")
@@ -70,8 +70,7 @@ def test_what_cannot_be_exported_says_why(kind, length, message, tmp_path):
 
 
 def test_quantized_and_stretched_models_are_refused(tmp_path):
-    model = make_model("causal")
-    model.is_quantized = True
+    model = HEADS["seq2seq"][0].from_pretrained(save_checkpoint("quantized", tmp_path / "run"))
     with pytest.raises(ExportError, match=r"call model.dequantize\(\) first"):
         export_onnx(model, tmp_path)
     model = make_model("causal")

@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.network,
     pytest.mark.skipif(not (ENDPOINT and TOKEN), reason="HF_ENDPOINT and FLASHLITE_HUB_TOKEN name no Hub to talk to"),
 ]
+KINDS = {**HEADS, "quantized": HEADS["seq2seq"]}
 BLOCKER = "import sys; sys.modules['modeling_flashlite'] = None\n"
 
 
@@ -59,15 +60,15 @@ def repo(account):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One saved checkpoint of every head."""
+    """One saved checkpoint of every head, and a quantized one."""
     folder = tmp_path_factory.mktemp("runs")
-    return {kind: save_checkpoint(kind, folder / kind) for kind in HEADS}
+    return {kind: save_checkpoint(kind, folder / kind) for kind in KINDS}
 
 
 def complete(run: Path, folder: Path, repo: str, task: str | None = None) -> Path:
     """Stage a run with a card whose snippet was not run; running it is tested in test_cards.py."""
     stage(run, folder, task=task)
-    card = cards.collect_card(folder, repo, [RESULTS], WRITTEN)
+    card = cards.collect_card(folder, repo, [{**RESULTS, "float": RESULTS["metrics"]}], WRITTEN)
     (folder / "README.md").write_text(cards.render_card({**card, "snippet_output": "text"}))
     return folder
 
@@ -168,17 +169,17 @@ def test_branch_and_pull_request_leave_main_alone(repo, staged):
 
 
 def test_heads_load_in_a_clean_process(account, runs, tmp_path):
-    """Every head, the tokenizer and the pipeline, with `trust_remote_code` only and the revision pinned."""
+    """Every head, quantized too, tokenizer and pipeline, with `trust_remote_code` only and the revision pinned."""
     published, expected = {}, {}
     inputs = torch.arange(8, 24)[None]
     try:
-        for kind, (_, auto_class, _) in HEADS.items():
+        for kind, (_, auto_class, crossed) in KINDS.items():
             name = f"{account}/flashlite-test-{kind}-{uuid.uuid4().hex[:8]}"
             report = Publisher(name, TOKEN).publish(complete(runs[kind], tmp_path / kind, name))
             published[name] = (auto_class, report["commit"])
-            model = HEADS[kind][0].from_pretrained(runs[kind])
+            model = KINDS[kind][0].from_pretrained(runs[kind])
             with torch.no_grad():
-                outputs = model(inputs, **({"decoder_input_ids": inputs} if kind == "seq2seq" else {}))
+                outputs = model(inputs, **({"decoder_input_ids": inputs} if crossed else {}))
             expected[name] = outputs[0].double().sum().item()
         code = f"""
 import json, torch, transformers
@@ -191,6 +192,7 @@ for name, (auto_class, revision) in {published!r}.items():
     with torch.no_grad():
         outputs = model(inputs, **({{"decoder_input_ids": inputs}} if auto_class == "AutoModelForSeq2SeqLM" else {{}}))
     found[name] = outputs[0].double().sum().item()
+    assert not hasattr(model.config, "quantization_config") or "Ecq" in str(model)
     text = "Any text: äöü €"
     tokenizer = AutoTokenizer.from_pretrained(name, **hub)
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
@@ -426,3 +428,36 @@ def test_server_errors_keep_their_text_and_lose_the_token():
     error = HfHubHTTPError("quota of hf_secret used up", response=httpx.Response(402, request=request))
     explained = hub.explain("commit the files", "you/model", error, "hf_secret")
     assert "402" in str(explained) and "hf_secret" not in str(explained)
+
+
+def test_published_checkpoint_is_chatted_with_and_served(repo, runs, tmp_path):
+    """From the Hub by name: a piped chat, then a server asked by the `openai` client."""
+    openai = pytest.importorskip("openai", reason="the openai client is not installed")
+    pytest.importorskip("uvicorn", reason="the serve extra is not installed")
+    Publisher(repo, TOKEN).publish(complete(runs["causal"], tmp_path / "staged", repo))
+    environment = {**os.environ, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+
+    def script(name: str, *arguments: str) -> list[str]:
+        return [sys.executable, str(ROOT / "scripts" / name), "--model", repo, *arguments]
+
+    chat = subprocess.run(
+        script("chat.py", "--max-tokens", "5"),
+        input="Hello\n",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert chat.stdout.endswith("\n") and "Traceback" not in chat.stderr
+    server = subprocess.Popen(script("serve.py", "--port=0"), env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        address = server.stdout.readline().split()[-1]
+        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list()] == [repo]
+        answer = client.chat.completions.create(
+            model=repo, messages=[{"role": "user", "content": "Hello"}], max_tokens=5, temperature=0
+        )
+        assert answer.choices[0].message.content.strip() == chat.stdout.strip()
+    finally:
+        server.terminate()
+        assert server.wait(timeout=60) is not None
