@@ -65,7 +65,7 @@ class Size:
     validation_rows: int
 
 
-BLOCKS = {"block_size": 32, "sub_block_size": 16, "relevance_top_k": 2, "is_encoder_decoder": False}
+SMALL_BLOCKS = {"block_size": 16, "relevance_top_k": 1}  # rows of 64 tokens are then sparse already
 SIZES = {
     "default": Size(
         vocab_size=4096,
@@ -81,8 +81,8 @@ SIZES = {
         vocab_size=512,
         length=64,
         batch=8,
-        teacher={"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-        student={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
+        teacher={"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **SMALL_BLOCKS},
+        student={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, **SMALL_BLOCKS},
         steps={"teacher": 12, "student": 12, "qat": 10, "lora": 6},
         rows=600,
         validation_rows=12,
@@ -203,7 +203,7 @@ class Demo:
             pad_token_id=self.tok.pad_token_id,
             bos_token_id=self.tok.bos_token_id,
             eos_token_id=self.tok.eos_token_id,
-            **BLOCKS,
+            is_encoder_decoder=False,
             **shape,
         )
         return AutoModelForCausalLM.from_config(config)

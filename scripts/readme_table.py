@@ -16,19 +16,18 @@ START, END = "<!-- demo results: made by scripts/readme_table.py -->", "<!-- end
 def render(results: dict) -> str:
     """Markdown table of the stages, and one line that says where the numbers come from."""
     lines = [
-        "| stage | parameters | bits per weight | weights on disk | perplexity | tokens/s |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| stage | parameters | bits per weight | weights on disk | perplexity |",
+        "|---|---:|---:|---:|---:|",
     ]
     for row in results["stages"]:
         lines.append(
             f"| {row['stage']} | {row['parameters'] / 1e6:.2f} M | {row['bits_per_weight']:.2f} "
-            f"| {row['file_bytes'] / 1e6:.2f} MB | {row['perplexity']:.1f} | {row['tokens_per_second']:.0f} |"
+            f"| {row['file_bytes'] / 1e6:.2f} MB | {row['perplexity']:.1f} |"
         )
     lines += [
         "",
-        f"`{results['command']}` on {results['hardware']}, seed {results['seed']}, "
-        f"{results['metrics']['seconds'] / 60:.1f} minutes; perplexity per token of held-out text, greedy decoding at "
-        "batch 1. Source: `model_cards/results/demo.json`.",
+        f"Perplexity per token of held-out Python documentation, seed {results['seed']}; written by "
+        "`make card` from `model_cards/results/demo.json`, which `scripts/demo.py` makes.",
     ]
     return "\n".join(lines)
 
