@@ -72,8 +72,7 @@ class FlashLiteAttention(nn.Module):
     - `rotary`: `(R_t q) . (R_s k)`;
     - `transformer_xl`: the four terms `(q + u) . k + (q + v) . W_R r_{t-s}` of https://huggingface.co/papers/1901.02860.
       With `r_d = [cos(w d), sin(w d)]` and `a, b` the halves of `W_R^T (q + v)`, the addition theorems give
-      `(q + v) . W_R r_{t-s} = [a cos wt + b sin wt, a sin wt - b cos wt] . [cos ws, sin ws]`;
-    - `rotary_xl`: `(R_t q) . (R_s k) + (q + v) . W_R r_{t-s}`.
+      `(q + v) . W_R r_{t-s} = [a cos wt + b sin wt, a sin wt - b cos wt] . [cos ws, sin ws]`.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -90,24 +89,23 @@ class FlashLiteAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.encoding = config.position_encoding
-        if self.encoding != "rotary":
+        self.is_rotary = config.position_encoding == "rotary"
+        if not self.is_rotary:
             self.r_proj = nn.Linear(config.head_dim, width, bias=False)
-            self.position_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
-        if self.encoding == "transformer_xl":
             self.content_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
+            self.position_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
 
     def queries(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Queries with their positions, `[B, T, D]` -> `[B, N, T, H or 2 H]`."""
         query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-        if self.encoding == "rotary":
+        if self.is_rotary:
             return rotate(query, *angles)
-        content = query + self.content_bias[:, None] if self.encoding == "transformer_xl" else rotate(query, *angles)
         # called as a module, so that adapters, quantizers and shards of `r_proj` count: r_proj(1) = W_R^T
         weight = self.r_proj(torch.eye(self.head_dim, dtype=query.dtype, device=query.device))
         weight = weight.view(self.head_dim, -1, self.head_dim)
         relative = torch.einsum("bnth,enh->bnte", query + self.position_bias[:, None], weight)
         (cos, sin), (first, second) = angles, relative.chunk(2, dim=-1)
+        content = query + self.content_bias[:, None]
         return torch.cat([content, first * cos + second * sin, first * sin - second * cos], dim=-1)
 
     def keys_values(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]):
@@ -115,12 +113,12 @@ class FlashLiteAttention(nn.Module):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        content = key if self.encoding == "transformer_xl" else rotate(key, *angles)
-        return self.with_sinusoids(content, angles), value
+        key = rotate(key, *angles) if self.is_rotary else self.with_sinusoids(key, angles)
+        return key, value
 
     def with_sinusoids(self, key: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Append the dimensions that carry the position, `[B, M, S, H]` -> `[B, M, S, 2 H]`, where there are any."""
-        if self.encoding == "rotary":
+        if self.is_rotary:
             return key
         return torch.cat([key, torch.cat(angles, dim=-1).expand(*key.shape[:3], -1)], dim=-1)
 

@@ -57,7 +57,7 @@ class ArchitectureArgs:
     intermediate_size: int | None = field(default=None, metadata={"help": "width inside the feed-forward layers"})
     embedding_size: int | None = field(default=None, metadata={"help": "width of the embeddings, where it differs"})
     dropout_rate: float = field(default=0.0, metadata={"help": "share of activations dropped in training"})
-    position_encoding: str | None = field(default=None, metadata={"help": "rotary, transformer_xl or rotary_xl"})
+    position_encoding: str | None = field(default=None, metadata={"help": "transformer_xl or rotary"})
     block_size: int | None = field(default=None, metadata={"help": "tokens of a block of the decoder's attention"})
     sub_block_size: int | None = field(default=None, metadata={"help": "tokens of a sub-block"})
     relevance_top_k: int | None = field(default=None, metadata={"help": "blocks read in full by relevance"})

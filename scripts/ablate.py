@@ -18,12 +18,13 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
+from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
 from modeling_flashlite.data import PaddingCollator, load_data, pack, pick_split, tokenize_texts
 from modeling_flashlite.results import write_results
 from modeling_flashlite.tokenization import train_tokenizer
 
 STUDIES = {
-    "positions": {name: {"position_encoding": name} for name in ("rotary", "transformer_xl", "rotary_xl")},
+    "positions": {name: {"position_encoding": name} for name in POSITION_ENCODINGS},
     "axes": {
         "dense": {"relevance_top_k": None, "memory_blocks": None},
         "multi-axis": {},

@@ -79,7 +79,7 @@ def test_quantized_and_stretched_models_are_refused(tmp_path):
         export_onnx(model, tmp_path)
 
 
-@pytest.mark.parametrize("position_encoding", ["rotary", "transformer_xl", "rotary_xl"])
+@pytest.mark.parametrize("position_encoding", ["rotary", "transformer_xl"])
 def test_decoder_graph_is_the_model_for_every_position_encoding(position_encoding):
     """In PyTorch, without the exporter: the graph's forward against the model's, over a cache that was written to."""
     from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM

@@ -33,7 +33,7 @@ def scores_reference(attention, config, hidden, positions):
     distance = (positions[:, :, None] - positions[:, None, :]).double()
     frequencies = 10000.0 ** (-torch.arange(0, size, 2).double() / size)
     total = torch.zeros(batch, heads, length, length, dtype=torch.float64)
-    if attention.encoding != "transformer_xl":
+    if attention.is_rotary:
         angles = distance[..., None] * frequencies
         half = size // 2
         (a, b), (c, d) = (query[..., :half], query[..., half:]), (key[..., :half], key[..., half:])
@@ -45,7 +45,6 @@ def scores_reference(attention, config, hidden, positions):
         content = query @ key.mT
         content_bias = torch.einsum("nh,bnsh->bns", attention.content_bias, key)[:, :, None]
         total += content + content_bias
-    if attention.encoding != "rotary":
         sinusoid = torch.cat(
             [(distance[..., None] * frequencies).cos(), (distance[..., None] * frequencies).sin()], -1
         )
