@@ -297,3 +297,25 @@ def _within(model, layers: list[Layer], batches: list[dict], config: EcqConfig) 
         )
     model.ecq_pareto = [{k: v for k, v in row.items() if k != "weights"} for row in rows]
     return good[0]["weights"]
+
+
+def merge_adapters(peft_model, config: EcqConfig | None = None, calibration: Iterable | None = None, **kwargs):
+    """Merge LoRA adapters into a quantized model by quantizing the sum again; peft's own merge cannot add to codes.
+
+    Args:
+        peft_model (`peft.PeftModel`): adapters on a quantized model.
+        config (`EcqConfig`, *optional*): the new budget; that of the base if unset.
+        calibration, kwargs: as for [`quantize`].
+
+    Returns:
+        The base model, quantized, without adapters.
+    """
+    base = peft_model.get_base_model()
+    if getattr(base, "hf_quantizer", None) is None:
+        raise ValueError("The base of these adapters is not quantized; call merge_and_unload() on it.")
+    config = config or base.hf_quantizer.quantization_config
+    base.dequantize()
+    for module in peft_model.modules():
+        if isinstance(getattr(module, "base_layer", None), Conv1D):
+            module.fan_in_fan_out = True
+    return quantize(peft_model.merge_and_unload(), config, calibration, **kwargs)

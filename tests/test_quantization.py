@@ -26,7 +26,7 @@ from transformers import (
     T5GemmaModuleConfig,
 )
 
-from modeling_flashlite.calibration import quantize
+from modeling_flashlite.calibration import merge_adapters, quantize
 from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, to_quantized
 from modeling_flashlite.ecq_stream_flashlite import CodecError, QuantizedWeight, decode_weights, encode_weights
 from modeling_flashlite.quantization_flashlite import EcqConfig, quantizable_layers
@@ -252,8 +252,28 @@ def test_lora_on_the_quantized_model(tmp_path):
     peft.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     assert torch.allclose(logits_of(again.eval()), want, atol=1e-5)
-    with pytest.raises((RuntimeError, ValueError)):
-        again.merge_and_unload()
+    merged = merge_adapters(again, EcqConfig(target_bits=5))
+    assert isinstance(merged.lm_head, EcqLinear) and not any("lora" in name for name, _ in merged.named_modules())
+    assert (logits_of(merged) - want).square().mean() < 0.5 * want.var()
+    with pytest.raises(RuntimeError):  # peft cannot add to codes
+        get_peft_model(merged, LoraConfig(target_modules=["q_proj"], r=2)).merge_and_unload()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_merged_conv1d_adapters_keep_their_effect():
+    from peft import LoraConfig, get_peft_model
+
+    model = quantize(build("gpt2"), EcqConfig(target_bits=5))
+    peft = get_peft_model(model, LoraConfig(target_modules=["c_attn"], r=4, init_lora_weights=False)).eval()
+    with torch.no_grad():
+        for name, value in peft.named_parameters():
+            if "lora" in name:
+                value.mul_(4)
+        with peft.disable_adapter():
+            plain = logits_of(peft)
+    want = logits_of(peft)
+    got = logits_of(merge_adapters(peft).eval())
+    assert (got - want).square().mean() < 0.5 * (plain - want).square().mean()
 
 
 def _stream() -> torch.Tensor:
