@@ -1,6 +1,6 @@
 """Race parts of Flash-Lite against named peers in one run; a table, and a results file with hardware and versions.
 
-python scripts/bench.py attention decode memory
+python scripts/bench.py attention decode train generate memory
 python scripts/bench.py attention --lengths 1024,4096 --threads 1 --repeats 9
 """
 
@@ -11,7 +11,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
+)
 
+from modeling_flashlite import FlashLiteCache, FlashLiteConfig, FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 from modeling_flashlite.attention_flashlite import AxisSpec, BlockSummaries, multi_axis_attention, summarize_blocks
 from modeling_flashlite.benchmarking import format_table, growth_exponent, peak_growth, race, summarize_race
 from modeling_flashlite.results import write_results
@@ -20,9 +31,17 @@ HEADS, KEY_VALUE_HEADS, HEAD_DIM = 8, 2, 64
 # unlimited memory: both sides see the whole past
 SPEC = AxisSpec(block_size=64, sub_block_size=16, relevance_top_k=8, memory_blocks=None)
 OURS, DENSE, GROUPED = "multi-axis", "SDPA causal", "SDPA, group as rows"
+OUR_MODEL, BART, T5GEMMA, LLAMA = "Flash-Lite", "BART", "T5Gemma", "Llama"
+# width, layers of each stack, heads, vocabulary: small enough to train here, and one of about 60 M parameters
+TRAINED, DECODED = (256, 4, 4, 8192), (512, 6, 8, 32000)
+# tokens per training step at short lengths
+STEP_TOKENS = 512
+SOURCE_TOKENS, NEW_TOKENS, LONG_NEW_TOKENS = 32, 30, 8
 LENGTHS = {
     "attention": (640, 1024, 2048, 4096, 16384, 65536),
-    "decode": (4096, 16384, 65536, 131072),
+    "decode": (4096, 16384, 65536),
+    "train": (64, 512, 4096, 8192),
+    "generate": (4096, 16384),
     "memory": (4096, 8192, 16384, 32768),
 }
 LONGEST_BACKWARD = 16384
@@ -66,7 +85,8 @@ def attention(args) -> list[dict]:
             if length > LONGEST_BACKWARD and work != "forward":
                 continue
             contenders = {name: workload(args, function, length, work) for name, function in ATTENTIONS.items()}
-            times = race(contenders, repeats=args.repeats, seconds=args.seconds)
+            # a round that takes many seconds is its own warm-up
+            times = race(contenders, repeats=args.repeats, seconds=args.seconds if length < LONGEST_BACKWARD else 5)
             rows += summarize_race(times, [DENSE], work=work, length=length)
     return rows
 
@@ -117,7 +137,133 @@ def memory(args) -> list[dict]:
     return rows
 
 
-VERBS = {"attention": attention, "decode": decode, "memory": memory}
+def make_models(names, shape) -> dict[str, torch.nn.Module]:
+    """Models of equal width, depth, heads and vocabulary with random weights; each keeps its family's other choices.
+
+    The gated feed-forward networks of T5Gemma and Llama are 8/3 wide, which is as many parameters as BART's 4.
+    """
+    width, layers, heads, vocabulary = shape
+    tokens = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    ours = {**tokens, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    gated = {
+        **ours,
+        "num_key_value_heads": heads // 2,
+        "head_dim": width // heads,
+        "intermediate_size": width * 8 // 3,
+    }
+
+    def bart():
+        stacks = {
+            f"{s}_{k}": v for s in ("encoder", "decoder") for k, v in (("layers", layers), ("attention_heads", heads))
+        }
+        ffn = {"encoder_ffn_dim": 4 * width, "decoder_ffn_dim": 4 * width, "dropout": 0.0}
+        return BartForConditionalGeneration(
+            BartConfig(**tokens, **stacks, **ffn, d_model=width, decoder_start_token_id=1, forced_eos_token_id=None)
+        )
+
+    def t5gemma():
+        # without the soft cap of Gemma's logits, which SDPA cannot compute
+        stack = T5GemmaModuleConfig(
+            **gated, query_pre_attn_scalar=width // heads, attn_logit_softcapping=None, final_logit_softcapping=None
+        )
+        return T5GemmaForConditionalGeneration(
+            T5GemmaConfig(encoder=stack, decoder=stack, **tokens, decoder_start_token_id=1, dropout_rate=0.0)
+        )
+
+    def ours_alone():
+        return FlashLiteForCausalLM(FlashLiteConfig(**ours, is_encoder_decoder=False))
+
+    make = {
+        BART: bart,
+        T5GEMMA: t5gemma,
+        LLAMA: lambda: LlamaForCausalLM(LlamaConfig(**gated, tie_word_embeddings=True)),
+        OUR_MODEL: ours_alone
+        if LLAMA in names
+        else lambda: FlashLiteForConditionalGeneration(FlashLiteConfig(**ours)),
+    }
+    return {name: make[name]() for name in names}
+
+
+def random_tokens(args, batch: int, length: int, vocabulary: int) -> torch.Tensor:
+    """Ordinary tokens [batch, length]; the first ids have meanings."""
+    generator = torch.Generator().manual_seed(args.seed)
+    return torch.randint(4, vocabulary, (batch, length), generator=generator).to(args.device)
+
+
+def train(args) -> list[dict]:
+    """A training step, forward and backward, of whole models: `length` source and target tokens, or causal ones."""
+    rows = []
+    kinds = ("sequence to sequence", [BART, T5GEMMA]), ("causal", [LLAMA])
+    for kind, peers in kinds:
+        models = make_models([*peers, OUR_MODEL], TRAINED)
+        for length in tqdm(args.lengths or LENGTHS["train"], desc=f"train, {kind}"):
+            if BART in peers and length > STEP_TOKENS:
+                continue
+            ids = random_tokens(args, max(STEP_TOKENS // length, 1), length, TRAINED[-1])
+            contenders = {name: training_step(model.to(args.device), ids) for name, model in models.items()}
+            times = race(contenders, repeats=args.repeats, seconds=min(args.seconds, 20.0))
+            rows += summarize_race(times, peers, work=f"training step, {kind}", length=length, batch=ids.shape[0])
+    return rows
+
+
+def training_step(model, ids):
+    model.train()
+
+    def step():
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    return step
+
+
+@torch.inference_mode()
+def generate(args) -> list[dict]:
+    """Greedy decoding of whole models: short answers to short sources, and a long context continued."""
+    rows, peers = [], [BART, T5GEMMA]
+    models = make_models([*peers, OUR_MODEL], DECODED)
+    length = SOURCE_TOKENS
+    for batch in (1, 16):
+        ids = random_tokens(args, batch, length, DECODED[-1])
+        contenders = {name: greedy(model.to(args.device).eval(), ids) for name, model in models.items()}
+        times = race(contenders, repeats=args.repeats, seconds=args.seconds)
+        work = f"{NEW_TOKENS} tokens, sequence to sequence"
+        rows += summarize_race(times, peers, work=work, length=length, batch=batch)
+    models = make_models([LLAMA, OUR_MODEL], DECODED)
+    for length in args.lengths or LENGTHS["generate"]:
+        contenders = {name: continuation(args, model.to(args.device).eval(), length) for name, model in models.items()}
+        times = race(contenders, repeats=args.repeats, seconds=args.seconds)
+        rows += summarize_race(times, [LLAMA], work=f"{LONG_NEW_TOKENS} tokens, causal", length=length, batch=1)
+    return rows
+
+
+def greedy(model, ids, **kwargs):
+    """Exactly so many new tokens, whatever the random weights would end with."""
+    count = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1, **kwargs}
+    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **count)
+
+
+def continuation(args, model, length: int):
+    """Greedy decoding on a context of `length` tokens, whose cache holds random states: their values cost nothing."""
+    config = model.config.get_text_config(decoder=True)
+    cache = FlashLiteCache(config) if isinstance(model, FlashLiteForCausalLM) else DynamicCache(config=config)
+    prompt = random_tokens(args, 1, 2, config.vocab_size)
+    model(prompt, past_key_values=cache)
+    for index, layer in enumerate(list(cache.layers)):
+        keys = layer._keys if isinstance(cache, FlashLiteCache) else layer.keys
+        widths = keys.shape[3], layer.values.shape[3]
+        cache.update(*(torch.randn(1, keys.shape[1], length - 3, width).to(keys) for width in widths), index)
+    ids = random_tokens(args, 1, length, config.vocab_size)
+    new = LONG_NEW_TOKENS
+    run = greedy(model, ids, max_new_tokens=new, min_new_tokens=new, past_key_values=cache)
+
+    def step():
+        run()
+        cache.crop(length - 1 - cache.get_seq_length())
+
+    return step
+
+
+VERBS = {"attention": attention, "decode": decode, "train": train, "generate": generate, "memory": memory}
 
 
 def parse(argv=None) -> argparse.Namespace:
