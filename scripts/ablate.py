@@ -64,7 +64,7 @@ def run(overrides: dict, seed: int, args, tokenizer, train, validation) -> list[
     }
     model = FlashLiteForCausalLM(FlashLiteConfig(**{**shape, **overrides}))
     settings = TrainingArguments(
-        output_dir=args.out.with_suffix("").as_posix() + "-runs",
+        output_dir=f"runs/ablation_{args.study}",
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=16,
