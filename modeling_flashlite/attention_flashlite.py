@@ -26,6 +26,8 @@ from .attention_tiles_flashlite import TileAttention, TileSizes, top_blocks
 
 # Up to this many queries are gathered with the blocks they chose instead of being cut into tiles.
 _FEW_QUERIES = 16
+# Up to this many weights of all heads together are written out where keys and values differ in width.
+_FEW_WEIGHTS = 1 << 22
 
 Cross = tuple[Tensor, Tensor, Tensor | None]
 
@@ -243,7 +245,9 @@ def multi_axis_attention(
         return _decode_attention(q, k, v, spec, start, scaling, cross, summaries)
     if length <= _FEW_QUERIES:
         return _step_attention(q, k, v, spec, start, scaling, cross, summaries)
-    return _tile_attention(q, k, v, spec, start, scaling, cross, summaries)
+    # not a decorator: importing the compiler takes a second, which eager calls need not wait for
+    tiles = torch.compiler.disable(_tile_attention) if torch.compiler.is_compiling() else _tile_attention
+    return tiles(q, k, v, spec, start, scaling, cross, summaries)
 
 
 def _rows(q: Tensor, hkv: int) -> Tensor:
@@ -417,6 +421,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     width, groups = v.shape[3], q.shape[1] // k.shape[1]
     if width < k.shape[3]:
+        if q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= _FEW_WEIGHTS and q.dtype != torch.float16:
+            return _explicit_attention(q, k, v, mask, causal, scaling)
         v = F.pad(v, (0, k.shape[3] - width))
     if q.shape[2] == 1 and groups > 1:
         # The queries of a group as rows of one: the keys are read once for the group.
@@ -425,6 +431,19 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
     else:
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1)
     return out[..., :width]
+
+
+def _explicit_attention(q, k, v, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
+    """Attention that keeps its weights: for few of them quicker than a kernel that wants the values padded."""
+    batch, hkv, s = k.shape[:3]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows, k, v_rows = (x.reshape(batch * hkv, -1, x.shape[3]).to(wide) for x in (q * scaling, k, v))
+    logits = torch.bmm(rows, k.mT)
+    if causal:
+        mask = torch.ones(q.shape[2], s, dtype=torch.bool, device=q.device).tril_()[None, None]
+    if mask is not None:
+        logits.view(batch, hkv, -1, q.shape[2], s).masked_fill_(~mask[:, :, None], -math.inf)
+    return torch.bmm(logits.softmax(-1), v_rows).view(*q.shape[:3], v.shape[3]).to(v.dtype)
 
 
 def _window_attention(q, k, v, b, memory, start, scaling, cross) -> Tensor:
@@ -470,7 +489,6 @@ def _masked_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor
     )
 
 
-@torch.compiler.disable
 def _tile_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
     """Tiles merged by log-sum-exp; needs `memory_blocks` to exceed `relevance_top_k` by more than one block."""
     if summaries is None or k.requires_grad or v.requires_grad:

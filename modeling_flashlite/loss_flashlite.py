@@ -89,7 +89,11 @@ def chunked_cross_entropy(
     def row_loss(logits, labels):
         return (F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing),)
 
-    (total,), count = chunked_sum(hidden_states, lm_head, labels, row_loss, (), chunk_size, logits)
+    if logits is not None:  # they are there: leaving rows out would cost a copy of all the others
+        labels = labels.to(logits.device).flatten()
+        (total,), count = row_loss(at_least_float32(logits.flatten(0, -2)), labels), (labels != IGNORE_INDEX).sum()
+        return total / divisor(count if num_items_in_batch is None else num_items_in_batch, 1, total)
+    (total,), count = chunked_sum(hidden_states, lm_head, labels, row_loss, (), chunk_size)
     return total / divisor(num_items_in_batch, count, total)
 
 
@@ -130,8 +134,8 @@ def chunked_sum(
     index = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     if logits is not None:
         logits = at_least_float32(logits.flatten(0, -2)[index])
-        others = (column[index.to(column.device)].to(logits.device) for column in columns)
-        return row_loss(logits, labels[index], *others), len(index)
+        beside = (column[index.to(column.device)].to(logits.device) for column in columns)
+        return row_loss(logits, labels[index], *beside), len(index)
     states = hidden_states.flatten(0, -2)[index]
     if is_sharded(lm_head):
         pieces = index.tensor_split(SHARDED_HEAD_CHUNKS)
@@ -153,7 +157,8 @@ def chunked_sum(
             values.append(checkpoint(head_loss, part, piece, use_reentrant=False))
         else:
             values.append(head_loss(part, piece))
-    first, *others = map(sum, zip(*values, strict=True))
+    totals: list = [sum(column) for column in zip(*values, strict=True)]
+    first, *others = totals
     return (first, *(other.detach() for other in others)), len(index)
 
 
