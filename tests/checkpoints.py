@@ -5,6 +5,11 @@ from pathlib import Path
 
 import torch
 
+try:  # what huggingface_hub and openai stand on has changed its name
+    import httpx2 as httpx  # noqa: F401
+except ImportError:
+    import httpx  # noqa: F401
+
 import modeling_flashlite as flashlite
 from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.tokenization import train_tokenizer

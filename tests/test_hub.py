@@ -15,10 +15,9 @@ import sys
 import uuid
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
-from checkpoints import HEADS, RESULTS, TEXT, WRITTEN, make_model, make_tokenizer, save_checkpoint
+from checkpoints import HEADS, RESULTS, TEXT, WRITTEN, httpx, make_model, make_tokenizer, save_checkpoint
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 

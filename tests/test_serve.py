@@ -11,9 +11,8 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
 import pytest
-from checkpoints import save_checkpoint
+from checkpoints import httpx, save_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
