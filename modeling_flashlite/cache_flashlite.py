@@ -9,7 +9,7 @@ bounded memory.
 Shapes: B batch, R rows, N key-value heads, T new columns, S slots, H head size, b block size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
@@ -110,8 +110,14 @@ class FlashLiteCacheLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         self.is_initialized = False
-        self._keys = self._values = self._summaries = self.mask = None
-        self.fill = self.start = self.base = self.columns = self.summarized = 0
+        self._keys: Any = None
+        self._values: Any = None
+        self._summaries: Any = None
+        self.mask: Any = None
+        self.fill: Any = 0
+        self.start: Any = 0
+        self.base: Any = 0
+        self.columns = self.summarized = 0
 
     @property
     def keys(self):

@@ -106,11 +106,12 @@ def entropy_bits(codes: np.ndarray) -> float:
     return float(-(p * np.log2(p)).sum())
 
 
-def _plan(chunk: np.ndarray) -> tuple[int, object, int]:
+def _plan(chunk: np.ndarray) -> tuple[int, Huffman | Rans | None, int]:
     """(codec, its plan, size in bytes) for the packed bytes of one chunk."""
     histogram = np.bincount(chunk, minlength=256)
     huffman, rans = Huffman(histogram), Rans(histogram)
-    codec, plan, size = RAW, None, chunk.size
+    codec, size = RAW, chunk.size
+    plan: Huffman | Rans | None = None
     if huffman.size < size:
         codec, plan, size = DEFLATE, huffman, huffman.size
     if rans.size < size * (1 - _RANS_MARGINS[chunk.size >= _BIG_CHUNK]):
@@ -150,17 +151,17 @@ def encode_many(arrays: Sequence[tuple[np.ndarray, int]]) -> list[np.ndarray]:
             if codec == RANS:
                 rans_jobs.append((plan, (i, j), chunk))
             else:
-                payloads[i, j] = codec, chunk.tobytes() if plan is None else plan.encode(chunk)
+                payloads[i, j] = codec, plan.encode(chunk) if isinstance(plan, Huffman) else chunk.tobytes()
     for batch in rans_batches(rans_jobs):
         coded = rans_encode([(chunk, plan) for plan, _, chunk in batch])
         payloads.update({key: (RANS, payload) for (_, key, _), payload in zip(batch, coded)})
     streams = []
     for i, ((_, count), chunks) in enumerate(zip(arrays, split)):
-        coded = [payloads[i, j] for j in range(len(chunks))]
-        directory = b"".join(struct.pack("<I", codec << 24 | len(payload)) for codec, payload in coded)
+        parts = [payloads[i, j] for j in range(len(chunks))]
+        directory = b"".join(struct.pack("<I", codec << 24 | len(payload)) for codec, payload in parts)
         head = struct.pack("<BBBB", _MAGIC, _VERSION, _LOG2_CHUNK, 0)
         check = _checksum(head, count, directory, [zlib.crc32(chunk) for chunk in chunks])
-        stream = head + struct.pack("<I", check) + directory + b"".join(payload for _, payload in coded)
+        stream = head + struct.pack("<I", check) + directory + b"".join(payload for _, payload in parts)
         streams.append(np.frombuffer(stream, dtype=np.uint8))
     return streams
 

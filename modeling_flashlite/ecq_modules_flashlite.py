@@ -7,6 +7,7 @@ only add to `forward` (a scaled or a shifted embedding) keep doing so.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,10 +16,37 @@ from transformers.pytorch_utils import Conv1D
 from .ecq_stream_flashlite import QuantizedWeight
 from .int4_flashlite import int4_embedding, int4_linear, tile_codes, untile_codes
 
+# the mixins below are always mixed into a layer
+if TYPE_CHECKING:
+    from torch.nn import Module as _Layer
+else:
+    _Layer = object
+
 _HELD = ("weight", "tiles", "step", "outlier_rows", "outlier_tiles")
 
 
-class EcqModule:
+class CodedWeight(nn.Parameter):
+    """The `weight` of a quantized layer as other code sees it: a dtype, a device and rows, but no elements.
+
+    What needs the elements fails on its shape, for example peft's `merge_and_unload`; the error then says what to do.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        try:
+            return torch.Tensor.__torch_function__.__func__(cls, func, types, args, kwargs)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"A weight with 4-bit codes for its elements cannot enter `{getattr(func, '__name__', func)}`; merge"
+                " adapters with calibration.merge_adapters(peft_model), or call dequantize() on the model first."
+            ) from error
+
+
+def _without_elements(rows: int, dtype: torch.dtype, device) -> CodedWeight:
+    return CodedWeight(torch.empty(rows, 0, dtype=dtype, device=device), requires_grad=False)
+
+
+class EcqModule(_Layer):
     """What [`EcqLinear`] and [`EcqEmbedding`] share: the codes, and a `weight` without elements that stands for them.
 
     Parameters:
@@ -33,8 +61,11 @@ class EcqModule:
         for name in _HELD:
             self._parameters.pop(name, None)
             self.register_parameter(name, None)
-        shape, kind = ((rows, (columns + 1) // 2), torch.uint8) if size_only else ((rows, 0), dtype)
-        self._parameters["weight"] = nn.Parameter(torch.empty(shape, dtype=kind, device=device), requires_grad=False)
+        weight = _without_elements(rows, dtype, device)
+        if size_only:
+            weight = torch.empty(rows, (columns + 1) // 2, dtype=torch.uint8, device=device)
+            weight = nn.Parameter(weight, requires_grad=False)
+        self._parameters["weight"] = weight
         self.proxy_dtype, self.stream = dtype, None
 
     def __setattr__(self, name, value):
@@ -42,9 +73,7 @@ class EcqModule:
         if name == "weight" and isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1:
             object.__setattr__(self, "stream", value.detach())
             rows = self.weight_shape[0]
-            value = nn.Parameter(
-                torch.empty(rows, 0, dtype=self.proxy_dtype, device=value.device), requires_grad=False
-            )
+            value = _without_elements(rows, self.proxy_dtype, value.device)
             value._is_hf_initialized = True
         super().__setattr__(name, value)
 
@@ -54,9 +83,7 @@ class EcqModule:
         if device.type == "meta":
             device = torch.device("cpu")
         if self.weight.is_meta or self.weight.dtype == torch.uint8:
-            self._parameters["weight"] = nn.Parameter(
-                torch.empty(weight.shape[0], 0, dtype=self.proxy_dtype, device=device), requires_grad=False
-            )
+            self._parameters["weight"] = _without_elements(weight.shape[0], self.proxy_dtype, device)
         rows, high = weight.outlier_rows, weight.outlier_packed
         if high is not None:
             high = tile_codes(high.to(device), len(rows), weight.shape[1])
@@ -162,7 +189,7 @@ class _FakeQuantize(torch.autograd.Function):
 _TWIN_STATE = ("log_base", "exponents", "code_lengths")
 
 
-class FakeQuantModule:
+class FakeQuantModule(_Layer):
     """What the twins share: a float weight, a learned step for the tensor, frozen relative steps of its rows.
 
     Attributes:

@@ -191,7 +191,8 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
             source = rows if layer is None else None if layer.mask is None else layer
             if source is not None:
                 column_value = column_value if layer is None else layer.values
-                out, weights = self._by_column(weights, *source.column_slots(), column_value, cross_weights, cross)
+                slot, real = source.column_slots()
+                out, weights = self._by_column(weights, slot, real, column_value, cross_weights, cross)
         out = out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
         return self.o_proj(out), weights, cross_weights
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import struct
+from typing import Any
 
 import torch
 from torch import nn
@@ -175,7 +176,8 @@ def overhead_bytes(model: nn.Module, coded: set[int]) -> int:
     Args:
         coded (`set[int]`): ids of the parameters that become streams.
     """
-    header, size, end, seen = {"__metadata__": {"format": "pt"}}, 0, 0, set()
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    size, end, seen = 0, 0, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen or name.rpartition(".")[2] in _TRAINING_STATE:
             continue
@@ -372,7 +374,7 @@ def _coded_names(checkpoint_files) -> set[str] | None:
     return names
 
 
-def groups_of(model: nn.Module, kind: type = EcqModule) -> list[tuple[list[str], list]]:
+def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[str], list]]:
     """Names and modules of the quantized layers (or twins); those of one tied weight together."""
     groups: dict[int, tuple[list[str], list]] = {}
     for name, module in model.named_modules():
