@@ -438,11 +438,14 @@ def _explicit_attention(q, k, v, mask: Tensor | None, causal: bool, scaling: flo
     batch, hkv, s = k.shape[:3]
     wide = torch.promote_types(q.dtype, torch.float32)
     rows, k, v_rows = (x.reshape(batch * hkv, -1, x.shape[3]).to(wide) for x in (q * scaling, k, v))
-    logits = torch.bmm(rows, k.mT)
     if causal:
         mask = torch.ones(q.shape[2], s, dtype=torch.bool, device=q.device).tril_()[None, None]
-    if mask is not None:
-        logits.view(batch, hkv, -1, q.shape[2], s).masked_fill_(~mask[:, :, None], -math.inf)
+    if mask is None:
+        logits = torch.bmm(rows, k.mT)
+    else:
+        bias = torch.zeros(mask.shape, dtype=wide, device=q.device).masked_fill_(~mask, -math.inf)[:, :, None]
+        bias = bias.expand(-1, hkv if len(mask) > 1 else 1, q.shape[1] // hkv, -1, -1).flatten(0, 1).flatten(1, 2)
+        logits = torch.baddbmm(bias, rows, k.mT)
     return torch.bmm(logits.softmax(-1), v_rows).view(*q.shape[:3], v.shape[3]).to(v.dtype)
 
 

@@ -91,7 +91,11 @@ class TileSizes(NamedTuple):
 
 
 class _Head(NamedTuple):
-    """One key-value head of one row: q [T, G, dk] in slots from `start`, k [S, dk], v [S, dv] and the summaries."""
+    """One key-value head of one row: q [T, G, dk] in slots from `start`, k [S, dk], v [S, dv] and the summaries.
+
+    Values are padded with zeros to the keys' width where the CPU op, which wants equal widths, then serves them; what
+    it returns is cut to dv where it is stored.
+    """
 
     q: Tensor
     k: Tensor
@@ -246,7 +250,7 @@ def _dense_prefix(head: _Head, hi: int, sizes: TileSizes, out: Tensor, lse: Tens
     groups = head.q.shape[1]
     q, k, v = _heads_view(head.q[:hi]), _shared(k, groups), _shared(v, groups)
     o, logs = tile_forward(q, k, v, bias, sizes.scale, causal=bias is None)
-    out[:hi], lse[:hi] = o[0].transpose(0, 1), logs[0].T
+    out[:hi], lse[:hi] = o[0, ..., : out.shape[2]].transpose(0, 1), logs[0].T
 
 
 def _prefix_operands(head: _Head, hi: int):
@@ -268,7 +272,8 @@ def _forward_local(head: _Head, lo: int, hi: int, sizes: TileSizes, bias: Tensor
         q = head.q[piece[0] : piece[1]].reshape(n, 1, -1, head.q.shape[2])
         o, log = tile_forward(q, k, v, mask[None, None], sizes.scale)
         groups = head.q.shape[1]
-        out[(piece[0] - lo) * groups : (piece[1] - lo) * groups] = o.reshape(-1, o.shape[-1])
+        rows = (piece[1] - piece[0]) * groups
+        out[(piece[0] - lo) * groups :][:rows] = o.view(rows, -1)[:, : out.shape[1]]
         logs[piece[0] - lo : piece[1] - lo] = log.reshape(-1, groups)
 
 
@@ -277,7 +282,7 @@ def _forward_grid(head: _Head, lo: int, hi: int, chosen: Tensor, sizes: TileSize
     first, end, bias = _grid_bias(head, chosen[:, : sizes.top], lo, sizes)
     k, v = _shared(head.k_mean[first:end], groups), _shared(head.v_mean[first:end], groups)
     o, log = tile_forward(_heads_view(head.q[lo:hi]), k, v, bias[None, None], sizes.scale)
-    out.copy_(o[0].transpose(0, 1))
+    out.copy_(o[0, ..., : out.shape[2]].transpose(0, 1))
     logs.copy_(log[0].T)
 
 
@@ -290,7 +295,7 @@ def _forward_cross(head: _Head, lo: int, hi: int, sizes: TileSizes, out: Tensor,
     (k, v, bias), groups = head.cross, head.q.shape[1]
     k, v = _shared(k, groups), _shared(v, groups)
     o, log = tile_forward(_heads_view(head.q[lo:hi]), k, v, bias.expand(1, 1, hi - lo, -1), sizes.scale)
-    out.copy_(o[0].transpose(0, 1))
+    out.copy_(o[0, ..., : out.shape[2]].transpose(0, 1))
     logs.copy_(log[0].T)
 
 
@@ -310,7 +315,7 @@ def _forward_pairs(head: _Head, lo: int, chosen: Tensor, sizes: TileSizes, buffe
     for block, queries, out in zip(blocks, (order // sizes.top).split(counts), outs):
         picked = q.index_select(0, queries).view(1, 1, -1, dim)
         o, log = tile_forward(picked, keys[block], values[block], None, sizes.scale)
-        out.copy_(o[0, 0])
+        out.copy_(o[0, 0, :, : out.shape[1]])
         pair_logs.append(log.view(-1, groups))
     where = torch.empty_like(order)
     where[order] = torch.arange(order.shape[0], device=order.device)
@@ -475,8 +480,8 @@ class TileAttention(torch.autograd.Function):
             for h in range(hkv):
                 head = _take_head(q, k, v, cross_k, cross_v, cross_bias, ctx.starts, means, row, h, wide)
                 mine = slice(h * groups, (h + 1) * groups)
-                o = out[row, :, mine].to(wide).contiguous()
-                g = grad_out[row, mine].transpose(0, 1).to(wide).contiguous()
+                o = _op_width(out[row, :, mine].to(wide), head.v)
+                g = _op_width(grad_out[row, mine].transpose(0, 1).to(wide), head.v)
                 cross = head.cross and (torch.zeros_like(head.cross[0]), torch.zeros_like(head.cross[1]))
                 grads = _Grads(*map(torch.zeros_like, head[:5]), cross)
                 _head_backward(head, ctx.sizes, o, lse[row, h], chosen[row, h], g, grads)
@@ -486,7 +491,7 @@ class TileAttention(torch.autograd.Function):
                 results[0][row, mine] = grads.q.transpose(0, 1)
                 for result, part in zip(results[1:], (grads.k, grads.v, *(grads.cross or ()))):
                     if result is not None:
-                        result[row, h] = part
+                        result[row, h] = part[:, : result.shape[3]]
         return *results, None, None, None, None
 
 
@@ -495,9 +500,16 @@ def _take_head(q, k, v, cross_k, cross_v, cross_bias, starts, means, row: int, h
     groups = q.shape[1] // k.shape[1]
     cross = None
     if cross_k is not None:
-        cross = (cross_k[row, h].to(wide), cross_v[row, h].to(wide), cross_bias[row].to(wide))
+        cross_k = cross_k[row, h].to(wide)
+        cross = (cross_k, _op_width(cross_v[row, h].to(wide), cross_k), cross_bias[row].to(wide))
     own_q = q[row, h * groups : (h + 1) * groups].transpose(0, 1)
     own_q, k, v, k_mean, v_mean = (
         x.to(wide).contiguous() for x in (own_q, *(x[row, h] for x in (k, v, means[0], means[1])))
     )
-    return _Head(own_q, k, v, k_mean, v_mean, starts[row], cross)
+    return _Head(own_q, k, _op_width(v, k), k_mean, _op_width(v_mean, k), starts[row], cross)
+
+
+def _op_width(x: Tensor, like: Tensor) -> Tensor:
+    """x [..., d], padded with zeros to the width of `like` where the CPU op is there to make use of it."""
+    spare = like.shape[-1] - x.shape[-1]
+    return F.pad(x, (0, spare)) if spare > 0 and _has_flash(like, like) else x.contiguous()
