@@ -41,6 +41,9 @@ class CodedWeight(nn.Parameter):
                 " adapters with calibration.merge_adapters(peft_model), or call dequantize() on the model first."
             ) from error
 
+    def __reduce_ex__(self, protocol):
+        return _without_elements, (len(self), self.dtype, self.device)
+
 
 def _without_elements(rows: int, dtype: torch.dtype, device) -> CodedWeight:
     return CodedWeight(torch.empty(rows, 0, dtype=dtype, device=device), requires_grad=False)

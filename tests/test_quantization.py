@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -255,8 +256,23 @@ def test_lora_on_the_quantized_model(tmp_path):
     merged = merge_adapters(again, EcqConfig(target_bits=5))
     assert isinstance(merged.lm_head, EcqLinear) and not any("lora" in name for name, _ in merged.named_modules())
     assert (logits_of(merged) - want).square().mean() < 0.5 * want.var()
-    with pytest.raises(RuntimeError):  # peft cannot add to codes
-        get_peft_model(merged, LoraConfig(target_modules=["q_proj"], r=2)).merge_and_unload()
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's advice about tied weights
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_merge_into_codes_is_refused_with_the_way_out(kind):
+    from peft import LoraConfig, get_peft_model
+
+    targets = {"llama": ["q_proj", "embed_tokens"], "gpt2": ["c_attn", "wte"]}[kind]
+    for target in targets:
+        model = quantize(build(kind), EcqConfig(target_bits=5))
+        peft = get_peft_model(model, LoraConfig(target_modules=[target], r=2, init_lora_weights=False)).eval()
+        want = logits_of(peft)
+        for merge in (peft.merge_adapter, peft.merge_and_unload):
+            for safe in (False, True):
+                with pytest.raises(RuntimeError, match="calibration.merge_adapters"):
+                    merge(safe_merge=safe)
+        assert torch.equal(logits_of(peft), want)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -337,3 +353,4 @@ def test_damaged_checkpoints_raise(tmp_path):
 def test_a_copy_and_a_pickle_compute_the_same():
     model = quantize(build("llama"), EcqConfig(target_bits=4))
     assert torch.equal(logits_of(copy.deepcopy(model)), logits_of(model))
+    assert torch.equal(logits_of(pickle.loads(pickle.dumps(model))), logits_of(model))
