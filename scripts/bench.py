@@ -25,6 +25,7 @@ from transformers import (
 from modeling_flashlite import FlashLiteCache, FlashLiteConfig, FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 from modeling_flashlite.attention_flashlite import AxisSpec, BlockSummaries, multi_axis_attention, summarize_blocks
 from modeling_flashlite.benchmarking import format_table, growth_exponent, peak_growth, race, summarize_race
+from modeling_flashlite.distillation import KDLoss
 from modeling_flashlite.results import write_results
 
 HEADS, KEY_VALUE_HEADS, HEAD_DIM = 8, 2, 64
@@ -263,7 +264,45 @@ def continuation(args, model, length: int):
     return step
 
 
-VERBS = {"attention": attention, "decode": decode, "train": train, "generate": generate, "memory": memory}
+def loss_step(seed: int, vocabulary: int, name: str):
+    """Forward and backward of a distillation loss over 2048 tokens: with all logits at once, or chunk by chunk."""
+    torch.manual_seed(seed)
+    tokens, width, kept = 2048, 256, 64
+    hidden = torch.randn(1, tokens, width, requires_grad=True)
+    head = torch.nn.Linear(width, vocabulary, bias=False)
+    labels = torch.randint(vocabulary, (1, tokens))
+    ids = torch.randint(vocabulary, (1, tokens, kept)).sort(-1).values
+    teacher = {"teacher_ids": ids, "teacher_weights": torch.rand(1, tokens, kept).softmax(-1) * 0.9}
+    loss = KDLoss("forward", temperature=1.0)
+
+    def step():
+        hidden.grad = head.weight.grad = None
+        logits = head(hidden) if name == "dense" else None
+        loss(hidden, head, labels, logits=logits, **teacher).backward()
+
+    return step
+
+
+def loss(args) -> list[dict]:
+    """Distillation loss from cached teacher columns, chunked against dense: time, and memory beyond the inputs."""
+    rows = []
+    for vocabulary in (32000, 128000):
+        steps = {name: loss_step(args.seed, vocabulary, name) for name in ("dense", "chunked")}
+        times = race(steps, repeats=args.repeats, seconds=args.seconds, name=f"loss {vocabulary}")
+        for row in summarize_race(times, ["dense"], vocabulary=vocabulary, tokens=2048):
+            growth = peak_growth(loss_step, args.seed, vocabulary, row["name"])
+            rows.append({**row, "memory_mib": round(growth / 2**20, 1)})
+    return rows
+
+
+VERBS = {
+    "loss": loss,
+    "attention": attention,
+    "decode": decode,
+    "train": train,
+    "generate": generate,
+    "memory": memory,
+}
 
 
 def parse(argv=None) -> argparse.Namespace:
