@@ -4,7 +4,11 @@
 Shapes: B batch, T target columns, S source columns, D hidden size, E embedding size.
 """
 
+import functools
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -81,6 +85,52 @@ class FlashLitePreTrainedModel(PreTrainedModel):
         if isinstance(self.config, FlashLiteConfig):
             self.config.vocab_size = embeddings.weight.shape[0]
         return embeddings
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+        """Save as [`PreTrainedModel.save_pretrained`] does, but so that a full disk or a kill costs no older model.
+
+        All files are written into `.incomplete` in the folder first and then take the places of the old ones. A
+        distributed checkpoint, of which each process writes a part, is written in place.
+        """
+        rest = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
+        folder = Path(save_directory)
+        in_place = kwargs.get("distributed_checkpoint") or folder.is_file()
+        if in_place or not self.should_save_on_this_rank(is_main_process):
+            super().save_pretrained(save_directory, **rest)
+        else:
+            if push_to_hub:
+                rest.setdefault("repo_id", folder.name)
+            staging = folder / ".incomplete"
+            _remove(staging)  # of a save that was killed
+            try:
+                super().save_pretrained(staging, **rest)
+                _move_model(staging, folder)
+            finally:
+                _remove(staging)
+        if not in_place:  # other processes may read what one has saved
+            self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+def _move_model(source: Path, target: Path) -> None:
+    """Move the files of a model, weights first, and remove weights that the old model had and the new one has not."""
+
+    def stem(name: str) -> str:
+        return re.sub(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$", "", name)
+
+    new = sorted(os.listdir(source), key=lambda name: (".safetensors" not in name, name))
+    stems = {stem(name) for name in new if ".safetensors" in name}
+    old = {path.name for path in target.iterdir() if ".safetensors" in path.name and stem(path.name) in stems}
+    for name in new:
+        os.replace(source / name, target / name)
+    for name in old - set(new):
+        (target / name).unlink()
 
 
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_columns: int = 0) -> None:
@@ -281,8 +331,8 @@ class FlashLiteDecoder(FlashLiteStack):
                     f"The encoder's attention mask has shape {tuple(mask.shape)}, but its states "
                     f"{tuple(encoder_hidden_states.shape[:2])}; give one entry per source token."
                 )
-            positions = source_positions(encoder_hidden_states, mask)
-            context.encoder_angles = position_angles(self.config, positions, encoder_hidden_states.dtype)
+            positions, dtype = source_positions(encoder_hidden_states, mask), encoder_hidden_states.dtype
+            context.encoder_angles = functools.cache(lambda: position_angles(self.config, positions, dtype))
             context.encoder_mask = None if mask is None else mask.bool()
         return context
 
