@@ -254,9 +254,10 @@ class EcqQuantizer(HfQuantizer):
             )
 
     def update_parallel_plan(self, model, plan):
-        if plan and getattr(model.config, "distributed_config", None) is not None:
+        if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError(
-                "Tensor parallelism cannot split entropy-coded weights; load with dequantize=True or without it."
+                "Entropy-coded weights cannot be split over processes; load without distributed_config and tp_plan, or"
+                " load on one process, call dequantize(), save, and load that folder."
             )
 
     def param_needs_quantization(self, model, param_name, **kwargs) -> bool:

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
+    DistributedConfig,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -188,6 +189,26 @@ def test_sharded_checkpoint(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
     assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+@pytest.mark.parametrize("places", [{"": "disk"}, {"model": "cpu", "lm_head": "disk"}, "auto"])
+def test_offloading_to_disk_is_refused(places, tmp_path):
+    quantize(build("llama-untied"), EcqConfig(target_bits=4)).save_pretrained(tmp_path)
+    limits = {"max_memory": {"cpu": "30KB"}} if places == "auto" else {}
+    with pytest.raises(ValueError, match="disk"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, device_map=places, offload_folder=str(tmp_path / "offload"), **limits
+        )
+
+
+def test_splitting_over_processes_is_refused(tmp_path):
+    quantize(build("llama"), EcqConfig(target_bits=4)).save_pretrained(tmp_path / "model")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="cannot be split over processes"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "model", distributed_config=DistributedConfig(tp_size=1))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_loading_without_the_quantizer_raises(tmp_path):
