@@ -393,11 +393,7 @@ def _decode_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor
         logits[-1].view(batch, -1, cross[0].shape[2]).masked_fill_(~cross[2].bool()[:, None], -math.inf)
     logits.append(torch.baddbmm(bias, rows, flat(summaries.keys[:, :, first:end]).mT))
     values.append(flat(summaries.values[:, :, first:end]))
-    weights = torch.cat(logits, 2).softmax(2).split([x.shape[2] for x in logits], 2)
-    out = torch.bmm(weights[0], values[0])
-    for weight, value in zip(weights[1:], values[1:]):
-        out = out.baddbmm_(weight, value)
-    return out.view(batch, heads, 1, -1).to(v.dtype)
+    return _joint(logits, values).view(batch, heads, 1, -1).to(v.dtype)
 
 
 def _dense_attention(q, k, v, start, scaling, cross) -> Tensor:
@@ -405,6 +401,8 @@ def _dense_attention(q, k, v, start, scaling, cross) -> Tensor:
     length = q.shape[2]
     end = start + length if isinstance(start, int) else k.shape[2]
     k, v, mask = k[:, :, :end], v[:, :, :end], None
+    if length == 1 and isinstance(start, int) and cross is not None and not torch.compiler.is_exporting():
+        return _joint_step(q, [k, cross[0]], [v, cross[1]], scaling, cross[2])
     if cross is not None or isinstance(start, Tensor) or (start and length > 1):
         slots = _slots(start, length, q.device)[:, :, None]
         mask = (torch.arange(k.shape[2], device=q.device) <= slots)[:, None]
@@ -414,6 +412,27 @@ def _dense_attention(q, k, v, start, scaling, cross) -> Tensor:
             mask, extra = mask.expand(q.shape[0], -1, -1, -1), extra.bool()[:, None, None, :]
             mask = torch.cat([mask, extra.expand(-1, -1, length, -1)], 3)
     return _sdpa(q, k, v, mask, bool(mask is None and length > 1), scaling)
+
+
+def _joint_step(q: Tensor, keys: list, values: list, scaling: float | None, last_mask: Tensor | None) -> Tensor:
+    """One query per row over several sets of keys [B, Hkv, S, dk], none copied; the mask [B, S] is the last set's."""
+    batch, heads, hkv = q.shape[0], q.shape[1], keys[0].shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = (q * (q.shape[-1] ** -0.5 if scaling is None else scaling)).reshape(batch * hkv, heads // hkv, -1).to(wide)
+    logits = [torch.bmm(rows, x.flatten(0, 1).to(wide).mT) for x in keys]
+    if last_mask is not None:
+        logits[-1].view(batch, -1, last_mask.shape[1]).masked_fill_(~last_mask.bool()[:, None], -math.inf)
+    out = _joint(logits, [x.flatten(0, 1).to(wide) for x in values])
+    return out.view(batch, heads, 1, -1).to(values[0].dtype)
+
+
+def _joint(logits: list[Tensor], values: list[Tensor]) -> Tensor:
+    """One softmax over several sets of logits [N, R, S] and values [N, S, dv]; [N, R, dv]."""
+    weights = torch.cat(logits, 2).softmax(2).split([x.shape[2] for x in logits], 2)
+    out = torch.bmm(weights[0], values[0])
+    for weight, value in zip(weights[1:], values[1:]):
+        out = torch.baddbmm(out, weight, value)
+    return out
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float | None) -> Tensor:

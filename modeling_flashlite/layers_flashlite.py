@@ -144,7 +144,11 @@ class FlashLiteEncoderAttention(FlashLiteAttention):
             self.config._attn_implementation, eager_attention_forward
         )
         query, (key, value) = self.queries(hidden_states, angles), self.keys_values(hidden_states, angles)
+        if self.config._attn_implementation == "sdpa":
+            # its kernels that never hold all weights want values as wide as the keys
+            value = nn.functional.pad(value, (0, key.shape[3] - value.shape[3]))
         out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        out = out[..., : self.head_dim]
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
@@ -211,14 +215,30 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
     def _encoder_keys(self, encoder_hidden_states, context, past_key_values):
         """Keys and values of the encoder's states; computed once where a cache keeps them."""
         if not isinstance(past_key_values, EncoderDecoderCache):
-            return self.keys_values(encoder_hidden_states, context.encoder_angles)
+            return self.keys_values(encoder_hidden_states, context.encoder_angles())
         if past_key_values.is_updated.get(self.layer_idx):
             layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
-            return self.with_sinusoids(layer.keys, context.encoder_angles), layer.values
-        key, value = self.keys_values(encoder_hidden_states, context.encoder_angles)
+            return self._positioned(layer, context), layer.values
+        key, value = self.keys_values(encoder_hidden_states, context.encoder_angles())
         past_key_values.cross_attention_cache.update(key[..., : self.head_dim], value, self.layer_idx)
         past_key_values.is_updated[self.layer_idx] = True
         return key, value
+
+    def _positioned(self, layer, context) -> torch.Tensor:
+        """The cached encoder keys with their positions, made anew only when the cache holds other keys than before.
+
+        What the cache shows as its keys is the part without positions, a view of the whole.
+        """
+        if self.is_rotary:
+            return layer.keys
+        if torch.compiler.is_compiling():
+            return self.with_sinusoids(layer.keys, context.encoder_angles())
+        view, whole = getattr(layer, "_positioned", (None, None))
+        if view is None or view is not layer.keys:
+            whole = self.with_sinusoids(layer.keys, context.encoder_angles())
+            layer.keys = whole[..., : self.head_dim]
+            layer._positioned = layer.keys, whole
+        return whole
 
 
 @dataclass
@@ -227,13 +247,14 @@ class DecoderContext:
 
     `rows` maps padded or packed columns to rows (`None` where every column is real), `memory` is the segment memory
     before this segment, `next_memory` receives the one after it (written again, alike, when a checkpointed layer is
-    recomputed), and `encoder_angles` and `encoder_mask` belong to the encoder's keys.
+    recomputed), and `encoder_angles` (a function: a cache makes them needless) and `encoder_mask` belong to the
+    encoder's keys.
     """
 
     rows: Rows | None = None
     memory: FlashLiteCache | None = None
     next_memory: FlashLiteCache | None = None
-    encoder_angles: tuple[torch.Tensor, torch.Tensor] | None = None
+    encoder_angles: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
     encoder_mask: torch.Tensor | None = None
 
 
