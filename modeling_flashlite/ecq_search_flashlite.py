@@ -11,6 +11,7 @@ which equalises what one more bit buys everywhere; one multiplier then sets the 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import nn
 from .codec_flashlite import coded_size, encode_bytes
 from .ecq_stream_flashlite import QuantizedWeight
 
+logger = logging.getLogger(__name__)
 _MIN_STEP, _MAX_STEP = 0.28, 3.0  # in standard deviations of the row: what 16 levels can serve
 _OUTLIER_NOISE = 0.3  # a row reaches beyond 16 levels when clipping costs this share of its rounding noise
 _WAVE_ROWS = 64
@@ -214,12 +216,24 @@ def search(
             multiplier += (held - (1 - tolerance * (0.5 + 0.25 * attempt)) * room) / slope
     if best is None and feedback:
         # Where few directions of the input carry all the power, fed-back errors cost more bits than longer steps save.
+        logger.warning(
+            "Rounding with error feedback needs at least %.2f bits per weight here and the budget is %.2f; all weights"
+            " are rounded to nearest instead, without calibration: ask for more bits, or train with qat.prepare_qat.",
+            8 * (last[1] + overhead) / elements,
+            8 * budget / elements,
+        )
         for layer in layers:
             layer.input_factor = layer.output_factor = None
-        return search(layers, budget, overhead, multiplier, tolerance)
+        return search(layers, budget, overhead, tolerance=tolerance)
     if best is None:
         raise ValueError(
             f"{8 * budget / elements:.2f} bits per weight are out of reach: steps of {_MAX_STEP} standard deviations"
             f" still need {held + overhead:.0f} bytes; ask for more bits."
+        )
+    if best[1] < 0.97 * room:
+        logger.warning(
+            "The file has %.2f bits per weight of a budget of %.2f: 16 levels have no use for more.",
+            8 * (best[1] + overhead) / elements,
+            8 * budget / elements,
         )
     return best[0]

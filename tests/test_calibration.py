@@ -85,6 +85,21 @@ def test_search_lands_on_the_budget():
         assert held == pytest.approx(sum(weight_bytes(weight) for weight in weights), abs=4)
 
 
+def test_a_budget_that_feedback_cannot_meet_is_said(caplog):
+    layers = [_layer(64, 128)]
+    directions = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).double())[0]
+    layers[0].output_factor = None
+    layers[0].input_factor = inverse_factor(directions * torch.logspace(0, -6, 128) @ directions.T, 1e-7)
+    budget = layers[0].weight.numel() * 1.2 / 8
+    weights = search(layers, budget, 0)
+    assert 0.99 * budget <= sum(weight_bytes(weight) for weight in weights) <= budget
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "rounded to nearest" in record.getMessage()
+    caplog.clear()
+    search([_layer(64, 128)], layers[0].weight.numel(), 0)
+    assert "budget of 8.00" in caplog.records[-1].getMessage()
+
+
 @pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
 def test_calibrated_quantization_saves_and_loads(kind, tmp_path):
     torch.manual_seed(0)
