@@ -288,12 +288,16 @@ class FlashLiteCacheLayer(DynamicLayer):
         else:
             shift = (self.fill // block - keep).clamp(min=0) * block
             self._keys, self._values = roll_rows(self._keys, shift), roll_rows(self._values, shift)
+            held = self._keys.shape[2] // block
+            self._summaries = _map_summaries(
+                self._summaries, self.spec, lambda part, entries: part[:, :, : held * entries].clone()
+            )
         self.fill, self.base = self.fill - shift, self.base + shift
         if not isinstance(self.fill, int):
             self._summarize(0)
         if self.mask is not None:
-            held = self._later_tokens() <= self._fill_tensor(self.mask.device)[:, None]
-            self.mask = self.mask[:, int(held.any(0).int().argmax()) :]
+            within = self._later_tokens() <= self._fill_tensor(self.mask.device)[:, None]
+            self.mask = self.mask[:, int(within.any(0).int().argmax()) :]
 
     def extend(self, key_states, value_states, rows: Rows | None = None):
         """The slots of this layer followed by new keys and values, out of place and differentiable in the new ones.
