@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from .measurement import peak_memory_bytes
 
-__all__ = ["format_table", "growth_exponent", "peak_growth", "race", "summarize_race"]
+__all__ = ["format_table", "fresh_cost", "growth_exponent", "peak_growth", "race", "summarize_race"]
 
 
 def race(
@@ -92,6 +92,11 @@ def peak_growth(target: Callable, *args) -> int:
     `target` is importable; what it does before it returns the function is not counted. A fresh process, because an
     allocator keeps what an earlier measurement made it take.
     """
+    return fresh_cost(target, *args)[0]
+
+
+def fresh_cost(target: Callable, *args) -> tuple[int, float]:
+    """Bytes as [`peak_growth`] counts them, and seconds, that the function of `target(*args)` takes when run once."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report_growth, args=(sender, torch.get_num_threads(), target, *args))
@@ -108,9 +113,10 @@ def peak_growth(target: Callable, *args) -> int:
 def _report_growth(sender, threads: int, target: Callable, *args) -> None:
     torch.set_num_threads(threads)
     function = target(*args)
-    before = peak_memory_bytes() or 0
+    before, begin = peak_memory_bytes() or 0, time.perf_counter()
     function()
-    sender.send((peak_memory_bytes() or 0) - before)
+    seconds = time.perf_counter() - begin
+    sender.send(((peak_memory_bytes() or 0) - before, seconds))
 
 
 def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:

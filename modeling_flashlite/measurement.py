@@ -1,6 +1,7 @@
 """What a model costs: time to the first token and per token, peak memory, parameters, bytes on disk."""
 
 import copy
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -69,13 +70,17 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # Linux; there, `getrusage` of a new process begins with its parent's peak
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.is_file() else None
+    if peak:
+        return int(peak[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, Linux kibibytes
-    return peak if _is_macos() else peak * 1024
+    return held if _is_macos() else held * 1024
 
 
 def model_size(model: PreTrainedModel, path: str | Path | None = None) -> dict[str, float]:

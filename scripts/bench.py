@@ -1,11 +1,14 @@
 """Race parts of Flash-Lite against named peers in one run; a table, and a results file with hardware and versions.
 
-python scripts/bench.py attention decode train generate memory
+python scripts/bench.py attention decode train generate memory loss quant load
 python scripts/bench.py attention --lengths 1024,4096 --threads 1 --repeats 9
 """
 
 import argparse
+import copy
 import json
+import statistics
+import tempfile
 from pathlib import Path
 
 import torch
@@ -24,8 +27,17 @@ from transformers import (
 
 from modeling_flashlite import FlashLiteCache, FlashLiteConfig, FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 from modeling_flashlite.attention_flashlite import AxisSpec, BlockSummaries, multi_axis_attention, summarize_blocks
-from modeling_flashlite.benchmarking import format_table, growth_exponent, peak_growth, race, summarize_race
+from modeling_flashlite.benchmarking import (
+    format_table,
+    fresh_cost,
+    growth_exponent,
+    peak_growth,
+    race,
+    summarize_race,
+)
+from modeling_flashlite.calibration import quantize
 from modeling_flashlite.distillation import KDLoss
+from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.results import write_results
 
 HEADS, KEY_VALUE_HEADS, HEAD_DIM = 8, 2, 64
@@ -37,6 +49,9 @@ OUR_MODEL, BART, T5GEMMA, LLAMA = "Flash-Lite", "BART", "T5Gemma", "Llama"
 TRAINED, DECODED = (256, 4, 4, 8192), (512, 6, 8, 32000)
 # tokens per training step at short lengths
 STEP_TOKENS = 512
+# 75 M parameters, which leave the cache; and next to none
+CODED, SMALL = (1024, 8, 16, 16000), (64, 2, 4, 256)
+PREFILL_TOKENS = 512
 SOURCE_TOKENS, NEW_TOKENS, LONG_NEW_TOKENS = 32, 30, 8
 LENGTHS = {
     "attention": (640, 1024, 2048, 4096, 16384, 65536),
@@ -295,6 +310,74 @@ def loss(args) -> list[dict]:
     return rows
 
 
+def coded_shape(seed: int, shape) -> FlashLiteForCausalLM:
+    """A decoder with random weights in float32."""
+    width, layers, heads, vocabulary = shape
+    torch.manual_seed(seed)
+    config = FlashLiteConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        is_encoder_decoder=False,
+    )
+    return FlashLiteForCausalLM(config).eval()
+
+
+@torch.inference_mode()
+def quant(args) -> list[dict]:
+    """A decoder of 75 M parameters with 4-bit codes against itself in bfloat16 and float32: decoding and prefill."""
+    plain = coded_shape(args.seed, CODED).to(args.device)
+    models = {"float32": plain, "bfloat16": copy.deepcopy(plain).bfloat16()}
+    coded = quantize(copy.deepcopy(plain), EcqConfig())
+    models |= {"int4, float32 states": coded, "int4": copy.deepcopy(coded).to(torch.bfloat16)}
+    prompt, context = (random_tokens(args, 1, length, CODED[-1]) for length in (SOURCE_TOKENS, PREFILL_TOKENS))
+    rows = []
+    for work, length, make in (
+        (f"{NEW_TOKENS} tokens", SOURCE_TOKENS, lambda model: greedy(model, prompt)),
+        ("prefill", PREFILL_TOKENS, lambda model: lambda: model(context, use_cache=True, logits_to_keep=1)),
+    ):
+        contenders = {name: make(model) for name, model in models.items()}
+        times = race(contenders, repeats=args.repeats, seconds=min(args.seconds, 25.0), name=work)
+        for row in summarize_race(times, ["bfloat16"], work=work, length=length, batch=1):
+            (other,) = (r for r in summarize_race(times, ["float32"]) if r["name"] == row["name"])
+            held = models[row["name"]].get_memory_footprint()
+            rows.append({**row, "than_float32": other["times_faster"], "MiB": round(held / 2**20, 1)})
+    return rows
+
+
+def loading(folder: str):
+    """Load a model, after a small one has made the process import what every load needs."""
+    FlashLiteForCausalLM.from_pretrained(Path(folder).parent / "small")
+    return lambda: FlashLiteForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def load(args) -> list[dict]:
+    """Load a decoder of 75 M parameters, coded or as bfloat16, from a warm cache, each time in a fresh process."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        quantize(coded_shape(args.seed, SMALL), EcqConfig()).save_pretrained(f"{folder}/small")
+        model = coded_shape(args.seed, CODED).bfloat16()
+        model.save_pretrained(f"{folder}/bfloat16")
+        held = {"bfloat16": model.get_memory_footprint()}
+        model = quantize(model, EcqConfig())
+        model.save_pretrained(f"{folder}/coded")
+        held["coded"] = model.get_memory_footprint()
+        costs = {name: [] for name in held}
+        for _ in tqdm(range(min(args.repeats, 3)), desc="load", leave=False):
+            for name in held:
+                costs[name].append(fresh_cost(loading, f"{folder}/{name}"))
+        times = {name: [seconds for _, seconds in values] for name, values in costs.items()}
+        for row in summarize_race(times, ["bfloat16"], work="load"):
+            name = row["name"]
+            peak = statistics.median(growth for growth, _ in costs[name])
+            file = sum(path.stat().st_size for path in Path(folder, name).glob("*.safetensors"))
+            sizes = {"file_MiB": file, "held_MiB": held[name], "peak_MiB": peak}
+            rows.append({**row, **{key: round(size / 2**20, 1) for key, size in sizes.items()}})
+            rows[-1]["peak_over_held"] = round(peak / held[name], 2)
+    return rows
+
+
 VERBS = {
     "loss": loss,
     "attention": attention,
@@ -302,6 +385,8 @@ VERBS = {
     "train": train,
     "generate": generate,
     "memory": memory,
+    "quant": quant,
+    "load": load,
 }
 
 
