@@ -27,7 +27,7 @@ from .ecq_search_flashlite import Layer, grid_of, search
 from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weights
 
 _METHOD = "ecq"
-_DECODE_BYTES = 64 << 20
+_LEAST_BATCH, _MOST_BATCH = 2 << 20, 64 << 20  # bytes of codes that are decoded at a time
 _TRAINING_STATE = ("log_step", "log_base", "exponents", "code_lengths", "ecq_rate")
 _FIELDS = ("bits", "target_bits", "target_bytes", "max_loss_increase", "modules_to_not_convert", "dequantize", "stage")
 
@@ -278,15 +278,17 @@ class EcqQuantizer(HfQuantizer):
                     model.set_submodule(name, new)
             model.register_buffer("ecq_rate", torch.zeros(3, device="meta"))
             return
-        coded = _coded_names(checkpoint_files)
+        coded = _coded_places(checkpoint_files)
         prefix = model.base_model_prefix + "."
         tied = model.all_tied_weights_keys
         for name, module in quantizable_layers(model, self.quantization_config).items():
             key = name + ".weight"
             names = {key, tied.get(key)} | {other for other, source in tied.items() if source in (key, tied.get(key))}
             names |= {prefix + n for n in names if n} | {n.removeprefix(prefix) for n in names if n}
-            if coded is None or names & coded:
+            places = None if coded is None else [coded[n] for n in (key, *names) if n in coded]
+            if places is None or places:
                 new = to_quantized(module, size_only=True)
+                new.place = places[0] if places else None
                 if new is not module:
                     model.set_submodule(name, new)
 
@@ -358,11 +360,11 @@ class EcqQuantizer(HfQuantizer):
         return True
 
 
-def _coded_names(checkpoint_files) -> set[str] | None:
-    """Names of the one-dimensional uint8 tensors in safetensors files, read from their headers."""
+def _coded_places(checkpoint_files) -> dict[str, tuple[str, int, int]] | None:
+    """Name to (file, offset, bytes) of the one-dimensional uint8 tensors in safetensors files, from their headers."""
     if not checkpoint_files:
         return None
-    names = set()
+    places = {}
     for path in checkpoint_files:
         if not str(path).endswith(".safetensors"):
             raise ValueError(f"Coded checkpoints are safetensors files only, got {path}.")
@@ -371,8 +373,24 @@ def _coded_names(checkpoint_files) -> set[str] | None:
             if length > 100_000_000:
                 raise ValueError(f"The header of {path} claims {length} bytes; the file is damaged.")
             header = json.loads(file.read(length))
-        names |= {n for n, t in header.items() if t.get("dtype") == "U8" and len(t.get("shape", ())) == 1}
-    return names
+        for name, entry in header.items():
+            if entry.get("dtype") == "U8" and len(entry.get("shape", ())) == 1:
+                first, last = entry.get("data_offsets", (0, 0))
+                places[name] = str(path), 8 + length + first, last - first
+    return places
+
+
+def _take_stream(module: EcqModule) -> torch.Tensor:
+    """The loaded stream. The loader maps the file into memory, where what was looked at stays: read it instead."""
+    stream: Any = module.stream
+    module.stream = None
+    path, offset, length = module.__dict__.pop("place", None) or (None, 0, 0)
+    if path is None or length != stream.numel() or stream.device.type != "cpu":
+        return stream
+    with open(path, "rb") as file:
+        file.seek(offset)
+        read = bytearray(file.read(length))
+    return torch.frombuffer(read, dtype=torch.uint8) if len(read) == length else stream
 
 
 def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[str], list]]:
@@ -388,20 +406,25 @@ def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[
 
 def _decode_model(model) -> None:
     """Turn the loaded streams into codes, some megabytes at a time, freeing each stream as it is done."""
-    batch, size = [], 0
     groups = groups_of(model)
+    sizes = {id(modules): modules[0].weight_shape[0] * modules[0].weight_shape[1] // 2 for _, modules in groups}
+    # the largest first: the others fit into the memory that decoding it took
+    groups.sort(key=lambda group: -sizes[id(group[1])])
+    most = min(max(sum(sizes.values()) // 16, _LEAST_BATCH), _MOST_BATCH)
+    batch, size = [], 0
     for index, (names, modules) in enumerate(groups):
         owner = next((module for module in modules if module.stream is not None), None)
         if owner is None:
             raise ValueError(f"The checkpoint has no coded weight for {names[0]}; it does not fit this architecture.")
         batch.append((names[0], modules, owner))
-        size += modules[0].weight_shape[0] * modules[0].weight_shape[1] // 2
-        if size < _DECODE_BYTES and index < len(groups) - 1:
+        size += sizes[id(modules)]
+        if size < most and index < len(groups) - 1:
             continue
-        weights = decode_weights([(name, owner.stream, owner.weight_shape) for name, _, owner in batch])
-        for (_, modules, owner), weight in zip(batch, weights):
-            owner.set_quantized(weight)
+        weights = decode_weights([(name, _take_stream(owner), owner.weight_shape) for name, _, owner in batch])
+        for _, modules, owner in batch:
+            owner.set_quantized(weights.pop(0))
             for module in modules:
+                module.__dict__.pop("place", None)
                 if module is not owner:
                     module.share_quantized(owner)
         batch, size = [], 0
