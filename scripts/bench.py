@@ -353,9 +353,17 @@ def quant(args) -> list[dict]:
 
 
 def loading(folder: str):
-    """Load a model, after a small one has made the process import what every load needs."""
-    FlashLiteForCausalLM.from_pretrained(Path(folder).parent / "small")
-    return lambda: FlashLiteForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    """Load a model and compute one token, after a small one has made the process import what every load needs.
+
+    The token counts because a float model is only mapped into memory when it is loaded, and read when it is used.
+    """
+
+    @torch.inference_mode()
+    def run(folder):
+        return FlashLiteForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(torch.tensor([[4]]))
+
+    run(Path(folder).parent / "small")
+    return lambda: run(folder)
 
 
 def load(args) -> list[dict]:
@@ -374,7 +382,7 @@ def load(args) -> list[dict]:
             for name in held:
                 costs[name].append(fresh_cost(loading, f"{folder}/{name}"))
         times = {name: [seconds for _, seconds in values] for name, values in costs.items()}
-        for row in summarize_race(times, ["bfloat16"], work="load"):
+        for row in summarize_race(times, ["bfloat16"], work="load, 1 token"):
             name = row["name"]
             peak = statistics.median(growth for growth, _ in costs[name])
             file = sum(path.stat().st_size for path in Path(folder, name).glob("*.safetensors"))
