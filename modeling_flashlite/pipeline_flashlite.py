@@ -357,10 +357,12 @@ class FlashLiteQuestionAnsweringPipeline(ChunkPipeline):
             context = window["context"] if isinstance(window["context"], str) else window["context"][0]
             offsets = window["offsets"][0].tolist()
             for score, place in zip(values.tolist(), places.tolist()):
+                if score == 0:  # no span: its last token comes before its first, or lies outside the context
+                    continue
                 first, last = offsets[place // len(offsets)][0], offsets[place % len(offsets)][1]
                 # byte-level tokens carry the space before a word
                 first += len(context[first:last]) - len(context[first:last].lstrip())
-                if last > first or handle_impossible_answer:
+                if last > first or handle_impossible_answer and last == 0:
                     answers.append({"score": score, "start": first, "end": last, "answer": context[first:last]})
         answers.sort(key=lambda answer: -answer["score"])
         unique = list({(answer["start"], answer["end"]): answer for answer in reversed(answers)}.values())[::-1]
