@@ -122,7 +122,7 @@ def test_loads_beside_a_model_config_without_the_package(tokenizer, tiny_config,
     code = (
         "import sys; sys.modules['modeling_flashlite'] = None\n"
         "from transformers import AutoTokenizer\n"
-        f"print(AutoTokenizer.from_pretrained({str(tmp_path)!r})('the cat')['input_ids'])"
+        f"print(AutoTokenizer.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)('the cat')['input_ids'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == str(tokenizer("the cat")["input_ids"]), done.stderr
