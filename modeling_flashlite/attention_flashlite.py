@@ -27,7 +27,7 @@ from .attention_tiles_flashlite import TileAttention, TileSizes, top_blocks
 # Up to this many queries are gathered with the blocks they chose instead of being cut into tiles.
 _FEW_QUERIES = 16
 # Up to this many weights of all heads together are written out where keys and values differ in width.
-_FEW_WEIGHTS = 1 << 22
+_FEW_WEIGHTS = 1 << 23
 
 Cross = tuple[Tensor, Tensor, Tensor | None]
 
@@ -411,7 +411,7 @@ def _dense_attention(q, k, v, start, scaling, cross) -> Tensor:
             extra = cross[2] if cross[2] is not None else mask.new_ones(q.shape[0], cross[0].shape[2])
             mask, extra = mask.expand(q.shape[0], -1, -1, -1), extra.bool()[:, None, None, :]
             mask = torch.cat([mask, extra.expand(-1, -1, length, -1)], 3)
-    return _sdpa(q, k, v, mask, bool(mask is None and length > 1), scaling)
+    return dense_attention(q, k, v, mask, bool(mask is None and length > 1), scaling)
 
 
 def _joint_step(q: Tensor, keys: list, values: list, scaling: float | None, last_mask: Tensor | None) -> Tensor:
@@ -435,8 +435,14 @@ def _joint(logits: list[Tensor], values: list[Tensor]) -> Tensor:
     return out
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float | None) -> Tensor:
-    """PyTorch's attention; values narrower than the keys are padded, since its quick CPU kernel wants equal widths."""
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scaling: float | None = None
+) -> Tensor:
+    """Dense attention [B, H, T, dv] by what is quickest at this size; `mask` is boolean, true where a key is seen.
+
+    PyTorch's CPU kernel wants values as wide as the keys, so that narrower ones are padded; where there are few
+    weights, writing them out takes half the time or less.
+    """
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     width, groups = v.shape[3], q.shape[1] // k.shape[1]
     if width < k.shape[3]:
@@ -455,16 +461,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
 def _explicit_attention(q, k, v, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
     """Attention that keeps its weights: for few of them quicker than a kernel that wants the values padded."""
     batch, hkv, s = k.shape[:3]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    rows, k, v_rows = (x.reshape(batch * hkv, -1, x.shape[3]).to(wide) for x in (q * scaling, k, v))
+    rows, k, v_rows = (x.reshape(batch * hkv, -1, x.shape[3]) for x in (q * scaling, k, v))
     if causal:
         mask = torch.ones(q.shape[2], s, dtype=torch.bool, device=q.device).tril_()[None, None]
-    if mask is None:
-        logits = torch.bmm(rows, k.mT)
-    else:
-        bias = torch.zeros(mask.shape, dtype=wide, device=q.device).masked_fill_(~mask, -math.inf)[:, :, None]
-        bias = bias.expand(-1, hkv if len(mask) > 1 else 1, q.shape[1] // hkv, -1, -1).flatten(0, 1).flatten(1, 2)
-        logits = torch.baddbmm(bias, rows, k.mT)
+    logits = torch.bmm(rows, k.mT)
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=logits.dtype, device=q.device).masked_fill_(~mask, -math.inf)[:, :, None]
+        bias = bias.expand(-1, hkv if len(mask) > 1 else 1, q.shape[1] // hkv, q.shape[2], -1).flatten(0, 1).flatten(1, 2)
+        logits = logits + bias
     return torch.bmm(logits.softmax(-1), v_rows).view(*q.shape[:3], v.shape[3]).to(v.dtype)
 
 
@@ -485,7 +489,7 @@ def _window_attention(q, k, v, b, memory, start, scaling, cross) -> Tensor:
             extra = cross[2] if cross[2] is not None else mask.new_ones(q.shape[0], cross[0].shape[2])
             extra = extra.bool()[:, None, None, :].expand(-1, -1, hi - lo, -1)
             mask = torch.cat([mask.expand(q.shape[0], -1, -1, -1), extra], 3)
-        pieces.append(_sdpa(q[:, :, lo:hi], part_k, part_v, mask, False, scaling))
+        pieces.append(dense_attention(q[:, :, lo:hi], part_k, part_v, mask, False, scaling))
     return torch.cat(pieces, 2)
 
 

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    concatenate_datasets,
+    load_dataset,
+)
 from transformers import PreTrainedTokenizerBase
 
 from .corpus import hash_fraction, python_corpus
@@ -53,7 +60,7 @@ def load_data(
             `python`: the documentation of the running Python (see `python_corpus`);
             a file, a glob or a comma-separated list, each with an optional `split=` before it, of json, jsonl, csv,
             tsv, parquet or txt, also compressed with xz, gz, bz2 or zst: `train=a.jsonl.xz,test=b.jsonl.xz`
-            (without a `split=` the rows are `train`);
+            (without a `split=` the rows are `train`; several files of one split are joined on their common columns);
             a directory of such files; or the id of a data set on the Hub, `owner/name`.
         name (`str`, *optional*): configuration of a Hub data set.
         revision (`str`, *optional*): git revision of a Hub data set.
@@ -64,15 +71,15 @@ def load_data(
         `datasets.DatasetDict`, or `datasets.IterableDatasetDict` with `streaming`.
 
     Raises:
-        `FileNotFoundError`: a file does not exist. `ValueError`: files of unknown or mixed formats, or no rows.
+        `FileNotFoundError`: a file does not exist. `ValueError`: files of unknown format, without a common column, or no rows.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, but at least one row is needed; pass a positive number or leave it out.")
     if dataset == "python":
         splits = python_corpus()
     elif files := _data_files(dataset):
-        builder, options = _builder(files)
-        splits = load_dataset(builder, data_files=files, streaming=streaming, **options)
+        loaded = {split: _load_files(paths, streaming) for split, paths in files.items()}
+        splits = IterableDatasetDict(loaded) if streaming else DatasetDict(loaded)
     else:
         splits = load_dataset(dataset, name, revision=revision, streaming=streaming)
     if limit is not None:
@@ -335,12 +342,26 @@ def _data_files(dataset: str) -> dict[str, list[str]]:
     return files
 
 
-def _builder(files: dict[str, list[str]]) -> tuple[str, dict]:
-    formats = {_suffixes(Path(path)) for paths in files.values() for path in paths}
-    builders = {_BUILDERS.get(suffix) for suffix in formats}
-    if len(builders) != 1 or None in builders:
-        raise ValueError(
-            f"The files end in {', '.join(sorted(formats))}, but one data set must have one format of "
-            f"{', '.join(sorted(_BUILDERS))}; convert them or load them apart."
-        )
-    return builders.pop(), {"sep": "\t"} if formats == {".tsv"} else {}
+def _load_files(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
+    """Read the files of a split: together where they lie together, joined on the columns that all have."""
+    groups: dict[tuple[Path, str], list[str]] = {}
+    for path in paths:
+        groups.setdefault((Path(path).parent, _suffixes(Path(path))), []).append(path)
+    parts = []
+    for (_, suffix), group in groups.items():
+        if suffix not in _BUILDERS:
+            raise ValueError(
+                f"{group[0]!r} ends in {suffix or 'nothing'!r}, but data files end in one of "
+                f"{', '.join(sorted(_BUILDERS))}; convert it."
+            )
+        options = {"sep": "\t"} if suffix == ".tsv" else {}
+        parts.append(load_dataset(_BUILDERS[suffix], data_files=group, split="train", streaming=streaming, **options))
+    if len(parts) == 1:
+        return parts[0]
+    shared = [name for name in column_names(parts[0]) if all(name in column_names(part) for part in parts[1:])]
+    if not shared:
+        raise ValueError(f"The files {', '.join(paths)} have 0 columns in common; at least 1 is needed to join them.")
+    parts = [part.select_columns(shared) for part in parts]
+    # a format has its own string type, and a streamed part knows its types only once it was read
+    features = (parts[0]._resolve_features() if streaming else parts[0]).features
+    return concatenate_datasets([part.cast(features) for part in parts])

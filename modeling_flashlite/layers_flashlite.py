@@ -18,9 +18,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention_flashlite import multi_axis_attention, multi_axis_attention_reference
+from .attention_flashlite import dense_attention, multi_axis_attention, multi_axis_attention_reference
 from .cache_flashlite import FlashLiteCache, Rows, axis_spec
 from .configuration_flashlite import FlashLiteDecoderConfig, FlashLiteEncoderConfig
+
+
+def product_dtype(states: torch.Tensor) -> torch.dtype:
+    """The type in which matrix products of `states` are taken: what several of them read is cast to it once.
+
+    Autocast by itself would cast it for each of them.
+    """
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 class FlashLiteMLP(nn.Module):
@@ -35,6 +44,7 @@ class FlashLiteMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., D]` -> `[..., D]`."""
+        hidden_states = hidden_states.to(product_dtype(hidden_states))
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
@@ -103,9 +113,10 @@ class FlashLiteAttention(nn.Module):
         # called as a module, so that adapters, quantizers and shards of `r_proj` count: r_proj(1) = W_R^T
         weight = self.r_proj(torch.eye(self.head_dim, dtype=query.dtype, device=query.device))
         weight = weight.view(self.head_dim, -1, self.head_dim)
-        relative = torch.einsum("bnth,enh->bnte", query + self.position_bias[:, None], weight)
+        content_bias, position_bias = self.content_bias.to(query.dtype), self.position_bias.to(query.dtype)
+        relative = torch.einsum("bnth,enh->bnte", query + position_bias[:, None], weight)
         (cos, sin), (first, second) = angles, relative.chunk(2, dim=-1)
-        content = query + self.content_bias[:, None]
+        content = query + content_bias[:, None]
         return torch.cat([content, first * cos + second * sin, first * sin - second * cos], dim=-1)
 
     def keys_values(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]):
@@ -143,12 +154,13 @@ class FlashLiteEncoderAttention(FlashLiteAttention):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        hidden_states = hidden_states.to(product_dtype(hidden_states))
         query, (key, value) = self.queries(hidden_states, angles), self.keys_values(hidden_states, angles)
         if self.config._attn_implementation == "sdpa":
-            # its kernels that never hold all weights want values as wide as the keys
-            value = nn.functional.pad(value, (0, key.shape[3] - value.shape[3]))
-        out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
-        out = out[..., : self.head_dim]
+            weights, out = None, dense_attention(query, key, value, attention_mask, scaling=self.scaling)
+            out = out.transpose(1, 2)
+        else:
+            out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
@@ -162,6 +174,7 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
     def forward(self, hidden_states, encoder_hidden_states, angles, context: "DecoderContext", past_key_values=None):
         """`[B, T, D]` -> `[B, T, D]`, the weights of decoder keys `[B, N, T, S]` and those of encoder keys."""
         rows, layer = context.rows, None
+        hidden_states = hidden_states.to(product_dtype(hidden_states))
         query, (key, value) = self.queries(hidden_states, angles), self.keys_values(hidden_states, angles)
         column_value = value
         if rows is not None:

@@ -4,6 +4,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoModelForCausalLM,
@@ -93,6 +94,11 @@ class TrainArgs(Seq2SeqTrainingArguments):
 
     output_dir: str = field(default="runs/train", metadata={"help": "checkpoints, model and loss curve"})
     resume: bool = field(default=False, metadata={"help": "continue from the newest complete checkpoint"})
+
+    def __post_init__(self):
+        # without an accelerator the Trainer refuses half precision unless told that the processor is meant
+        self.use_cpu = self.use_cpu or torch.accelerator.current_accelerator() is None
+        super().__post_init__()
 
 
 def is_encoder_decoder(data: DataArgs) -> bool:

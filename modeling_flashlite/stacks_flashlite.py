@@ -32,6 +32,7 @@ from .layers_flashlite import (
     FlashLiteEncoderAttention,
     FlashLiteEncoderLayer,
     position_angles,
+    product_dtype,
 )
 
 
@@ -213,7 +214,7 @@ class FlashLiteEncoder(FlashLiteStack):
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
         hidden_states = self.embed(inputs_embeds)
-        angles = position_angles(self.config, source_positions(hidden_states, attention_mask), hidden_states.dtype)
+        angles = position_angles(self.config, source_positions(hidden_states, attention_mask), product_dtype(hidden_states))
         for layer in self.layers:
             hidden_states = layer(hidden_states, angles, attention_mask=mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.dropout(self.norm(hidden_states)))
@@ -303,7 +304,7 @@ class FlashLiteDecoder(FlashLiteStack):
         past = memory if past_key_values is None else past_key_values
         if isinstance(past, EncoderDecoderCache):
             past = past.self_attention_cache
-        angles = position_angles(self.config, target_positions(hidden_states, rows, past), hidden_states.dtype)
+        angles = position_angles(self.config, target_positions(hidden_states, rows, past), product_dtype(hidden_states))
         context = self._context(rows, memory, encoder_hidden_states, encoder_attention_mask)
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while a draft exits early
             hidden_states = layer(
@@ -331,7 +332,7 @@ class FlashLiteDecoder(FlashLiteStack):
                     f"The encoder's attention mask has shape {tuple(mask.shape)}, but its states "
                     f"{tuple(encoder_hidden_states.shape[:2])}; give one entry per source token."
                 )
-            positions, dtype = source_positions(encoder_hidden_states, mask), encoder_hidden_states.dtype
+            positions, dtype = source_positions(encoder_hidden_states, mask), product_dtype(encoder_hidden_states)
             context.encoder_angles = functools.cache(lambda: position_angles(self.config, positions, dtype))
             context.encoder_mask = None if mask is None else mask.bool()
         return context

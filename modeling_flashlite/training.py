@@ -1,5 +1,6 @@
 """Trainers that stop on a broken loss, survive a full disk, and carry segment memory from step to step."""
 
+import functools
 import importlib.util
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .attention_flashlite import BlockSummaries
 from .cache_flashlite import FlashLiteCache
 from .data import require_columns
+from .stacks_flashlite import FlashLitePreTrainedModel
 
 __all__ = ["CarefulTrainer", "SegmentTrainer", "last_checkpoint", "plot_losses"]
 
@@ -32,6 +34,15 @@ class CarefulTrainer(Seq2SeqTrainer):
     A loss that is not finite stops the training before the optimizer sees it; the batch is kept for inspection. A
     checkpoint that cannot be written completely is removed, and the one before it stays.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.label_smoother is not None and isinstance(self.model, FlashLitePreTrainedModel):
+            # in the loss hook, smoothing needs neither all logits nor a second softmax
+            self.model.loss_function = functools.partial(
+                self.model.loss_function, label_smoothing=self.args.label_smoothing_factor
+            )
+            self.label_smoother = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss as usual and check that it is a number."""

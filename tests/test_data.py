@@ -131,15 +131,24 @@ class TestLoading:
         write_rows(tmp_path / "train.jsonl")
         assert len(load_data(str(tmp_path))["train"]) == 7
 
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_files_of_several_formats_are_joined_on_their_common_columns(self, tmp_path, streaming):
+        path = write_rows(tmp_path / "rows.jsonl")
+        (tmp_path / "b.csv").write_text("id,en\n1,x\n2,y\n")
+        splits = load_data(f"train={path},train={tmp_path}/b.csv,test={tmp_path}/b.csv", streaming=streaming)
+        rows = list(splits["train"])
+        assert [row["en"] for row in rows] == [row["en"] for row in ROWS] + ["x", "y"] and set(rows[0]) == {"en"}
+        assert column_names(splits["test"]) == ["id", "en"]
+
     def test_refusals_say_what_to_do(self, tmp_path):
         path = write_rows(tmp_path / "rows.jsonl")
         with pytest.raises(FileNotFoundError, match="is not a file; give an existing path"):
             load_data(f"train={tmp_path}/missing.jsonl")
-        (tmp_path / "b.csv").write_text("en\nx\n")
-        with pytest.raises(ValueError, match="must have one format"):
-            load_data(f"train={path},test={tmp_path}/b.csv")
+        (tmp_path / "b.csv").write_text("fr\nx\n")
+        with pytest.raises(ValueError, match="0 columns in common"):
+            load_data(f"train={path},train={tmp_path}/b.csv")
         (tmp_path / "c.xyz").write_text("x")
-        with pytest.raises(ValueError, match="files end in .xyz"):
+        with pytest.raises(ValueError, match="ends in '.xyz'"):
             load_data(f"train={tmp_path}/c.xyz")
         with pytest.raises(ValueError, match="limit is 0"):
             load_data(str(path), limit=0)
