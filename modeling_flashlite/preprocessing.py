@@ -186,9 +186,10 @@ class _Encoder:
 
     def _end(self, templated: bool) -> int:
         """The token that closes an answer: that of the chat template where one is used."""
-        vocabulary = self.tokenizer.get_vocab()
-        if templated and self.tokenizer.chat_template is not None and "<|end|>" in vocabulary:
-            return vocabulary["<|end|>"]
+        if templated and self.tokenizer.chat_template is not None:
+            end = self.tokenizer.convert_tokens_to_ids("<|end|>")
+            if end is not None and end != self.tokenizer.unk_token_id:
+                return end
         return self.tokenizer.eos_token_id
 
 
