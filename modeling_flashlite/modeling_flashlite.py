@@ -37,7 +37,7 @@ from .quantization_flashlite import EcqConfig  # noqa: F401
 from .stacks_flashlite import FlashLiteDecoder, FlashLiteDecoderOutput, FlashLiteEncoder, FlashLitePreTrainedModel
 
 # training logits of more elements than this are never built: the loss then runs chunk by chunk over the tokens
-_MAX_TRAINING_LOGITS = 2**26
+_MAX_TRAINING_LOGITS = 2**20
 
 
 @dataclass
@@ -277,7 +277,7 @@ class FlashLiteForConditionalGeneration(FlashLiteHeadModel, GenerationMixin):
             logits_to_keep: compute the logits of so many last positions, or of these positions; 0 means all.
 
         Returns:
-            Loss and logits `[B, T, V]`. A training batch with labels and more than 2^26 logits gets none of them: its
+            Loss and logits `[B, T, V]`. A training batch with labels and more than 2^20 logits gets none of them: its
             loss runs over chunks of tokens.
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -345,7 +345,7 @@ class FlashLiteForCausalLM(FlashLiteHeadModel, GenerationMixin):
             logits_to_keep: compute the logits of so many last positions, or of these positions; 0 means all.
 
         Returns:
-            Loss and logits `[B, T, V]`. A training batch with labels and more than 2^26 logits gets none of them: its
+            Loss and logits `[B, T, V]`. A training batch with labels and more than 2^20 logits gets none of them: its
             loss runs over chunks of tokens.
         """
         outputs = self.model(

@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
 
 import modeling_flashlite  # noqa: F401  registers the Auto classes
+from modeling_flashlite.cards import read_results
 from modeling_flashlite.cli import finish, parse_args
 from modeling_flashlite.data import load_data, pick_split
 from modeling_flashlite.evaluation import evaluate_task
@@ -69,6 +70,10 @@ class EvalArgs:
     speed_prompts: int = field(default=16, metadata={"help": "batch whose generation is timed; 0 for none"})
     speed_tokens: int = field(default=32, metadata={"help": "tokens generated when timed"})
     seed: int = field(default=0, metadata={"help": "for sampling"})
+    teacher_results: str | None = field(
+        default=None, metadata={"help": "results file of its teacher, for the model card"}
+    )
+    float_results: str | None = field(default=None, metadata={"help": "results file of it before quantization"})
 
 
 def load_model(args: ModelArgs, task: Task) -> PreTrainedModel:
@@ -122,6 +127,8 @@ def main(model_args: ModelArgs, data_args: DataArgs, eval_args: EvalArgs) -> dic
     else:
         prompts = [given["input"] for given in predictions]
     output = eval_args.output or f"runs/results/{Path(model_args.model).name}-{task.name}.json"
+    compared = {"teacher": eval_args.teacher_results, "float": eval_args.float_results}
+    compared = {name: read_results([path])[0]["metrics"] for name, path in compared.items() if path}
     write_results(
         output,
         metrics,
@@ -134,6 +141,7 @@ def main(model_args: ModelArgs, data_args: DataArgs, eval_args: EvalArgs) -> dic
         speed=measure_speed(model, tokenizer, task, prompts, eval_args),
         size={**model_size(model, model_args.model), "peak_memory_bytes": peak_memory_bytes(model.device)},
         dtype=str(model.dtype).removeprefix("torch."),
+        **compared,
         **result,
     )
     return finish({"output": output, **metrics})
