@@ -2,23 +2,28 @@
 
 import functools
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
-from .attention_flashlite import BlockSummaries
 from .cache_flashlite import FlashLiteCache
 from .data import require_columns
 from .stacks_flashlite import FlashLitePreTrainedModel
 
 __all__ = ["CarefulTrainer", "SegmentTrainer", "last_checkpoint", "plot_losses"]
 
+logger = logging.get_logger(__name__)
 # written after everything else, so that a folder which has it is complete
 LAST_FILE = "trainer_state.json"
+# all that the layer of a segment memory is; its other attributes follow from these
+MEMORY_STATE = ("_keys", "_values", "fill", "base", "columns")
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -48,9 +53,9 @@ class CarefulTrainer(Seq2SeqTrainer):
         """Compute the loss as usual and check that it is a number."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and not torch.isfinite(loss).all():
-            kept = Path(self.args.output_dir) / f"broken_batch_rank{self.args.process_index}.pt"
+            kept = Path(self.args.output_dir) / f"broken_batch_rank{self.args.process_index}.safetensors"
             kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}, kept)
+            write_tensors({key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}, kept)
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1}; its batch is kept in {kept} and the "
                 f"last good checkpoint is {last_checkpoint(self.args.output_dir)}; lower learning_rate or set "
@@ -132,29 +137,95 @@ class SegmentTrainer(CarefulTrainer):
     # memory is part of the state that makes a run reproducible, so it is written and read where the random states are
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        state = {slot: [_layer_state(layer) for layer in memory.layers] for slot, memory in self._memories.items()}
-        torch.save(state, self._memory_file(output_dir))
+        write_tensors(memory_tensors(self._memories), self._memory_file(output_dir))
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
-        if checkpoint is None or not self._memory_file(checkpoint).is_file():
+        if checkpoint is None:
             return
-        saved = torch.load(self._memory_file(checkpoint), map_location=self.args.device, weights_only=True)
-        for slot, layers in saved.items():
-            self._memories[slot] = memory = self.accelerator.unwrap_model(self.model).new_memory()
-            for layer, state in zip(memory.layers, layers):
-                for name, value in state.items():
-                    setattr(layer, name, BlockSummaries(*value) if isinstance(value, list) else value)
+        path, model = self._memory_file(checkpoint), self.accelerator.unwrap_model(self.model)
+        if path.is_file():
+            slots = self.args.gradient_accumulation_steps
+            self._memories = read_memories(path, model, slots, self.args.train_batch_size, self.args.device)
+        else:
+            logger.warning(f"{path} is missing: the streams of this process go on without their past.")
 
     def _memory_file(self, folder: str | Path) -> Path:
-        return Path(folder) / f"memory_{self.args.process_index}.pt"
+        return Path(folder) / f"memory_{self.args.process_index}.safetensors"
 
 
-def _layer_state(layer) -> dict:
-    """Everything a memory layer holds, in types that are safe to load."""
-    state = {name: list(value) if isinstance(value, BlockSummaries) else value for name, value in vars(layer).items()}
-    plain = (torch.Tensor, int, type(None), list, torch.dtype, torch.device)
-    return {name: value for name, value in state.items() if isinstance(value, plain)}
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file that is either complete or not there."""
+    partial = path.with_name(f"{path.name}.incomplete")
+    try:
+        # copies, since safetensors refuses tensors that share memory
+        save_file({k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def memory_tensors(memories: dict[int, FlashLiteCache]) -> dict[str, torch.Tensor]:
+    """Segment memories, one for each micro-batch of a step, as tensors `slot.layer.name`; integers become scalars."""
+    return {
+        f"{slot}.{index}.{name}": torch.as_tensor(getattr(layer, name))
+        for slot, memory in memories.items()
+        for index, layer in enumerate(memory.layers)
+        for name in MEMORY_STATE
+    }
+
+
+def read_memories(path: Path, model, slots: int, rows: int, device) -> dict[int, FlashLiteCache]:
+    """Inverse of [`memory_tensors`] on the file of an earlier run.
+
+    Args:
+        path (`Path`): file written by [`SegmentTrainer`].
+        model (`FlashLitePreTrainedModel`): gives the layers and their shapes.
+        slots (`int`): micro-batches of a step.
+        rows (`int`): rows of a micro-batch on this process.
+        device (`torch.device`): where the memories are needed.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to another model or batch size.
+    """
+    try:
+        tensors = load_file(path, device=str(device))
+        memories = {slot: model.new_memory() for slot in range(slots)}
+        layers = {(slot, i): layer for slot in memories for i, layer in enumerate(memories[slot].layers)}
+        if set(tensors) != {f"{slot}.{i}.{name}" for slot, i in layers for name in MEMORY_STATE}:
+            raise ValueError(f"other tensors than {slots} micro-batches of {len(layers) // slots} layers have")
+        for (slot, i), layer in layers.items():
+            state = {name: tensors[f"{slot}.{i}.{name}"] for name in MEMORY_STATE}
+            _check_memory(state, model.config.get_text_config(decoder=True), rows)
+            layer.lazy_initialization(state["_keys"], state["_values"])
+            for name, value in state.items():
+                setattr(layer, name, value if value.dim() else value.item())
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"The segment memory {path} is damaged or of another run ({error}); resume with the settings that it was "
+            "written with, or from another checkpoint."
+        ) from error
+    return memories
+
+
+def _check_memory(state: dict[str, torch.Tensor], config, rows: int) -> None:
+    keys, values, *counts = state.values()
+    slots, heads = keys.shape[-2] if keys.dim() == 4 else 0, config.num_key_value_heads
+    width = config.head_dim * (1 if config.position_encoding == "rotary" else 2)
+    expected = (rows, heads, slots, width), (rows, heads, slots, config.head_dim)
+    if (
+        (tuple(keys.shape), tuple(values.shape)) != expected
+        or not keys.is_floating_point()
+        or keys.dtype != values.dtype
+    ):
+        raise ValueError(
+            f"keys {list(keys.shape)} {keys.dtype} and values {list(values.shape)} {values.dtype} for {rows} rows, "
+            f"{heads} heads and sizes {width} and {config.head_dim}"
+        )
+    for name, value in zip(MEMORY_STATE[2:], counts):
+        most = slots if name == "fill" else torch.iinfo(torch.int64).max
+        if value.dtype != torch.int64 or value.shape not in ((), (rows,)) or value.min() < 0 or value.max() > most:
+            raise ValueError(f"{name} is not a count for each of {rows} rows, or beyond its {slots} slots")
 
 
 def plot_losses(log_history: list[dict], path: str | Path) -> Path | None:

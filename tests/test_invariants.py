@@ -12,13 +12,22 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 from modeling_flashlite.data import segment_streams
 from modeling_flashlite.distillation import KDLoss, set_loss_function
 from modeling_flashlite.lora import add_lora
-from modeling_flashlite.training import CarefulTrainer, SegmentTrainer, last_checkpoint, plot_losses
+from modeling_flashlite.training import (
+    CarefulTrainer,
+    SegmentTrainer,
+    last_checkpoint,
+    memory_tensors,
+    plot_losses,
+    read_memories,
+    write_tensors,
+)
 
 # peft 0.21 itself asks for an attribute that transformers 5.23 renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -118,9 +127,9 @@ class PoisonedTrainer(CarefulTrainer):
 def test_broken_loss_stops_with_step_batch_and_last_checkpoint(tmp_path, causal_config):
     args = Seq2SeqTrainingArguments(**arguments(tmp_path, save_strategy="steps", save_steps=1))
     trainer = PoisonedTrainer(FlashLiteForCausalLM(causal_config), args, train_dataset=ragged_rows(True))
-    with pytest.raises(FloatingPointError, match="step 3.*broken_batch_rank0.pt.*checkpoint-2"):
+    with pytest.raises(FloatingPointError, match="step 3.*broken_batch_rank0.safetensors.*checkpoint-2"):
         trainer.train()
-    assert torch.load(tmp_path / "broken_batch_rank0.pt", weights_only=True)["labels"].shape == (8, 10)
+    assert load_file(tmp_path / "broken_batch_rank0.safetensors")["labels"].shape == (8, 10)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
@@ -251,6 +260,50 @@ def test_segment_memory_is_used_and_evaluation_has_its_own(tmp_path, causal_conf
     assert first == again
     forgetful = rows.map(lambda row: {"memory_reset": True})
     assert trainer.evaluate(forgetful)["eval_loss"] != first
+
+
+@pytest.mark.parametrize("position_encoding", ["rotary", "transformer_xl"])
+def test_memory_file_is_exact_and_checked(tmp_path, tiny_config, position_encoding):
+    model, path = (
+        segment_model(tiny_config(position_encoding=position_encoding)).eval(),
+        tmp_path / "memory_0.safetensors",
+    )
+    memories = {}
+    for slot in range(2):
+        memory, ids = model.new_memory(), torch.arange(3, 3 + 2 * (50 + slot)).view(2, -1) % V
+        for reset in (False, True):
+            memory.reset_rows(torch.tensor([False, reset]))
+            memory = model(ids, memory=memory).memory
+        memories[slot] = memory
+    write_tensors(memory_tensors(memories), path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    read = read_memories(path, model, 2, 2, "cpu")
+    for slot, memory in memories.items():
+        for layer, other in zip(memory.layers, read[slot].layers):
+            state, expected = vars(other), {name: value for name, value in vars(layer).items() if name != "spec"}
+            for name in expected:
+                assert type(state[name]) is type(expected[name]), name
+                if name not in ("device", "dtype"):
+                    torch.testing.assert_close(state[name], expected[name], rtol=0, atol=0)
+        torch.testing.assert_close(model(ids, memory=read[slot]).logits, model(ids, memory=memory).logits)
+
+    good = load_file(path)
+
+    def refused(change, match, slots=2, rows=2):
+        write_tensors({**good, **change}, path)
+        with pytest.raises(ValueError, match=f"damaged or of another run.*{match}"):
+            read_memories(path, model, slots, rows, "cpu")
+
+    refused({}, "other tensors", slots=1)
+    refused({}, "for 3 rows", rows=3)
+    refused({"more": torch.zeros(1)}, "other tensors")
+    refused({"0.0._keys": good["0.0._keys"][..., :-1]}, "keys")
+    refused({"0.1._values": good["0.1._values"].int()}, "values")
+    refused({"0.1.fill": good["0.1.fill"] + 1000}, "fill")
+    refused({"0.1.base": torch.zeros(5)}, "base")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="damaged or of another run"):
+        read_memories(path, model, 2, 2, "cpu")
 
 
 def test_segments_that_do_not_fit_the_batch_are_refused(tmp_path, causal_config):
