@@ -188,6 +188,45 @@ def test_chunked_loss_equals_dense_oracle(name, chunk_size, wrap):
     torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("name", "signal"),
+    [*((name, signal) for name in KINDS for signal in ("dense", "topk", "all")), ("forward", "sampled")],
+)
+def test_given_logits_make_the_same_distillation_loss(name, signal):
+    """Logits that exist anyway give the value, the gradients and the metrics of the oracle and of the chunked path."""
+    states, head, labels, teacher = loss_case()
+    items = torch.tensor(7)
+    columns = {"teacher_logits": teacher}
+    if signal != "dense":
+        weights, ids = (teacher / 1.7).softmax(-1).topk(5 if signal == "topk" else V)
+        columns = {"teacher_ids": ids, "teacher_weights": weights}
+    if signal == "sampled":  # every token drawn with its own probability, and the teacher's negative entropy
+        entropy = (weights * weights.log()).sum(-1, keepdim=True)
+        columns = {
+            "teacher_ids": torch.cat([ids, ids[..., :1]], -1),
+            "teacher_weights": torch.cat([weights, entropy], -1),
+        }
+    results = []
+    for given in (True, False):
+        loss = KDLoss(name, alpha=0.3, temperature=1.7, chunk_size=2)
+        logits = head(states) if given else None
+        value = loss(states, None if given else head, labels, V, items, logits=logits, **columns)
+        grads = torch.autograd.grad(value, [states, *head.parameters()])
+        metrics = loss.pop_metrics()
+        with torch.no_grad():
+            evaluated = loss(states, head, labels, V, items, logits=logits, **columns)
+        results.append((value.detach(), grads, metrics, evaluated, loss.pop_metrics("eval")))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(*(result[:2] for result in results), rtol=1e-10, atol=1e-12)
+    if signal != "topk":
+        logits, mask = head(states), labels != -100
+        kd = oracle(name, (teacher / 1.7).log_softmax(-1), (logits / 1.7).log_softmax(-1))[mask].sum()
+        ce = nn.functional.cross_entropy(logits[mask], labels[mask], reduction="sum")
+        expected = (0.3 * ce + 0.7 * 1.7**2 * kd) / items
+        grads = torch.autograd.grad(expected, [states, *head.parameters()])
+        torch.testing.assert_close(results[0][:2], (expected.detach(), grads), rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["forward", "reverse", "jsd:0.3", "skew:0.1", "taid:0.4"])
 def test_all_entries_cached_equal_the_live_teacher(name):
     states, head, labels, teacher = loss_case()

@@ -58,6 +58,37 @@ def test_chunked_equals_reference_in_float64(chunk_size, bias, wrap, options):
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
 
 
+def with_logits(hidden_states, lm_head, labels, **kwargs):
+    """The loss of logits that exist anyway; the head is not needed any more."""
+    return chunked_cross_entropy(hidden_states, None, labels, logits=lm_head(hidden_states), **kwargs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("wrap", [False, True], ids=["linear", "module"])
+@pytest.mark.parametrize("items", [None, 5, torch.tensor(5)], ids=str)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_given_logits_make_the_same_loss(bias, wrap, items, label_smoothing):
+    states, head, labels = make_case(bias=bias)
+    head = WrappedHead(head) if wrap else head
+    options = {"num_items_in_batch": items, "label_smoothing": label_smoothing}
+    loss, grads = gradients(with_logits, states, head, labels, **options)
+    for function, chunks in ((chunked_cross_entropy_reference, {}), (chunked_cross_entropy, {"chunk_size": 4})):
+        expected, expected_grads = gradients(function, states, head, labels, **options, **chunks)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grads, expected_grads, rtol=1e-12, atol=1e-12)
+
+
+def test_given_logits_without_labels_or_in_half_precision():
+    states, head, labels = make_case()
+    loss, grads = gradients(with_logits, states, head, torch.full_like(labels, -100))
+    assert loss == 0 and all(grad.abs().sum() == 0 for grad in grads)
+    states, head, labels = make_case(torch.bfloat16)
+    loss, grads = gradients(with_logits, states, head, labels)
+    expected, expected_grads = gradients(chunked_cross_entropy_reference, states, head, labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close((loss, grads), (expected, expected_grads))
+
+
 def test_half_precision_states_give_a_float32_loss():
     states, head, labels = make_case(torch.bfloat16)
     loss, grads = gradients(chunked_cross_entropy, states, head, labels, chunk_size=4)
