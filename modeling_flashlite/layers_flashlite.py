@@ -105,16 +105,24 @@ class FlashLiteAttention(nn.Module):
             self.content_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
             self.position_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
 
-    def queries(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Queries with their positions, `[B, T, D]` -> `[B, N, T, H or 2 H]`."""
+    def relative_weight(self, like: torch.Tensor) -> torch.Tensor | None:
+        """`W_R` as one matrix per head, `[N, H, H]`, in the type of `like`; `None` for rotary positions."""
+        if self.is_rotary:
+            return None
+        # called as a module, so that adapters, quantizers and shards of `r_proj` count: r_proj(1) = W_R^T
+        weight = self.r_proj(torch.eye(self.head_dim, dtype=like.dtype, device=like.device))
+        return weight.view(self.head_dim, -1, self.head_dim).permute(1, 2, 0).contiguous()
+
+    def queries(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], weight=None):
+        """Queries with their positions, `[B, T, D]` -> `[B, N, T, H or 2 H]`; `weight` is `relative_weight`."""
         query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
         if self.is_rotary:
             return rotate(query, *angles)
-        # called as a module, so that adapters, quantizers and shards of `r_proj` count: r_proj(1) = W_R^T
-        weight = self.r_proj(torch.eye(self.head_dim, dtype=query.dtype, device=query.device))
-        weight = weight.view(self.head_dim, -1, self.head_dim)
+        weight = self.relative_weight(query) if weight is None else weight
         content_bias, position_bias = self.content_bias.to(query.dtype), self.position_bias.to(query.dtype)
-        relative = torch.einsum("bnth,enh->bnte", query + position_bias[:, None], weight)
+        # the heads are the batch: one product of all rows for each, however few tokens there are
+        rows = (query + position_bias[:, None]).transpose(0, 1)
+        relative = torch.bmm(rows.flatten(1, 2), weight).view(rows.shape).transpose(0, 1)
         (cos, sin), (first, second) = angles, relative.chunk(2, dim=-1)
         content = query + content_bias[:, None]
         return torch.cat([content, first * cos + second * sin, first * sin - second * cos], dim=-1)
@@ -175,7 +183,8 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
         """`[B, T, D]` -> `[B, T, D]`, the weights of decoder keys `[B, N, T, S]` and those of encoder keys."""
         rows, layer = context.rows, None
         hidden_states = hidden_states.to(product_dtype(hidden_states))
-        query, (key, value) = self.queries(hidden_states, angles), self.keys_values(hidden_states, angles)
+        weight = self._kept_weight(hidden_states, past_key_values)
+        query, (key, value) = self.queries(hidden_states, angles, weight), self.keys_values(hidden_states, angles)
         column_value = value
         if rows is not None:
             query, key, value = rows.gather(query), rows.gather(key), rows.gather(value)
@@ -212,6 +221,20 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
                 out, weights = self._by_column(weights, slot, real, column_value, cross_weights, cross)
         out = out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
         return self.o_proj(out), weights, cross_weights
+
+    def _kept_weight(self, hidden_states, past_key_values) -> torch.Tensor | None:
+        """`relative_weight`, taken once for all tokens of a generation: it lives as long as the keys in the cache."""
+        if self.is_rotary or past_key_values is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        own = past_key_values
+        if isinstance(own, EncoderDecoderCache):
+            own = own.self_attention_cache
+        layer = own.layers[self.layer_idx]
+        weight = getattr(layer, "_relative_weight", None)
+        like = hidden_states.dtype, hidden_states.device
+        if weight is None or not layer.get_seq_length() or (weight.dtype, weight.device) != like:
+            layer._relative_weight = weight = self.relative_weight(hidden_states)
+        return weight
 
     def _by_column(self, weights, slot, real, value, cross_weights, cross):
         """Bring weights over row slots `[B, N, T, S]` into the order of the columns; padding gets 0.

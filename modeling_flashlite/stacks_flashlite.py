@@ -214,7 +214,9 @@ class FlashLiteEncoder(FlashLiteStack):
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
         hidden_states = self.embed(inputs_embeds)
-        angles = position_angles(self.config, source_positions(hidden_states, attention_mask), product_dtype(hidden_states))
+        angles = position_angles(
+            self.config, source_positions(hidden_states, attention_mask), product_dtype(hidden_states)
+        )
         for layer in self.layers:
             hidden_states = layer(hidden_states, angles, attention_mask=mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.dropout(self.norm(hidden_states)))
@@ -304,7 +306,9 @@ class FlashLiteDecoder(FlashLiteStack):
         past = memory if past_key_values is None else past_key_values
         if isinstance(past, EncoderDecoderCache):
             past = past.self_attention_cache
-        angles = position_angles(self.config, target_positions(hidden_states, rows, past), product_dtype(hidden_states))
+        angles = position_angles(
+            self.config, target_positions(hidden_states, rows, past), product_dtype(hidden_states)
+        )
         context = self._context(rows, memory, encoder_hidden_states, encoder_attention_mask)
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while a draft exits early
             hidden_states = layer(
