@@ -198,6 +198,11 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         self.loss_function = chunked_cross_entropy
         self.post_init()
 
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "loss_function":  # a hook that takes the head runs it itself, over chunks of tokens
+            self._loss_runs_head = "lm_head" in inspect.signature(value).parameters
+
     def new_memory(self) -> FlashLiteCache:
         """An empty segment memory, to be passed as `memory` with the first segment."""
         return self.model.new_memory()
@@ -210,7 +215,7 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         if self.head_proj is not None:
             hidden_states = self.head_proj(hidden_states)
         vocab_size = self.config.decoder.vocab_size
-        chunked = "lm_head" in inspect.signature(self.loss_function).parameters
+        chunked = self._loss_runs_head
         large = hidden_states.shape[:-1].numel() * vocab_size > _MAX_TRAINING_LOGITS
         logits = None
         if labels is None or not (self.training and chunked and large):
