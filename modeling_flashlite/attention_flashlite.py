@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_tiles_flashlite import TileAttention, TileSizes, top_blocks
+from .attention_tiles_flashlite import TileAttention, TileSizes, box_features, top_blocks
 
 # Up to this many queries are gathered with the blocks they chose instead of being cut into tiles.
 _FEW_QUERIES = 16
@@ -63,14 +63,14 @@ class AxisSpec:
 class BlockSummaries(NamedTuple):
     """Summaries of the first `n` blocks of a key buffer, `r = b / c` sub-blocks each.
 
-    `keys` [B, Hkv, n, dk] and `values` [B, Hkv, n, dv] are block means, `maxima` and `minima` [B, Hkv, n*r, dk] the
-    bounds of the keys of each sub-block.
+    `keys` [B, Hkv, n, dk] and `values` [B, Hkv, n, dv] are block means, `boxes` [B, Hkv, 2 dk, n*r] the upper and
+    below them the lower bounds of the keys of each sub-block: one product with `box_features` gives all scores, and
+    reads its rows in order.
     """
 
     keys: Tensor
     values: Tensor
-    maxima: Tensor
-    minima: Tensor
+    boxes: Tensor
 
 
 def summarize_blocks(k: Tensor, v: Tensor, spec: AxisSpec) -> BlockSummaries:
@@ -83,7 +83,8 @@ def summarize_blocks(k: Tensor, v: Tensor, spec: AxisSpec) -> BlockSummaries:
     k_blocks, v_blocks = (x[:, :, : n * b].unflatten(2, (n, b)) for x in (k, v))
     with torch.no_grad():
         minima, maxima = k[:, :, : n * b].unflatten(2, (n * b // c, c)).aminmax(dim=3)
-    return BlockSummaries(k_blocks.mean(3), v_blocks.mean(3), maxima, minima)
+        boxes = torch.cat([maxima.mT, minima.mT], 2)
+    return BlockSummaries(k_blocks.mean(3), v_blocks.mean(3), boxes)
 
 
 def _slots(start: int | Tensor, length: int, device: torch.device) -> Tensor:
@@ -92,11 +93,9 @@ def _slots(start: int | Tensor, length: int, device: torch.device) -> Tensor:
     return (start[:, None] if isinstance(start, Tensor) else start) + offsets[None, :]
 
 
-def _box_scores(mean: Tensor, maxima: Tensor, minima: Tensor, sub_blocks: int) -> Tensor:
+def _box_scores(mean: Tensor, boxes: Tensor, sub_blocks: int) -> Tensor:
     """Scores `S_j` [B, Hkv, T, n] of every block for the mean queries [B, Hkv, T, dk]."""
-    bounds = mean.clamp(min=0) @ maxima.to(mean.dtype).mT
-    bounds += mean.clamp(max=0) @ minima.to(mean.dtype).mT
-    return bounds.unflatten(-1, (-1, sub_blocks)).amax(-1)
+    return (box_features(mean) @ boxes.to(mean.dtype)).unflatten(-1, (-1, sub_blocks)).amax(-1)
 
 
 @torch.no_grad()
@@ -111,8 +110,8 @@ def _select(q: Tensor, summaries: BlockSummaries, spec: AxisSpec, slots: Tensor)
     shape = (q.shape[0], summaries.keys.shape[1], q.shape[2], n)
     if top is None or top >= n:
         return candidates, candidates.expand(shape)
-    mean = q.unflatten(1, (summaries.maxima.shape[1], -1)).to(torch.promote_types(q.dtype, torch.float32)).mean(2)
-    scores = _box_scores(mean, summaries.maxima, summaries.minima, spec.block_size // spec.sub_block_size)
+    mean = q.unflatten(1, (summaries.boxes.shape[1], -1)).to(torch.promote_types(q.dtype, torch.float32)).mean(2)
+    scores = _box_scores(mean, summaries.boxes, spec.block_size // spec.sub_block_size)
     scores = scores.masked_fill(~candidates, -math.inf)
     selected = torch.zeros(shape, dtype=torch.bool, device=q.device).scatter(3, top_blocks(scores, top), True)
     return candidates, selected & candidates
@@ -269,8 +268,10 @@ def _take_blocks(k: Tensor, v: Tensor, index: Tensor, b: int) -> tuple[Tensor, T
         size, count = b * x.shape[3], batch * hkv
         step = x.stride(1) // size if hkv > 1 else x.stride(0) // size
         if step != previous:
-            firsts = torch.arange(0, count * step, step, device=x.device) if count > 1 else 0
-            lines, previous = (index.view(count, -1).mT + firsts).mT.reshape(-1), step
+            lines, previous = index.view(count, -1), step
+            if count > 1:
+                lines = lines + torch.arange(0, count * step, step, device=x.device)[:, None]
+            lines = lines.view(-1)
         table = x.as_strided(((count - 1) * step + x.shape[2] // b, size), (size, 1))
         taken.append(table.index_select(0, lines).view(batch, hkv, -1, x.shape[3]))
     return taken[0], taken[1]
@@ -311,7 +312,7 @@ def _step_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
     first = 0 if spec.memory_blocks is None else max(min(starts) // b - spec.memory_blocks, 0)
     end, r = (max(starts) + length - 1) // b - 1, b // spec.sub_block_size
     k_mean, v_mean = (x[:, :, first:end].to(wide) for x in summaries[:2])
-    maxima, minima = (x[:, :, first * r : end * r] for x in summaries[2:])
+    boxes = summaries.boxes[..., first * r : end * r]
 
     hidden = None
     if length > 1 or isinstance(start, Tensor):
@@ -322,7 +323,7 @@ def _step_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
             hidden = hidden | (j < blocks - spec.memory_blocks)
     queries = _rows(q, hkv).to(wide)
     with torch.no_grad():
-        scores = _box_scores(queries.mean(3), maxima, minima, r)
+        scores = _box_scores(queries.mean(3), boxes, r)
         if hidden is not None:
             scores = scores.masked_fill_(hidden, -math.inf)
         chosen = top_blocks(scores, top)
@@ -364,35 +365,34 @@ def _decode_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor
     b, top, (batch, heads, _, _), hkv = spec.block_size, spec.relevance_top_k, q.shape, k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     first = 0 if spec.memory_blocks is None else max(start // b - spec.memory_blocks, 0)
-    end, r, local = start // b - 1, b // spec.sub_block_size, slice((start // b - 1) * b, start + 1)
+    origin, r = (start // b - 1) * b, b // spec.sub_block_size
+    count = start // b - 1 - first
 
-    def flat(x: Tensor) -> Tensor:
-        x = x.flatten(0, 1)
+    def part(x: Tensor, begin: int, size: int, dim: int = 1) -> Tensor:
+        x = x.flatten(0, 1).narrow(dim, begin, size)
         return x if x.dtype == wide else x.to(wide)
 
     rows = q.reshape(batch * hkv, heads // hkv, -1).to(wide)
-    bias = rows.new_full((batch * hkv, 1, end - first), math.log(b))
-    keys, values = [flat(k[:, :, local])], [flat(v[:, :, local])]
+    bias = rows.new_full((batch * hkv, 1, count), math.log(b))
+    keys, values = [part(k, origin, start + 1 - origin)], [part(v, origin, start + 1 - origin)]
     if top:
-        maxima, minima = (flat(x[:, :, first * r : end * r]).mT for x in summaries[2:])
-        total = rows.sum(1, keepdim=True)  # the mean times G: the same order
-        bounds = torch.bmm(total.clamp(min=0), maxima).baddbmm_(total.clamp(max=0), minima)
-        chosen = top_blocks(bounds.view(-1, end - first, r).amax(2), top)
+        features = box_features(rows.sum(1, keepdim=True))  # the mean times G: the same order
+        bounds = torch.bmm(features, part(summaries.boxes, first * r, count * r, dim=2))
+        chosen = top_blocks(bounds.view(-1, count, r).amax(2), top)
         bias.scatter_(2, chosen[:, None], -math.inf)
-        index = chosen + first if first else chosen
-        picked_k, picked_v = map(flat, _take_blocks(k, v, index.view(batch, hkv, top), b))
-        keys.append(picked_k)
-        values.append(picked_v)
+        picked = _take_blocks(k, v, (chosen + first if first else chosen).view(batch, hkv, top), b)
+        keys.append(part(picked[0], 0, top * b))
+        values.append(part(picked[1], 0, top * b))
 
     rows = rows * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if cross is not None:
-        keys.append(flat(cross[0]))
-        values.append(flat(cross[1]))
+        keys.append(part(cross[0], 0, cross[0].shape[2]))
+        values.append(part(cross[1], 0, cross[0].shape[2]))
     logits = [torch.bmm(rows, x.mT) for x in keys]
     if cross is not None and cross[2] is not None:
         logits[-1].view(batch, -1, cross[0].shape[2]).masked_fill_(~cross[2].bool()[:, None], -math.inf)
-    logits.append(torch.baddbmm(bias, rows, flat(summaries.keys[:, :, first:end]).mT))
-    values.append(flat(summaries.values[:, :, first:end]))
+    logits.append(torch.baddbmm(bias, rows, part(summaries.keys, first, count).mT))
+    values.append(part(summaries.values, first, count))
     return _joint(logits, values).view(batch, heads, 1, -1).to(v.dtype)
 
 
@@ -401,7 +401,9 @@ def _dense_attention(q, k, v, start, scaling, cross) -> Tensor:
     length = q.shape[2]
     end = start + length if isinstance(start, int) else k.shape[2]
     k, v, mask = k[:, :, :end], v[:, :, :end], None
-    if length == 1 and isinstance(start, int) and cross is not None and not torch.compiler.is_exporting():
+    if length == 1 and isinstance(start, int) and not torch.compiler.is_exporting():
+        if cross is None:
+            return _joint_step(q, [k], [v], scaling, None)
         return _joint_step(q, [k, cross[0]], [v, cross[1]], scaling, cross[2])
     if cross is not None or isinstance(start, Tensor) or (start and length > 1):
         slots = _slots(start, length, q.device)[:, :, None]
@@ -467,7 +469,8 @@ def _explicit_attention(q, k, v, mask: Tensor | None, causal: bool, scaling: flo
     logits = torch.bmm(rows, k.mT)
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=logits.dtype, device=q.device).masked_fill_(~mask, -math.inf)[:, :, None]
-        bias = bias.expand(-1, hkv if len(mask) > 1 else 1, q.shape[1] // hkv, q.shape[2], -1).flatten(0, 1).flatten(1, 2)
+        bias = bias.expand(-1, hkv if len(mask) > 1 else 1, q.shape[1] // hkv, q.shape[2], -1)
+        bias = bias.flatten(0, 1).flatten(1, 2)
         logits = logits + bias
     return torch.bmm(logits.softmax(-1), v_rows).view(*q.shape[:3], v.shape[3]).to(v.dtype)
 

@@ -55,6 +55,11 @@ def tile_backward(grad, q, k, v, bias, out, lse, scale: float, causal: bool = Fa
     return grad_logits @ k, grad_logits.mT @ q, weights.mT @ grad
 
 
+def box_features(mean: Tensor) -> Tensor:
+    """What a mean query [..., dk] meets the boxes with [..., 2 dk]: its positive and its negative part."""
+    return torch.cat([mean.clamp(min=0), mean.clamp(max=0)], -1)
+
+
 def top_blocks(scores: Tensor, k: int) -> Tensor:
     """Indices [..., k] of the `k` highest scores along the last dimension; of equal scores the lower index wins."""
     n = scores.shape[-1]
@@ -67,13 +72,12 @@ def top_blocks(scores: Tensor, k: int) -> Tensor:
     padded = F.pad(scores, (0, short), value=-math.inf) if 0 < short < n and scores.numel() > 64 * n else scores
     # It breaks ties at will, but only a tie between ranks k and k+1 can change the chosen set.
     values, index = padded.topk(k + 1, dim=-1)
-    index, edge = index[..., :k], values[..., k - 1 :]
-    if edge.numel() <= 64:  # a decoding step: Python compares a few numbers sooner than tensors do
-        tied = any(last == after > -math.inf for last, after in edge.reshape(-1, 2).tolist())
+    if index.numel() <= 256:  # a decoding step: Python compares a few numbers sooner than tensors do
+        tied = any(row[k - 1] == row[k] > -math.inf for row in values.view(-1, k + 1).tolist())
     else:
+        edge = values[..., k - 1 :]
         tied = bool(((edge[..., 0] == edge[..., 1]) & (edge[..., 1] > -math.inf)).any())
-    # It breaks ties at will, but only a tie between ranks k and k+1 can change the chosen set.
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k] if tied else index
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k] if tied else index[..., :k]
 
 
 class TileSizes(NamedTuple):
@@ -230,18 +234,13 @@ def _head_forward(head: _Head, boxes: Tensor, sizes: TileSizes, buffer: Tensor, 
         _forward_local(head, lo, hi, sizes, bias, view[: rows * groups], logs[0])
         slots = view[rows * groups : 2 * rows * groups].view(rows, groups, -1)
         for a, z in _scored_chunks(lo, hi):
-            chosen[a:z] = _choose(head, _features(head.q[a:z]), boxes, a, sizes) if sizes.top else 0
+            chosen[a:z] = _choose(head, box_features(head.q[a:z].mean(1)), boxes, a, sizes) if sizes.top else 0
             _forward_grid(head, a, z, chosen[a:z].long(), sizes, slots[a - lo : z - lo], logs[1, a - lo : z - lo])
         if head.cross is not None:
             there = slice(-rows * groups, None)
             _forward_cross(head, lo, hi, sizes, view[there].view(rows, groups, -1), logs[-1])
         where = _forward_pairs(head, lo, chosen[lo:hi], sizes, view, logs)
         _merge(view, logs, where, out[lo:hi], lse[lo:hi])
-
-
-def _features(q: Tensor) -> Tensor:
-    mean = q.mean(1)
-    return torch.cat([mean.clamp(min=0), mean.clamp(max=0)], dim=1)
 
 
 def _dense_prefix(head: _Head, hi: int, sizes: TileSizes, out: Tensor, lse: Tensor) -> None:
@@ -432,17 +431,16 @@ def _backward_pairs(head: _Head, lo: int, sizes: TileSizes, out, lse, chosen, gr
         grad_v[block][0, 0].add_(gv[0].sum(0))
 
 
-def _box_table(maxima: Tensor, minima: Tensor, sub_blocks: int) -> Tensor:
-    """Bounds of one head [n r, dk] as [r, n, 2 dk]."""
-    table = torch.cat([maxima, minima], dim=1)
-    return table.view(-1, sub_blocks, table.shape[1]).transpose(0, 1).contiguous()
+def _box_table(boxes: Tensor, sub_blocks: int) -> Tensor:
+    """Boxes of one head [2 dk, n r] as [r, n, 2 dk]."""
+    return boxes.unflatten(1, (-1, sub_blocks)).permute(2, 1, 0).contiguous()
 
 
 class TileAttention(torch.autograd.Function):
     """`apply(q, k, v, cross_k, cross_v, cross_bias, starts, summaries, sizes)` -> out [B, H, T, dv].
 
     q [B, H, T, dk], k [B, Hkv, S, dk], v [B, Hkv, S, dv]; cross_bias [B, Se] additive; `starts` one int per row;
-    `summaries` (means of keys and values, maxima, minima) of at least the candidate blocks; `sizes` a `TileSizes`
+    `summaries` (means of keys and values, boxes) of at least the candidate blocks; `sizes` a `TileSizes`
     whose memory exceeds its top-k by more than one block. Inputs of low precision are computed in float32: on a CPU
     the tiles are no slower that way. Memory beyond inputs and outputs is constant in length, but for the selection.
     """
@@ -462,7 +460,7 @@ class TileAttention(torch.autograd.Function):
         for row in range(batch):
             for h in range(hkv):
                 head = _take_head(q, k, v, cross_k, cross_v, cross_bias, starts, summaries, row, h, wide)
-                boxes = _box_table(summaries[2][row, h], summaries[3][row, h], sizes.sub_blocks).to(wide)
+                boxes = _box_table(summaries[2][row, h], sizes.sub_blocks).to(wide)
                 there = out[row, :, h * groups : (h + 1) * groups]
                 _head_forward(head, boxes, sizes, buffer, there, lse[row, h], chosen[row, h])
         ctx.save_for_backward(q, k, v, cross_k, cross_v, cross_bias, out, lse, chosen, *summaries[:2])

@@ -22,10 +22,20 @@ def axis_spec(config) -> AxisSpec:
     return AxisSpec(config.block_size, config.sub_block_size, config.relevance_top_k, config.memory_blocks)
 
 
-def _map_summaries(summaries: BlockSummaries, spec: AxisSpec, function) -> BlockSummaries:
-    """Apply `function(part, entries per block)` to each part."""
-    boxes = spec.block_size // spec.sub_block_size
-    return BlockSummaries(*(function(part, entries) for part, entries in zip(summaries, (1, 1, boxes, boxes))))
+def _slice_summaries(summaries: BlockSummaries, spec: AxisSpec, first: int, last: int | None = None) -> BlockSummaries:
+    """Views of the summaries of the blocks from `first` to `last`."""
+    r = spec.block_size // spec.sub_block_size
+    boxes = slice(first * r, None if last is None else last * r)
+    return BlockSummaries(
+        summaries.keys[:, :, first:last], summaries.values[:, :, first:last], summaries.boxes[..., boxes]
+    )
+
+
+def _grow(states: torch.Tensor, spare: int, dim: int) -> torch.Tensor:
+    """A copy with `spare` zeros more along `dim`."""
+    shape = list(states.shape)
+    shape[dim] = spare
+    return torch.cat([states, states.new_zeros(shape)], dim)
 
 
 # spare blocks beyond the window: they let `crop` roll back this many blocks of tokens without a refusal
@@ -170,9 +180,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         """Summaries of the blocks that lie entirely in the slots in use."""
         if self._summaries is None:
             return None
-        return _map_summaries(
-            self._summaries, self.spec, lambda part, entries: part[:, :, : self.summarized * entries]
-        )
+        return _slice_summaries(self._summaries, self.spec, 0, self.summarized)
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included."""
@@ -217,7 +225,8 @@ class FlashLiteCacheLayer(DynamicLayer):
             counts = tokens if rows is None else rows.counts
             first, self.fill = int(fill.min()), fill + counts
         self._record_columns(tokens, rows)
-        self._summarize(first // self.spec.block_size)
+        # up to the last slot written, used or not: a padding query behind a short row asks for these blocks too
+        self._summarize(first // self.spec.block_size, end // self.spec.block_size)
         return self._keys[:, :, :end], self._values[:, :, :end]
 
     def _fill_tensor(self, device) -> torch.Tensor:
@@ -240,22 +249,13 @@ class FlashLiteCacheLayer(DynamicLayer):
             return
         block = self.spec.block_size
         grow = -(-max(spare, slots // 8, block) // block) * block
-        self._keys = torch.cat([self._keys, self._keys.new_zeros(*self._keys.shape[:2], grow, self._keys.shape[3])], 2)
-        self._values = torch.cat(
-            [self._values, self._values.new_zeros(*self._values.shape[:2], grow, self._values.shape[3])], 2
-        )
+        self._keys, self._values = _grow(self._keys, grow, 2), _grow(self._values, grow, 2)
         blocks = self._keys.shape[2] // block - self._summaries.keys.shape[2]
-        self._summaries = _map_summaries(
-            self._summaries,
-            self.spec,
-            lambda part, entries: torch.cat(
-                [part, part.new_zeros(*part.shape[:2], blocks * entries, part.shape[3])], 2
-            ),
-        )
+        spare = blocks, blocks, blocks * (block // self.spec.sub_block_size)
+        self._summaries = BlockSummaries(*map(_grow, self._summaries, spare, (2, 2, 3)))
 
-    def _summarize(self, first: int) -> None:
-        """Refresh the summaries from block `first` on; blocks close in all rows at once or row by row."""
-        last = self._used // self.spec.block_size
+    def _summarize(self, first: int, last: int) -> None:
+        """Refresh the summaries of the blocks `first` to `last`; blocks close in all rows at once or row by row."""
         if last > first:
             block = self.spec.block_size
             fresh = summarize_blocks(
@@ -263,9 +263,8 @@ class FlashLiteCacheLayer(DynamicLayer):
                 self._values[:, :, first * block : last * block],
                 self.spec,
             )
-            boxes = block // self.spec.sub_block_size
-            for part, new, entries in zip(self._summaries, fresh, (1, 1, boxes, boxes)):
-                part[:, :, first * entries : last * entries] = new
+            for part, new in zip(_slice_summaries(self._summaries, self.spec, first, last), fresh):
+                part.copy_(new)
         self.summarized = last
 
     def _evict(self) -> None:
@@ -281,20 +280,17 @@ class FlashLiteCacheLayer(DynamicLayer):
             shift = (self.fill // block - keep) * block
             self._keys, self._values = self._keys[:, :, shift:].clone(), self._values[:, :, shift:].clone()
             dropped = shift // block
-            self._summaries = _map_summaries(
-                self._summaries, self.spec, lambda part, entries: part[:, :, dropped * entries :].clone()
-            )
+            kept = _slice_summaries(self._summaries, self.spec, dropped)
             self.summarized -= shift // block
         else:
             shift = (self.fill // block - keep).clamp(min=0) * block
             self._keys, self._values = roll_rows(self._keys, shift), roll_rows(self._values, shift)
             held = self._keys.shape[2] // block
-            self._summaries = _map_summaries(
-                self._summaries, self.spec, lambda part, entries: part[:, :, : held * entries].clone()
-            )
+            kept = _slice_summaries(self._summaries, self.spec, 0, held)
+        self._summaries = BlockSummaries(*(part.clone() for part in kept))
         self.fill, self.base = self.fill - shift, self.base + shift
         if not isinstance(self.fill, int):
-            self._summarize(0)
+            self._summarize(0, self._used // block)
         if self.mask is not None:
             within = self._later_tokens() <= self._fill_tensor(self.mask.device)[:, None]
             self.mask = self.mask[:, int(within.any(0).int().argmax()) :]

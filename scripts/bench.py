@@ -129,8 +129,8 @@ def decode_contenders(args, length: int) -> dict:
     start = length - SPEC.block_size // 2  # in the middle of a block, as most queries are
     keys, values = k[:, :, : start + 1], v[:, :, : start + 1]
     blocks, r = start // SPEC.block_size, SPEC.block_size // SPEC.sub_block_size
-    parts = zip(summaries, (1, 1, r, r))
-    summaries = BlockSummaries(*(part[:, :, : blocks * entries] for part, entries in parts))
+    k_mean, v_mean, boxes = summaries
+    summaries = BlockSummaries(k_mean[:, :, :blocks], v_mean[:, :, :blocks], boxes[..., : blocks * r])
     grouped = q.view(1, KEY_VALUE_HEADS, HEADS // KEY_VALUE_HEADS, HEAD_DIM)
     return {
         DENSE: lambda: F.scaled_dot_product_attention(q, keys, values, enable_gqa=True),

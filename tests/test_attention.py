@@ -367,9 +367,10 @@ def test_summaries_cover_whole_blocks_only():
     _, k, v = qkv(queries=11, dv=6)
     summaries = summarize_blocks(k, v, spec)
     assert isinstance(summaries, BlockSummaries)
-    assert [tuple(x.shape[2:]) for x in summaries] == [(2, 8), (2, 6), (4, 8), (4, 8)]
+    assert [tuple(x.shape[2:]) for x in summaries] == [(2, 8), (2, 6), (16, 4)]
     assert torch.allclose(summaries.keys[:, :, 1], k[:, :, 4:8].mean(2))
-    assert torch.equal(summaries.minima[:, :, 3], k[:, :, 6:8].amin(2))
+    assert torch.equal(summaries.boxes[:, :, :8, 3], k[:, :, 6:8].amax(2))
+    assert torch.equal(summaries.boxes[:, :, 8:, 3], k[:, :, 6:8].amin(2))
 
 
 def test_bad_input_is_refused_in_one_sentence():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modeling_flashlite import (
@@ -63,9 +63,21 @@ shapes = st.fixed_dictionaries(
     }
 )
 
+SHORT_TAIL = {
+    "block_size": 2,
+    "sub_block_size": 1,
+    "relevance_top_k": 0,
+    "memory_blocks": 3,
+    "num_key_value_heads": 1,
+    "position_encoding": "transformer_xl",
+}
+
 
 @settings(max_examples=60, deadline=None)
 @given(shape=shapes, chunks=cuts(), pads=st.tuples(*[st.integers(0, 9)] * 4), seed=st.integers(0, 99))
+# a row that ends before the other in its chunk, behind more tokens of its own
+@example(shape=SHORT_TAIL, chunks=[(0, 6), (6, 23)], pads=(6, 0, 5, 6), seed=0)
+@example(shape=SHORT_TAIL, chunks=[(0, 5), (5, 11)], pads=(7, 0, 6, 7), seed=0)
 def test_chunks_paddings_and_one_forward_agree(shape, chunks, pads, seed):
     """Left and right padding, uneven chunks with a cache, and one pass over bare rows give the same logits."""
     model = causal_model(seed, **shape)
