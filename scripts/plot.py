@@ -1,7 +1,8 @@
-"""Draw the loss curves of one or more runs into one SVG; several seeds of a name become a band.
+"""Draw the loss curves of runs (several seeds of a name become a band), or one number of results files over another.
 
 python scripts/plot.py --runs runs/train_tiny --output runs/train_tiny/loss.svg
 python scripts/plot.py --runs scratch=runs/a,scratch=runs/b,distilled=runs/c --key eval_loss --output curves.svg
+python scripts/plot.py --results rates.json,qat=qat.json --x bits --y perplexity --output rate_distortion.svg
 """
 
 import json
@@ -20,9 +21,14 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 @dataclass
 class PlotArgs:
-    runs: str = field(metadata={"help": "run folders with commas, each with an optional name= before it"})
+    runs: str | None = field(
+        default=None, metadata={"help": "run folders with commas, each with an optional name= before it"}
+    )
+    results: str | None = field(default=None, metadata={"help": "the same with results files"})
     output: str = field(default="loss.svg", metadata={"help": "file to write"})
-    key: str = field(default="loss", metadata={"help": "what to draw: loss, eval_loss, kd, agree, ..."})
+    key: str = field(default="loss", metadata={"help": "runs: what to draw: loss, eval_loss, kd, agree, ..."})
+    x: str = field(default="size.bits_per_weight", metadata={"help": "results: horizontal, a path such as size.bytes"})
+    y: str = field(default="metrics.word_perplexity", metadata={"help": "results: vertical, the same"})
 
 
 def read_curve(folder: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +45,50 @@ def read_curve(folder: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), np.array(values)
 
 
-def main(args: PlotArgs) -> dict:
+def look_up(row: dict, path: str):
+    """The number at a dotted path of a results file, `None` where there is none."""
+    for name in path.split("."):
+        row = row.get(name) if isinstance(row, dict) else None
+    return row if isinstance(row, int | float) else None
+
+
+def read_points(entry: str, x: str, y: str) -> list[tuple[str, float, float]]:
+    """(name, x, y) of a results file, or of each of its `points`, which bring a `method` as their name."""
+    name, _, path = entry.rpartition("=")
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    rows = content.get("points", [content])
+    found = [(name or row.get("method") or Path(path).stem, look_up(row, x), look_up(row, y)) for row in rows]
+    found = [point for point in found if None not in point]
+    if not found:
+        raise SystemExit(f"plot.py: {path} has no number at {x!r} and {y!r}; name paths that it has.")
+    return found
+
+
+def finish_figure(figure, axes, output: str) -> None:
+    axes.margins(x=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output, metadata={"Date": None})
+
+
+def draw_results(args: PlotArgs) -> dict:
+    """Points of results files, those of one name joined by a line."""
+    groups = defaultdict(list)
+    for entry in args.results.split(","):
+        for name, x, y in read_points(entry, args.x, args.y):
+            groups[name].append((x, y))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(groups.items()):
+        xs, ys = zip(*sorted(points))
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(xs, ys, color=colour, marker="o", markersize=4)
+        axes.annotate(f" {name}", (xs[-1], ys[-1]), color=colour, va="center")
+    axes.set(xlabel=args.x, ylabel=args.y)
+    finish_figure(figure, axes, args.output)
+    return finish({"output": args.output, "points": sum(map(len, groups.values()))})
+
+
+def draw_runs(args: PlotArgs) -> dict:
     groups = defaultdict(list)
     for entry in args.runs.split(","):
         name, _, folder = entry.rpartition("=")
@@ -55,10 +104,14 @@ def main(args: PlotArgs) -> dict:
         last[name] = float(values[:, -1].mean())
         axes.annotate(f" {name} {last[name]:.3f}", (steps[-1], last[name]), color=colour, va="center")
     axes.set(xlabel="step", ylabel=args.key)
-    axes.margins(x=0.2)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(args.output)
+    finish_figure(figure, axes, args.output)
     return finish({"output": args.output, **last})
+
+
+def main(args: PlotArgs) -> dict:
+    if (args.runs is None) == (args.results is None):
+        raise SystemExit("plot.py: got both or neither of --runs and --results; give exactly one of them.")
+    return draw_results(args) if args.results else draw_runs(args)
 
 
 if __name__ == "__main__":

@@ -97,9 +97,11 @@ def test_recipe_trains_for_two_steps(name, ground, capsys):
     if name.startswith("train"):
         overrides += [*TINY_SHAPE, "--vocab_size=300"] + (["--encoder_layers=2"] if "encoder_layers" in keys else [])
         overrides += ["--segment_length=16"] if "segment_length" in keys else []
+        overrides += [f"--model={base}"] if "model" in keys else []
     elif name.startswith("distill"):
         overrides += [f"--teacher={base}", f"--teacher_cache={folder / name}_cache", "--k=4"]
         overrides += ["--keep_layers=1"] if "keep_layers" in keys else TINY_SHAPE
+        overrides += ["--keep_encoder_layers=1"] if "keep_encoder_layers" in keys else []
     else:
         overrides += [f"--model={base}", "--lora_r=2"]
     metrics = run_verb(name, dataset, folder / name, overrides)
@@ -170,3 +172,17 @@ def test_launch_configurations_are_understood(path):
 
     config = load_config_from_file(str(path))
     assert isinstance(config, ClusterConfig) and config.num_processes > 1
+
+
+def test_results_are_drawn_over_each_other(tmp_path):
+    script = load_script("plot")
+    rates = {"points": [{"method": "ours", "bits": b, "loss": 3 - b / 4} for b in (2.0, 3.0)] + [{"method": "?"}]}
+    (tmp_path / "rates.json").write_text(json.dumps(rates))
+    (tmp_path / "qat.json").write_text(json.dumps({"bits": 2, "loss": 2.2}))
+    argv = [f"--results={tmp_path}/rates.json,qat={tmp_path}/qat.json", "--x=bits", "--y=loss"]
+    done = script.main(*parse_args((script.PlotArgs,), [*argv, f"--output={tmp_path}/a.svg"]))
+    assert done["points"] == 3 and (tmp_path / "a.svg").read_text().count("ours") == 1
+    with pytest.raises(SystemExit, match="no number at 'bits' and 'perplexity'"):
+        script.main(*parse_args((script.PlotArgs,), [argv[0], "--x=bits", "--y=perplexity"]))
+    with pytest.raises(SystemExit, match="exactly one"):
+        script.main(*parse_args((script.PlotArgs,), []))
