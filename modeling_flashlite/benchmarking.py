@@ -1,17 +1,37 @@
 """Races between implementations of the same thing, in one run, and the tables and files that come of them."""
 
+import importlib.util
 import math
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
 from .measurement import peak_memory_bytes
 
-__all__ = ["format_table", "fresh_cost", "growth_exponent", "peak_growth", "race", "summarize_race"]
+__all__ = [
+    "copy_bandwidth",
+    "draw_growth",
+    "fit_growth",
+    "format_table",
+    "fresh_cost",
+    "growth_exponent",
+    "kernel_seconds",
+    "peak_growth",
+    "race",
+    "summarize_race",
+]
+
+# what costs grow with, and the costs
+SIZES, COSTS = ("length", "width", "batch", "vocabulary"), ("ms", "MiB")
+# below this length the attention is dense in part, and its growth another one
+SPARSE_LENGTH = 4096
+# names of the operations that are a model's own work: products with weights, attention, and nothing that moves views
+_KERNELS = ("mm", "linear", "attention", "softmax", "index_select", "int4", "int8", "mkldnn")
 
 
 def race(
@@ -123,6 +143,79 @@ def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     """The exponent `p` of the least-squares fit `cost ~ size ** p`; 1 is linear, 2 quadratic."""
     x, y = ([math.log(value) for value in values] for values in (sizes, costs))
     return statistics.linear_regression(x, y).slope
+
+
+def _curves(rows: Sequence[Mapping], size: str, cost: str) -> dict[tuple[str, str], dict[float, float]]:
+    """(work, name) to {size: cost}, for those that have both at two sizes or more."""
+    curves: dict[tuple[str, str], dict[float, float]] = {}
+    for row in rows:
+        if size in row and cost in row and row.get("varied", size) == size:
+            curves.setdefault((row.get("work", ""), row["name"]), {})[row[size]] = row[cost]
+    return {key: dict(sorted(points.items())) for key, points in curves.items() if len(points) > 1}
+
+
+def fit_growth(rows: Sequence[Mapping]) -> list[dict]:
+    """The exponent of each cost of each contender; over length from 4096 tokens on, where two such were measured."""
+    fits = []
+    for size in SIZES:
+        for cost in COSTS:
+            for (work, name), points in _curves(rows, size, cost).items():
+                far = {x: y for x, y in points.items() if size != "length" or x >= SPARSE_LENGTH}
+                points = far if len(far) > 1 else points
+                exponent = growth_exponent(list(points), [max(y, 1e-3) for y in points.values()])
+                span = {"from": min(points), "to": max(points), "exponent": round(exponent, 2)}
+                fits.append({"work": work, "name": name, "cost": cost, "over": size, **span})
+    return fits
+
+
+def draw_growth(rows: Sequence[Mapping], stem: Path) -> list[Path]:
+    """Draw every cost over every size that varies, logarithmic both ways, as `<stem>-<cost>-<size>.svg`.
+
+    Returns:
+        The files; none where matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    from matplotlib.figure import Figure
+
+    # Okabe and Ito's colours, which differ for colour-blind readers too
+    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+    paths = []
+    for size in SIZES:
+        for cost in COSTS:
+            curves = _curves(rows, size, cost)
+            if not curves:
+                continue
+            figure = Figure(figsize=(7, 4), layout="constrained")
+            axes = figure.subplots()
+            for index, ((work, name), points) in enumerate(curves.items()):
+                colour = colours[index % len(colours)]
+                axes.loglog(list(points), list(points.values()), color=colour, marker="o", markersize=3)
+                axes.annotate(f" {name}, {work}", list(points.items())[-1], color=colour, va="center", fontsize=7)
+            axes.set(xlabel=size, ylabel=cost)
+            axes.margins(x=0.4)
+            axes.spines[["top", "right"]].set_visible(False)
+            paths.append(stem.parent / f"{stem.name}-{cost.lower()}-{size}.svg")
+            figure.savefig(paths[-1], metadata={"Date": None})
+    return paths
+
+
+def copy_bandwidth(size: int = 2**28, device: str = "cpu") -> float:
+    """Bytes per second, read and written together, of copying `size` bytes that are not in a cache."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    times = race({"copy": lambda: target.copy_(source)}, repeats=5)["copy"]
+    return 2 * size / statistics.median(times)
+
+
+def kernel_seconds(function: Callable[[], object]) -> float:
+    """Seconds of one call that a model's own kernels take: products, attention, gathers, without calls and views."""
+    function()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+    events = profile.key_averages()
+    return sum(e.self_cpu_time_total for e in events if any(part in e.key for part in _KERNELS)) / 1e6
 
 
 def format_table(rows: Sequence[Mapping]) -> str:

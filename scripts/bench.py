@@ -1,15 +1,18 @@
 """Race parts of Flash-Lite against named peers in one run; a table, and a results file with hardware and versions.
 
-python scripts/bench.py attention decode train generate memory loss quant load
-python scripts/bench.py attention --lengths 1024,4096 --threads 1 --repeats 9
+python scripts/bench.py attention decode prefill train generate loss quant load memory growth parallel scale
+python scripts/bench.py prefill --lengths 1024,4096 --threads 1 --repeats 9
+python scripts/bench.py generate quant --peers ctranslate2,torchao,bitsandbytes
 """
 
 import argparse
 import copy
+import functools
 import json
 import os
 import statistics
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 # Threads that wait for each other in a loop stand still for whole time slices where another process wants their core.
@@ -18,37 +21,35 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5GemmaConfig,
-    T5GemmaForConditionalGeneration,
-    T5GemmaModuleConfig,
-)
+from transformers import DynamicCache
 
-from modeling_flashlite import FlashLiteCache, FlashLiteConfig, FlashLiteForCausalLM, FlashLiteForConditionalGeneration
+from modeling_flashlite import FlashLiteCache, FlashLiteConfig, FlashLiteForCausalLM
 from modeling_flashlite.attention_flashlite import AxisSpec, BlockSummaries, multi_axis_attention, summarize_blocks
 from modeling_flashlite.benchmarking import (
+    copy_bandwidth,
+    draw_growth,
+    fit_growth,
     format_table,
     fresh_cost,
-    growth_exponent,
+    kernel_seconds,
     peak_growth,
     race,
     summarize_race,
 )
 from modeling_flashlite.calibration import quantize
 from modeling_flashlite.distillation import KDLoss
+from modeling_flashlite.parallel import measure_parallel
+from modeling_flashlite.peers import CTranslate2Bart, four_bit_linear, installed, make_models
 from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.results import write_results
+from modeling_flashlite.scaling import Device, count_decoder_parameters, plan
 
 HEADS, KEY_VALUE_HEADS, HEAD_DIM = 8, 2, 64
 # unlimited memory: both sides see the whole past
 SPEC = AxisSpec(block_size=64, sub_block_size=16, relevance_top_k=8, memory_blocks=None)
 OURS, DENSE, GROUPED = "multi-axis", "SDPA causal", "SDPA, group as rows"
 OUR_MODEL, BART, T5GEMMA, LLAMA = "Flash-Lite", "BART", "T5Gemma", "Llama"
+OUR_INT4 = "Flash-Lite int4"
 # width, layers of each stack, heads, vocabulary: small enough to train here, and one of about 60 M parameters
 TRAINED, DECODED = (256, 4, 4, 8192), (512, 6, 8, 32000)
 # tokens per training step at short lengths
@@ -57,14 +58,28 @@ STEP_TOKENS = 512
 CODED, SMALL = (1024, 8, 16, 16000), (64, 2, 4, 256)
 PREFILL_TOKENS = 512
 SOURCE_TOKENS, NEW_TOKENS, LONG_NEW_TOKENS = 32, 30, 8
+# width, layers, heads and key-value heads of the models of the written plan
+SCALED = {"1 B": (2048, 34, 16, 4), "7 B": (4096, 62, 32, 8)}
+PACKAGES = ("ctranslate2", "torchao", "bitsandbytes")
+# a causal model of this shape, of which one size at a time is varied
+GROWN = {"width": 256, "batch": 1, "vocabulary": 8192, "length": 1024}
+GROWTH = {
+    "length": (1024, 2048, 4096, 8192, 16384),
+    "width": (128, 256, 512),
+    "batch": (1, 2, 4),
+    "vocabulary": (8192, 16384, 32768),
+}
 LENGTHS = {
-    "attention": (640, 1024, 2048, 4096, 16384, 65536),
+    "attention": (640, 1024, 2048, 4096, 16384),
+    "prefill": (640, 1024, 2048, 4096, 16384, 65536),
     "decode": (4096, 16384, 65536),
     "train": (64, 512, 4096, 8192),
     "generate": (4096, 16384),
     "memory": (4096, 8192, 16384),
 }
-LONGEST_BACKWARD = 16384
+PARALLEL = (256, 4, 8, 8192)
+# verbs whose costs are fitted and drawn over a size
+GROWING = ("attention", "decode", "prefill", "train", "generate", "loss", "memory", "growth")
 
 
 def make_inputs(args, queries: int, keys: int, grad: bool = False) -> list[torch.Tensor]:
@@ -97,18 +112,24 @@ def workload(args, function, length: int, work: str):
     return torch.inference_mode()(lambda: function(q, k, v))
 
 
-def attention(args) -> list[dict]:
-    """Forward, and forward with backward, over whole sequences against dense causal attention."""
+def whole_sequences(args, verb: str, work: str) -> list[dict]:
     rows = []
-    for length in tqdm(args.lengths or LENGTHS["attention"], desc="attention"):
-        for work in ("forward", "forward+backward"):
-            if length > LONGEST_BACKWARD and work != "forward":
-                continue
-            contenders = {name: workload(args, function, length, work) for name, function in ATTENTIONS.items()}
-            # a round that takes many seconds is its own warm-up
-            times = race(contenders, repeats=args.repeats, seconds=args.seconds if length < LONGEST_BACKWARD else 5)
-            rows += summarize_race(times, [DENSE], work=work, length=length)
+    for length in tqdm(args.lengths or LENGTHS[verb], desc=verb):
+        contenders = {name: workload(args, function, length, work) for name, function in ATTENTIONS.items()}
+        # a round that takes many seconds is its own warm-up
+        times = race(contenders, repeats=args.repeats, seconds=args.seconds if length < 16384 else 5)
+        rows += summarize_race(times, [DENSE], work=work, length=length)
     return rows
+
+
+def attention(args) -> list[dict]:
+    """Forward with backward over whole sequences against dense causal attention."""
+    return whole_sequences(args, "attention", "forward+backward")
+
+
+def prefill(args) -> list[dict]:
+    """Forward over whole sequences against dense causal attention."""
+    return whole_sequences(args, "prefill", "forward")
 
 
 @torch.inference_mode()
@@ -154,56 +175,7 @@ def memory(args) -> list[dict]:
             for length in tqdm(lengths, desc=f"memory, {name}, {work}", leave=False):
                 peaks.append(peak_growth(memory_target, args.seed, args.dtype, length, work, name))
                 rows.append({"work": work, "length": length, "name": name, "MiB": round(peaks[-1] / 2**20, 1)})
-            if len(peaks) > 1:
-                rows[-1]["exponent"] = round(growth_exponent(lengths, [max(peak, 1) for peak in peaks]), 2)
     return rows
-
-
-def make_models(names, shape) -> dict[str, torch.nn.Module]:
-    """Models of equal width, depth, heads and vocabulary with random weights; each keeps its family's other choices.
-
-    The gated feed-forward networks of T5Gemma and Llama are 8/3 wide, which is as many parameters as BART's 4.
-    """
-    width, layers, heads, vocabulary = shape
-    tokens = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    ours = {**tokens, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-    gated = {
-        **ours,
-        "num_key_value_heads": heads // 2,
-        "head_dim": width // heads,
-        "intermediate_size": width * 8 // 3,
-    }
-
-    def bart():
-        stacks = {
-            f"{s}_{k}": v for s in ("encoder", "decoder") for k, v in (("layers", layers), ("attention_heads", heads))
-        }
-        ffn = {"encoder_ffn_dim": 4 * width, "decoder_ffn_dim": 4 * width, "dropout": 0.0}
-        return BartForConditionalGeneration(
-            BartConfig(**tokens, **stacks, **ffn, d_model=width, decoder_start_token_id=1, forced_eos_token_id=None)
-        )
-
-    def t5gemma():
-        # without the soft cap of Gemma's logits, which SDPA cannot compute
-        stack = T5GemmaModuleConfig(
-            **gated, query_pre_attn_scalar=width // heads, attn_logit_softcapping=None, final_logit_softcapping=None
-        )
-        return T5GemmaForConditionalGeneration(
-            T5GemmaConfig(encoder=stack, decoder=stack, **tokens, decoder_start_token_id=1, dropout_rate=0.0)
-        )
-
-    def ours_alone():
-        return FlashLiteForCausalLM(FlashLiteConfig(**ours, is_encoder_decoder=False))
-
-    make = {
-        BART: bart,
-        T5GEMMA: t5gemma,
-        LLAMA: lambda: LlamaForCausalLM(LlamaConfig(**gated, tie_word_embeddings=True)),
-        OUR_MODEL: ours_alone
-        if LLAMA in names
-        else lambda: FlashLiteForConditionalGeneration(FlashLiteConfig(**ours)),
-    }
-    return {name: make[name]() for name in names}
 
 
 def random_tokens(args, batch: int, length: int, vocabulary: int) -> torch.Tensor:
@@ -217,11 +189,12 @@ def train(args) -> list[dict]:
     rows = []
     kinds = ("sequence to sequence", [BART, T5GEMMA]), ("causal", [LLAMA])
     for kind, peers in kinds:
-        models = make_models([*peers, OUR_MODEL], TRAINED)
+        shape = args.shape or TRAINED
+        models = make_models([*peers, OUR_MODEL], shape)
         for length in tqdm(args.lengths or LENGTHS["train"], desc=f"train, {kind}"):
             if BART in peers and length > STEP_TOKENS:
                 continue
-            ids = random_tokens(args, max(STEP_TOKENS // length, 1), length, TRAINED[-1])
+            ids = random_tokens(args, max(STEP_TOKENS // length, 1), length, shape[-1])
             contenders = {name: training_step(model.to(args.device), ids) for name, model in models.items()}
             times = race(contenders, repeats=args.repeats, seconds=min(args.seconds, 10.0))
             rows += summarize_race(times, peers, work=f"training step, {kind}", length=length, batch=ids.shape[0])
@@ -241,21 +214,50 @@ def training_step(model, ids):
 @torch.inference_mode()
 def generate(args) -> list[dict]:
     """Greedy decoding of whole models: short answers to short sources, and a long context continued."""
-    rows, peers = [], [BART, T5GEMMA]
-    models = make_models([*peers, OUR_MODEL], DECODED)
-    length = SOURCE_TOKENS
-    for batch in (1, 16):
-        ids = random_tokens(args, batch, length, DECODED[-1])
+    rows, peers, shape = [], [BART, T5GEMMA], args.shape or DECODED
+    models = make_models([*peers, OUR_MODEL], shape)
+    models[OUR_INT4] = quantize(copy.deepcopy(models[OUR_MODEL]), EcqConfig())
+    others = {}
+    if "ctranslate2" in args.found:
+        others = {
+            f"CTranslate2 {kind}": CTranslate2Bart(models[BART], kind, args.threads) for kind in ("float32", "int8")
+        }
+    bandwidth = copy_bandwidth(2**22 if args.shape else 2**28)
+    for batch in (1, 32):
+        ids = random_tokens(args, batch, SOURCE_TOKENS, shape[-1])
         contenders = {name: greedy(model.to(args.device).eval(), ids) for name, model in models.items()}
+        contenders |= {name: functools.partial(other.greedy, ids, NEW_TOKENS) for name, other in others.items()}
         times = race(contenders, repeats=args.repeats, seconds=args.seconds)
-        work = f"{NEW_TOKENS} tokens, sequence to sequence"
-        rows += summarize_race(times, peers, work=work, length=length, batch=batch)
-    models = make_models([LLAMA, OUR_MODEL], DECODED)
+        work = {"work": f"{NEW_TOKENS} tokens, sequence to sequence", "length": SOURCE_TOKENS, "batch": batch}
+        fresh = summarize_race(times, peers, **work)
+        for other in others:
+            for row, than in zip(fresh, summarize_race(times, [other])):
+                row[f"than_{other.replace(' ', '_')}"] = than["times_faster"]
+        for row in fresh:
+            if row["name"] in (OUR_MODEL, OUR_INT4) and args.device == "cpu":
+                row |= where_time_goes(models[row["name"]], contenders[row["name"]], row["ms"] / 1e3, bandwidth)
+        rows += fresh
+    models = make_models([LLAMA, OUR_MODEL], shape)
     for length in args.lengths or LENGTHS["generate"]:
         contenders = {name: continuation(args, model.to(args.device).eval(), length) for name, model in models.items()}
         times = race(contenders, repeats=args.repeats, seconds=args.seconds)
         rows += summarize_race(times, [LLAMA], work=f"{LONG_NEW_TOKENS} tokens, causal", length=length, batch=1)
     return rows
+
+
+def where_time_goes(model, run, seconds: float, bandwidth: float) -> dict:
+    """What is not in the model's kernels per token, and how near the decoder's bytes come to the rate of a copy."""
+    decoder = model.get_decoder()
+    tensors = {id(x): x for x in (*decoder.parameters(), *decoder.buffers(), *model.lm_head.parameters())}
+    moved = sum(x.numel() * x.element_size() for x in tensors.values())
+    kernels = min(kernel_seconds(run), seconds)
+    return {
+        "outside_kernels": round(1 - kernels / seconds, 3),
+        "outside_ms_per_token": round(1e3 * (seconds - kernels) / NEW_TOKENS, 3),
+        "MB_per_token": round(moved / 1e6, 1),
+        "of_copy_bandwidth": round(moved * NEW_TOKENS / seconds / bandwidth, 3),
+        "copy_GB_per_s": round(bandwidth / 1e9, 2),
+    }
 
 
 def greedy(model, ids, **kwargs):
@@ -333,11 +335,12 @@ def coded_shape(seed: int, shape) -> FlashLiteForCausalLM:
 @torch.inference_mode()
 def quant(args) -> list[dict]:
     """A decoder of 75 M parameters with 4-bit codes against itself in bfloat16 and float32: decoding and prefill."""
-    plain = coded_shape(args.seed, CODED).to(args.device)
+    shape = args.shape or CODED
+    plain = coded_shape(args.seed, shape).to(args.device)
     models = {"float32": plain, "bfloat16": copy.deepcopy(plain).bfloat16()}
     coded = quantize(copy.deepcopy(plain), EcqConfig())
     models |= {"int4, float32 states": coded, "int4": copy.deepcopy(coded).to(torch.bfloat16)}
-    prompt, context = (random_tokens(args, 1, length, CODED[-1]) for length in (SOURCE_TOKENS, PREFILL_TOKENS))
+    prompt, context = (random_tokens(args, 1, length, shape[-1]) for length in (SOURCE_TOKENS, PREFILL_TOKENS))
     rows = []
     for work, length, make in (
         (f"{NEW_TOKENS} tokens", SOURCE_TOKENS, lambda model: greedy(model, prompt)),
@@ -349,6 +352,27 @@ def quant(args) -> list[dict]:
             (other,) = (r for r in summarize_race(times, ["float32"]) if r["name"] == row["name"])
             held = models[row["name"]].get_memory_footprint()
             rows.append({**row, "than_float32": other["times_faster"], "MiB": round(held / 2**20, 1)})
+    return rows + linear_layers(args, plain, coded)
+
+
+def linear_layers(args, plain, coded) -> list[dict]:
+    """One layer of these models in 4 bits by us and by others, against itself in bfloat16."""
+    layers = [model.get_decoder().layers[0].mlp.gate_proj for model in (plain, coded)]
+    contenders = {"bfloat16": copy.deepcopy(layers[0]).bfloat16(), "int4": layers[1]}
+    for package in ("torchao", "bitsandbytes"):
+        if package in args.found:
+            contenders[f"{package} 4-bit"] = four_bit_linear(package, layers[0], torch.bfloat16)
+    rows, width = [], layers[0].in_features
+    for count in (1, PREFILL_TOKENS):
+        x = torch.randn(count, width, generator=torch.Generator().manual_seed(args.seed)).bfloat16()
+        calls = {name: functools.partial(layer, x) for name, layer in contenders.items()}
+        times = race(calls, repeats=args.repeats, seconds=min(args.seconds, 15.0), name="linear layers")
+        for row in summarize_race(times, ["bfloat16"], work=f"linear {width}x{layers[0].out_features}", length=count):
+            for package in ("torchao", "bitsandbytes"):
+                if package in args.found:
+                    (than,) = (r for r in summarize_race(times, [f"{package} 4-bit"]) if r["name"] == row["name"])
+                    row[f"than_{package}"] = than["times_faster"]
+            rows.append(row)
     return rows
 
 
@@ -371,7 +395,7 @@ def load(args) -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         quantize(coded_shape(args.seed, SMALL), EcqConfig()).save_pretrained(f"{folder}/small")
-        model = coded_shape(args.seed, CODED).bfloat16()
+        model = coded_shape(args.seed, args.shape or CODED).bfloat16()
         model.save_pretrained(f"{folder}/bfloat16")
         held = {"bfloat16": model.get_memory_footprint()}
         model = quantize(model, EcqConfig())
@@ -392,15 +416,71 @@ def load(args) -> list[dict]:
     return rows
 
 
+def grown_step(seed: int, sizes: dict):
+    """A training step of a causal model of two layers with `sizes`."""
+    model = coded_shape(seed, (sizes["width"], 2, 4, sizes["vocabulary"]))
+    args = argparse.Namespace(seed=seed, device="cpu")
+    return training_step(model, random_tokens(args, sizes["batch"], sizes["length"], sizes["vocabulary"]))
+
+
+def growth(args) -> list[dict]:
+    """Time and memory of a training step against length, width, batch and vocabulary, one varied at a time."""
+    rows = []
+    base = {**GROWN, **({"width": args.shape[0], "length": 64, "vocabulary": args.shape[-1]} if args.shape else {})}
+    for varied, values in GROWTH.items():
+        for value in tqdm([base[varied], 2 * base[varied]] if args.shape else values, desc=f"growth, {varied}"):
+            sizes = {**base, varied: value}
+            step = {OUR_MODEL: grown_step(args.seed, sizes)}
+            times = race(step, repeats=args.repeats, seconds=min(args.seconds, 10.0))
+            row = {"work": f"training step over {varied}", "varied": varied, **sizes, "name": OUR_MODEL}
+            row |= {key: summarize_race(times, [OUR_MODEL])[0][key] for key in ("ms", "spread_ms", "rounds")}
+            rows.append({**row, "MiB": round(peak_growth(grown_step, args.seed, sizes) / 2**20, 1)})
+    return rows
+
+
+def parallel(args) -> list[dict]:
+    """A training step on two gloo processes by DDP, FSDP2 and tensor parallelism: time, and traffic against theory."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        coded_shape(args.seed, args.shape or PARALLEL).save_pretrained(folder)
+        for kind, name in (("ddp", "DDP"), ("fsdp", "FSDP2"), ("tp", "TP")):
+            rows.append({"work": "training step, 2 processes", "name": name, **measure_parallel(kind, folder)})
+    return rows
+
+
+def scale(args) -> list[dict]:
+    """The written plan: memory and time per device of training 1 B and 7 B, by formula, nothing measured."""
+    rows = []
+    for name, (width, layers, heads, kv_heads) in SCALED.items():
+        config = FlashLiteConfig(
+            vocab_size=32000,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            is_encoder_decoder=False,
+        )
+        parameters = count_decoder_parameters(config)
+        for devices in (8, 64, 256, 1024):
+            tokens = 16384 if devices < 1024 else 8192
+            costs = plan(config, devices, tokens=tokens, length=4096)
+            rows.append({"name": name, "parameters": parameters, "tokens_per_device": tokens, **costs})
+    return rows
+
+
 VERBS = {
-    "loss": loss,
     "attention": attention,
     "decode": decode,
+    "prefill": prefill,
     "train": train,
     "generate": generate,
-    "memory": memory,
+    "loss": loss,
     "quant": quant,
     "load": load,
+    "memory": memory,
+    "growth": growth,
+    "parallel": parallel,
+    "scale": scale,
 }
 
 
@@ -408,6 +488,12 @@ def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verbs", nargs="+", choices=VERBS, help="what to measure")
     parser.add_argument("--lengths", type=lambda text: [int(part) for part in text.split(",")], help="tokens, a,b,c")
+    parser.add_argument("--peers", default=",".join(PACKAGES), help="packages to race against, where installed")
+    parser.add_argument(
+        "--shape",
+        type=lambda text: tuple(int(part) for part in text.split(",")),
+        help="width,layers,heads,vocabulary of the models, for a quick look; results of it are no records",
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu", help="cpu, or cuda where there is one")
@@ -421,13 +507,27 @@ def parse(argv=None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
+    args.found, skipped = installed(filter(None, args.peers.split(",")))
+    for peer in skipped if {"generate", "quant"} & set(args.verbs) else ():
+        print(f"{peer} is not installed and is left out; pip install 'flashlite[bench]' brings it.")
     files = {}
     for verb in args.verbs:
         rows = VERBS[verb](args)
-        path = args.output / f"bench-{verb}.json"
-        settings = {name: value for name, value in vars(args).items() if name not in ("verbs", "output")}
-        shape = {"heads": HEADS, "key_value_heads": KEY_VALUE_HEADS, "head_dim": HEAD_DIM, "axes": vars(SPEC)}
-        write_results(path, {}, task=f"bench {verb}", config={**settings, **shape}, seed=args.seed, rows=rows)
+        path = args.output / ("scaling.json" if verb == "scale" else f"bench-{verb}.json")
+        settings = {name: value for name, value in vars(args).items() if name not in ("verbs", "output", "found")}
+        fields = {"rows": rows}
+        if verb == "scale":
+            fields["assumptions"] = vars(Device())
+        else:
+            settings |= {"heads": HEADS, "key_value_heads": KEY_VALUE_HEADS, "head_dim": HEAD_DIM, "axes": vars(SPEC)}
+        if verb in ("generate", "quant"):
+            fields |= {"peers": {name: metadata.version(name) for name in args.found}, "skipped": skipped}
+        if verb in GROWING:
+            fields["growth"] = fit_growth(rows)
+        write_results(path, {}, task=f"bench {verb}", config=settings, seed=args.seed, **fields)
+        if verb in GROWING:
+            draw_growth(rows, path.with_suffix(""))
+            print(f"\n{verb}, growth\n{format_table(fields['growth'])}")
         files[verb] = path.as_posix()
         print(f"\n{verb}\n{format_table(rows)}")
     print(json.dumps({"results": files}))

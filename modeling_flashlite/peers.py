@@ -1,0 +1,139 @@
+"""Peers that Flash-Lite is raced against: models of equal shape with random weights, and 4-bit layers of others."""
+
+import contextlib
+import importlib.util
+import io
+import tempfile
+from collections.abc import Iterable, Sequence
+
+import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
+)
+
+from .configuration_flashlite import FlashLiteConfig
+from .modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
+
+__all__ = ["CTranslate2Bart", "four_bit_linear", "installed", "make_models"]
+
+
+def installed(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Which of the packages can be imported here, and which cannot."""
+    found = [name for name in names if importlib.util.find_spec(name) is not None]
+    return found, [name for name in names if name not in found]
+
+
+def make_models(names: Sequence[str], shape: tuple[int, int, int, int]) -> dict[str, torch.nn.Module]:
+    """Models of equal width, depth, heads and vocabulary with random weights; each keeps its family's other choices.
+
+    The gated feed-forward networks of T5Gemma and Llama are 8/3 wide, which is as many parameters as BART's 4.
+
+    Args:
+        names: of "BART", "T5Gemma", "Llama" and "Flash-Lite", which is a decoder alone beside Llama.
+        shape: width, layers of each stack, heads, vocabulary.
+    """
+    width, layers, heads, vocabulary = shape
+    tokens = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    ours = {**tokens, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    gated = {
+        **ours,
+        "num_key_value_heads": heads // 2,
+        "head_dim": width // heads,
+        "intermediate_size": width * 8 // 3,
+    }
+
+    def bart():
+        stacks = {
+            f"{s}_{k}": v for s in ("encoder", "decoder") for k, v in (("layers", layers), ("attention_heads", heads))
+        }
+        ffn = {"encoder_ffn_dim": 4 * width, "decoder_ffn_dim": 4 * width, "dropout": 0.0}
+        return BartForConditionalGeneration(
+            BartConfig(**tokens, **stacks, **ffn, d_model=width, decoder_start_token_id=1, forced_eos_token_id=None)
+        )
+
+    def t5gemma():
+        # without the soft cap of Gemma's logits, which SDPA cannot compute
+        stack = T5GemmaModuleConfig(
+            **gated, query_pre_attn_scalar=width // heads, attn_logit_softcapping=None, final_logit_softcapping=None
+        )
+        return T5GemmaForConditionalGeneration(
+            T5GemmaConfig(encoder=stack, decoder=stack, **tokens, decoder_start_token_id=1, dropout_rate=0.0)
+        )
+
+    def ours_alone():
+        return FlashLiteForCausalLM(FlashLiteConfig(**ours, is_encoder_decoder=False))
+
+    make = {
+        "BART": bart,
+        "T5Gemma": t5gemma,
+        "Llama": lambda: LlamaForCausalLM(LlamaConfig(**gated, tie_word_embeddings=True)),
+        "Flash-Lite": ours_alone
+        if "Llama" in names
+        else lambda: FlashLiteForConditionalGeneration(FlashLiteConfig(**ours)),
+    }
+    return {name: make[name]() for name in names}
+
+
+class CTranslate2Bart:
+    """A BART in CTranslate2's format, converted from one of transformers with the converter's own loader.
+
+    Args:
+        model (`BartForConditionalGeneration`): in float32.
+        compute_type (`str`): "float32" or "int8".
+        threads (`int`): of one translation.
+    """
+
+    def __init__(self, model: BartForConditionalGeneration, compute_type: str, threads: int):
+        import ctranslate2
+        from ctranslate2.converters import transformers as converters
+
+        self.tokens = [f"t{index}" for index in range(model.config.vocab_size)]
+        # what the loader asks of a config, and transformers 5 left out
+        for name, value in (("normalize_before", False), ("normalize_embedding", True)):
+            setattr(model.config, name, value)
+        spec = converters._MODEL_LOADERS["BartConfig"].get_model_spec(model)
+        spec.register_source_vocabulary(self.tokens)
+        spec.register_target_vocabulary(self.tokens)
+        config = model.config
+        for name in ("bos_token", "eos_token", "decoder_start_token"):
+            setattr(spec.config, name, self.tokens[getattr(config, f"{name}_id")])
+        spec.config.unk_token = self.tokens[config.eos_token_id + 1]
+        spec.validate()
+        spec.optimize(quantization=None)
+        with tempfile.TemporaryDirectory() as folder:
+            spec.save(folder)
+            self.translator = ctranslate2.Translator(
+                folder, device="cpu", compute_type=compute_type, intra_threads=threads, inter_threads=1
+            )
+
+    def greedy(self, ids: torch.Tensor, new_tokens: int) -> list[list[str]]:
+        """Exactly `new_tokens` tokens for each row of `ids`."""
+        rows = [[self.tokens[index] for index in row] for row in ids.tolist()]
+        length = {"min_decoding_length": new_tokens, "max_decoding_length": new_tokens}
+        results = self.translator.translate_batch(rows, beam_size=1, max_batch_size=0, **length)
+        return [result.hypotheses[0] for result in results]
+
+
+def four_bit_linear(package: str, linear: torch.nn.Linear, dtype: torch.dtype) -> torch.nn.Module:
+    """A copy of `linear` with 4-bit weights by `package`, "torchao" (groups of 128) or "bitsandbytes" (NF4)."""
+    weight = linear.weight.detach().to(dtype)
+    # both talk on import, of kernels for devices that are not here
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        if package == "torchao":
+            from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+
+            copy = torch.nn.Linear(linear.in_features, linear.out_features, bias=False, dtype=dtype)
+            coded = Int4OpaqueTensor.from_hp(weight, [1, 128])
+            copy.weight = torch.nn.Parameter(coded, requires_grad=False)
+            return copy
+        from bitsandbytes.nn import Linear4bit
+
+        copy = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4")
+        copy.load_state_dict({"weight": weight})
+        return copy.to("cpu")

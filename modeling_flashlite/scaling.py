@@ -1,0 +1,133 @@
+"""What a Flash-Lite decoder costs per device when it is trained: memory, time and communication, as formulas.
+
+Bytes unless a name says otherwise. Notation: P parameters, L layers, D width, V vocabulary, T tokens per device and
+step, n devices. Mixed precision as in FSDP2: shards of the weights, of the gradients and of AdamW's two moments in
+float32, what a layer computes with in bfloat16. `scripts/bench.py parallel` holds the communication against what two
+processes move, `tests/test_bench.py` the parameters against a real model's.
+"""
+
+from dataclasses import dataclass
+
+from .configuration_flashlite import FlashLiteConfig
+
+__all__ = ["Device", "attention_visits", "communication", "count_decoder_parameters", "plan", "training_flops"]
+
+WIDE, NARROW = 4, 2  # bytes of float32 and bfloat16
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator and its network.
+
+    Args:
+        flops: peak operations per second in bfloat16.
+        utilisation: share of the peak that a training step reaches.
+        memory: bytes.
+        inside, outside: bytes per second that a device sends, within a node and between nodes.
+        node: devices in a node.
+    """
+
+    flops: float = 989e12
+    utilisation: float = 0.4
+    memory: float = 80e9
+    inside: float = 450e9
+    outside: float = 50e9
+    node: int = 8
+
+
+def count_decoder_parameters(config: FlashLiteConfig) -> int:
+    """Parameters of `FlashLiteForCausalLM` with tied embeddings as wide as the model."""
+    c = config.get_text_config(decoder=True)
+    query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    attention = c.hidden_size * (2 * query + 2 * key)
+    if c.position_encoding != "rotary":
+        attention += query * c.head_dim + 2 * query
+    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    return c.num_hidden_layers * layer + c.vocab_size * c.hidden_size + c.hidden_size
+
+
+def attention_visits(config: FlashLiteConfig, length: int) -> float:
+    """Keys that a query of a text of `length` tokens meets, on average over the text."""
+    c = config.get_text_config(decoder=True)
+    b, top = c.block_size, c.relevance_top_k
+    dense = length if top is None else min(length, (top + 2) * b)
+    total = dense * (dense + 1) / 2
+    for block in range(dense // b, -(-length // b)):
+        queries = min((block + 1) * b, length) - max(block * b, dense)
+        older = block - 1 if c.memory_blocks is None else min(block - 1, c.memory_blocks - 1)
+        total += max(queries, 0) * (1.5 * b + (top or 0) * b + max(older - (top or 0), 0))
+    return total / length
+
+
+def training_flops(config: FlashLiteConfig, length: int, checkpointing: bool = True) -> float:
+    """Operations per token of forward and backward, with every layer's forward repeated if `checkpointing`."""
+    c = config.get_text_config(decoder=True)
+    passes = 4 if checkpointing else 3
+    products = 2 * (count_decoder_parameters(config) - c.vocab_size * c.hidden_size) * passes
+    head = 2 * c.vocab_size * c.hidden_size * 3
+    # keys carry their position in as many dimensions again, unless it is rotary
+    width = c.num_attention_heads * c.head_dim * (2 if c.position_encoding == "rotary" else 3)
+    return products + head + 2 * width * attention_visits(config, length) * c.num_hidden_layers * passes
+
+
+def communication(
+    parameters: float, devices: int, kind: str, *, kept: float = 0, layers: int = 0, states: float = 0
+) -> float:
+    """Bytes that each device sends in a training step, by ring algorithms.
+
+    Args:
+        parameters: bytes of all weights as they are sent.
+        devices: how many share the work.
+        kind: "ddp" (gradients summed: twice the weights), "fsdp" (weights gathered for forward and for backward,
+            gradients scattered: three times) or "tp" (four sums of a layer's states per layer and step).
+        kept: bytes of the weights that "fsdp" keeps from forward to backward: those of the outermost module.
+        layers: of the model, for "tp".
+        states: bytes of the states of all tokens of a step, for "tp".
+    """
+    share = (devices - 1) / devices
+    if kind == "tp":
+        return 2 * share * 4 * layers * states
+    return share * (2 * parameters if kind == "ddp" else 3 * parameters - kept)
+
+
+def plan(config: FlashLiteConfig, devices: int, *, tokens: int, length: int, device: Device | None = None) -> dict:
+    """Memory and time of a training step per device under FSDP2 with activation checkpointing.
+
+    Weights and gradients travel as bfloat16 while the step computes, so the longer of the two is the step's time.
+
+    Args:
+        config ([`FlashLiteConfig`]): of a decoder.
+        devices (`int`): over which everything is sharded.
+        tokens (`int`): per device and step.
+        length (`int`): of a text.
+        device ([`Device`], *optional*): by default 80 GB, 989 TFLOP/s.
+    """
+    device, c = device or Device(), config.get_text_config(decoder=True)
+    parameters = count_decoder_parameters(config)
+    layer = (parameters - c.vocab_size * c.hidden_size) / c.num_hidden_layers
+    states = tokens * c.hidden_size * NARROW
+    # inside the one layer that is computed: about 12 tensors of a layer's states, and the float32 loss of 8 MiB chunks
+    memory = {
+        "parameters": WIDE * parameters / devices,
+        "gradients": WIDE * parameters / devices,
+        "optimizer": 2 * WIDE * parameters / devices,
+        "gathered": NARROW * (2 * layer + c.vocab_size * c.hidden_size) * (1 if devices > 1 else 0),
+        "activations": c.num_hidden_layers * states + 12 * states + 2**23,
+    }
+    sent = communication(NARROW * parameters, devices, "fsdp", kept=NARROW * c.vocab_size * c.hidden_size)
+    speed = device.inside if devices <= device.node else device.outside
+    compute = training_flops(config, length) * tokens / (device.flops * device.utilisation)
+    seconds = max(compute, sent / speed)
+    total = sum(memory.values())
+    return {
+        "devices": devices,
+        **{f"{name}_GB": round(size / 1e9, 3) for name, size in memory.items()},
+        "memory_GB": round(total / 1e9, 2),
+        "fits": total < 0.9 * device.memory,
+        "sent_GB": round(sent / 1e9, 2),
+        "compute_s": round(compute, 3),
+        "communication_s": round(sent / speed, 3),
+        "tokens_per_s": round(devices * tokens / seconds),
+        # 20 tokens per parameter
+        "days": round(20 * parameters / (devices * tokens / seconds) / 86400, 2),
+    }

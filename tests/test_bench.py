@@ -1,0 +1,139 @@
+"""The bench measures what it says: every verb at a tiny size, and formulas against real models and brute force."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
+from modeling_flashlite.attention_flashlite import AxisSpec, _axis_masks, summarize_blocks
+from modeling_flashlite.benchmarking import draw_growth, fit_growth, race, summarize_race
+from modeling_flashlite.parallel import measure_parallel
+from modeling_flashlite.scaling import Device, attention_visits, communication, count_decoder_parameters, plan
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--shape", "32,2,4,300", "--lengths", "660,700", "--threads", "1", "--repeats", "1", "--seconds", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "scripts/bench.py")
+    module = importlib.util.module_from_spec(spec)
+    # processes that it starts look its functions up by this name
+    sys.modules["bench"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["bench"]
+
+
+def rows_of(bench, verb, *options):
+    args = bench.parse([verb, *QUICK, *options])
+    args.found = []
+    return bench.VERBS[verb](args)
+
+
+@pytest.mark.parametrize("verb", ["attention", "decode", "prefill", "generate", "quant"])
+def test_verb_races_us_against_a_peer(bench, verb):
+    rows = rows_of(bench, verb)
+    assert {row["length"] for row in rows} and all(row["ms"] > 0 for row in rows)
+    assert len({row["name"] for row in rows}) > 1 and all("times_faster" in row for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["train", "loss", "load", "memory", "growth", "parallel"])
+def test_verb_measures(bench, verb, monkeypatch):
+    # a process of its own imports the script by its name, along the path of this one
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    rows = rows_of(bench, verb)
+    assert rows and all(row.get("ms", row.get("MiB")) is not None for row in rows)
+
+
+def test_peers_that_are_installed_race_too(bench):
+    pytest.importorskip("ctranslate2")
+    args = bench.parse(["generate", *QUICK])
+    args.found = ["ctranslate2"]
+    rows = bench.generate(args)
+    assert {"CTranslate2 float32", "CTranslate2 int8"} <= {row["name"] for row in rows}
+    assert all(row["than_CTranslate2_int8"] > 0 for row in rows if row["work"].endswith("sequence to sequence"))
+
+
+def test_translated_peer_answers_like_the_original():
+    pytest.importorskip("ctranslate2")
+    from modeling_flashlite.peers import CTranslate2Bart, make_models
+
+    torch.manual_seed(0)
+    bart = make_models(["BART"], (32, 2, 4, 60))["BART"].eval()
+    ids = torch.randint(4, 60, (2, 7))
+    ours = bart.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=6, max_new_tokens=6, do_sample=False)
+    theirs = CTranslate2Bart(bart, "float32", threads=1).greedy(ids, 6)
+    assert theirs == [[f"t{index}" for index in row[1:7]] for row in ours.tolist()]
+
+
+def test_scaling_plan_is_what_the_formulas_say(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "scale", "--output", str(tmp_path)])
+    bench.main()
+    content = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))
+    assert {row["name"] for row in content["rows"]} == {"1 B", "7 B"}
+    assert content["assumptions"]["memory"] == Device().memory
+    for row in content["rows"]:
+        assert row["parameters"] == pytest.approx(float(row["name"][0]) * 1e9, rel=0.05)
+
+
+def tiny(**options):
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return FlashLiteConfig(**{**sizes, "num_key_value_heads": 2, "is_encoder_decoder": False, **options})
+
+
+@pytest.mark.parametrize("encoding", ["rotary", "transformer_xl"])
+def test_parameter_formula_equals_a_model(encoding):
+    config = tiny(position_encoding=encoding)
+    with torch.device("meta"):
+        model = FlashLiteForCausalLM(config)
+    assert count_decoder_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("top, memory", [(2, None), (1, 5), (0, 4)])
+@pytest.mark.parametrize("length", [9, 64, 128])
+def test_visits_formula_is_near_the_count(top, memory, length):
+    """The formula takes every block as half full; a count of the masks of one head differs by that much."""
+    config = tiny(block_size=4, sub_block_size=2, relevance_top_k=top, memory_blocks=memory)
+    spec = AxisSpec(4, 2, top, memory)
+    q, k, v = (torch.randn(1, 1, length, 8) for _ in range(3))
+    tokens, grid = _axis_masks(q, length, summarize_blocks(k, v, spec), spec, 0)
+    count = (tokens.sum() + grid.sum()).item() / length
+    assert attention_visits(config, length) == pytest.approx(count, rel=0.06)
+
+
+def test_memory_falls_and_work_stays_as_devices_join():
+    plans = [plan(tiny(), devices, tokens=128, length=64) for devices in (8, 64, 1024)]
+    assert plans[0]["optimizer_GB"] >= plans[1]["optimizer_GB"] >= plans[2]["optimizer_GB"]
+    assert communication(100, 2, "ddp") == 100 and communication(100, 4, "fsdp", kept=20) == 210
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_send_what_theory_says(kind, tmp_path):
+    FlashLiteForCausalLM(tiny()).save_pretrained(tmp_path)
+    result = measure_parallel(kind, tmp_path, batch=2, length=16, steps=1)
+    assert result["sent_over_theory"] == pytest.approx(1, abs=0.02)
+
+
+def test_growth_is_fitted_and_drawn(tmp_path):
+    rows = [{"work": "w", "name": "a", "length": n, "ms": 2.0 * n**2} for n in (100, 4096, 8192, 16384)]
+    (fit,) = fit_growth(rows)
+    assert math.isclose(fit["exponent"], 2) and (fit["from"], fit["to"], fit["over"]) == (4096, 16384, "length")
+    pytest.importorskip("matplotlib")
+    (path,) = draw_growth(rows, tmp_path / "bench-x")
+    assert path.name == "bench-x-ms-length.svg" and "<svg" in path.read_text(encoding="utf-8")
+
+
+def test_race_runs_in_turn_and_ratios_are_per_round():
+    order = []
+    times = race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2, shortest=0.0)
+    assert order == ["a", "b"] * 3 and [len(samples) for samples in times.values()] == [2, 2]
+    rows = summarize_race({"a": [2.0, 4.0, 6.0], "b": [1.0, 1.0, 3.0]}, ["a"])
+    assert [row["times_faster"] for row in rows] == [1.0, 2.0]
