@@ -152,4 +152,5 @@ def _theory(kind: str, folder: str, world: int, tokens: int) -> float:
         kept=size - layers,
         layers=config.num_hidden_layers,
         states=4 * tokens * config.hidden_size,
+        logits=4 * tokens * config.vocab_size,
     )

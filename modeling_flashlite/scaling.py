@@ -71,7 +71,14 @@ def training_flops(config: FlashLiteConfig, length: int, checkpointing: bool = T
 
 
 def communication(
-    parameters: float, devices: int, kind: str, *, kept: float = 0, layers: int = 0, states: float = 0
+    parameters: float,
+    devices: int,
+    kind: str,
+    *,
+    kept: float = 0,
+    layers: int = 0,
+    states: float = 0,
+    logits: float = 0,
 ) -> float:
     """Bytes that each device sends in a training step, by ring algorithms.
 
@@ -79,14 +86,15 @@ def communication(
         parameters: bytes of all weights as they are sent.
         devices: how many share the work.
         kind: "ddp" (gradients summed: twice the weights), "fsdp" (weights gathered for forward and for backward,
-            gradients scattered: three times) or "tp" (four sums of a layer's states per layer and step).
+            gradients scattered: three times) or "tp" (per layer seven sums of its states, two in forward and one in
+            backward for each of q, k, v, gate and up; two at the ends; the logits gathered).
         kept: bytes of the weights that "fsdp" keeps from forward to backward: those of the outermost module.
         layers: of the model, for "tp".
-        states: bytes of the states of all tokens of a step, for "tp".
+        states: bytes of the states of all tokens of a step, for "tp"; `logits` likewise.
     """
     share = (devices - 1) / devices
     if kind == "tp":
-        return 2 * share * 4 * layers * states
+        return share * (2 * (7 * layers + 2) * states + logits)
     return share * (2 * parameters if kind == "ddp" else 3 * parameters - kept)
 
 

@@ -262,7 +262,9 @@ def where_time_goes(model, run, seconds: float, bandwidth: float) -> dict:
 
 def greedy(model, ids, **kwargs):
     """Exactly so many new tokens, whatever the random weights would end with."""
-    count = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1, **kwargs}
+    # a minimum length would do that too, at the price of a search through the vocabulary for every token
+    model.generation_config.eos_token_id = None
+    count = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1, **kwargs}
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **count)
 
 
@@ -278,7 +280,7 @@ def continuation(args, model, length: int):
         cache.update(*(torch.randn(1, keys.shape[1], length - 3, width).to(keys) for width in widths), index)
     ids = random_tokens(args, 1, length, config.vocab_size)
     new = LONG_NEW_TOKENS
-    run = greedy(model, ids, max_new_tokens=new, min_new_tokens=new, past_key_values=cache)
+    run = greedy(model, ids, max_new_tokens=new, past_key_values=cache)
 
     def step():
         run()

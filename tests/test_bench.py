@@ -36,7 +36,9 @@ def rows_of(bench, verb, *options):
     return bench.VERBS[verb](args)
 
 
-@pytest.mark.parametrize("verb", ["attention", "decode", "prefill", "generate", "quant"])
+@pytest.mark.parametrize(
+    "verb", ["attention", "decode", "prefill", pytest.param("generate", marks=pytest.mark.slow), "quant"]
+)
 def test_verb_races_us_against_a_peer(bench, verb):
     rows = rows_of(bench, verb)
     assert {row["length"] for row in rows} and all(row["ms"] > 0 for row in rows)
@@ -52,6 +54,7 @@ def test_verb_measures(bench, verb, monkeypatch):
     assert rows and all(row.get("ms", row.get("MiB")) is not None for row in rows)
 
 
+@pytest.mark.slow
 def test_peers_that_are_installed_race_too(bench):
     pytest.importorskip("ctranslate2")
     args = bench.parse(["generate", *QUICK])
@@ -115,7 +118,7 @@ def test_memory_falls_and_work_stays_as_devices_join():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
 def test_two_processes_send_what_theory_says(kind, tmp_path):
     FlashLiteForCausalLM(tiny()).save_pretrained(tmp_path)
     result = measure_parallel(kind, tmp_path, batch=2, length=16, steps=1)
