@@ -17,7 +17,7 @@ from transformers import (
 
 from .cli import banner
 from .configuration_flashlite import FlashLiteConfig
-from .data import load_data, pick_split, segment_streams, tokenize_texts
+from .data import PaddingCollator, load_data, pick_split, segment_streams, tokenize_texts
 from .modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 from .preprocessing import preprocess
 from .tasks import get_task, resolve_columns
@@ -32,6 +32,7 @@ __all__ = [
     "load_model",
     "load_rows",
     "load_tokenizer",
+    "make_trainer",
     "run",
 ]
 
@@ -197,6 +198,21 @@ def _first(examples, count: int):
     if isinstance(examples, IterableDataset):
         return examples.take(count)
     return examples.select(range(min(count, len(examples))))
+
+
+def make_trainer(
+    trainer_class: type[CarefulTrainer], model, args, tokenizer, rows: tuple, **options
+) -> CarefulTrainer:
+    """A trainer of `model` on the `rows` of [`load_rows`]; `options` are what its class takes beside those of all."""
+    return trainer_class(
+        model=model,
+        args=args,
+        train_dataset=rows[0],
+        eval_dataset=rows[1],
+        data_collator=PaddingCollator(tokenizer),
+        processing_class=tokenizer,
+        **options,
+    )
 
 
 def run(trainer: CarefulTrainer, name: str) -> dict:

@@ -11,7 +11,6 @@ from datasets import load_dataset, load_from_disk
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from modeling_flashlite.cli import finish, parse_args
-from modeling_flashlite.data import PaddingCollator
 from modeling_flashlite.distillation import DistillationTrainer, KDLoss, TeacherCache, student_from_teacher
 from modeling_flashlite.lora import add_lora
 from modeling_flashlite.runs import (
@@ -23,6 +22,7 @@ from modeling_flashlite.runs import (
     load_model,
     load_rows,
     load_splits,
+    make_trainer,
     run,
 )
 
@@ -88,18 +88,17 @@ def main(
         student = load_model(model_args, shape, tokenizer, is_encoder_decoder(data))
     if distill.lora_r:
         student = add_lora(student, distill.lora_r)
-    trainer = DistillationTrainer(
+    trainer = make_trainer(
+        DistillationTrainer,
         student,
         args,
+        tokenizer,
+        (train_rows, validation_rows),
         teacher=teacher if distill.live else None,
         loss=KDLoss(distill.divergence, distill.alpha, distill.temperature),
         on_policy=distill.on_policy,
         encoder_match=distill.encoder_match,
         encoder_weight=distill.encoder_weight,
-        train_dataset=train_rows,
-        eval_dataset=validation_rows,
-        data_collator=PaddingCollator(tokenizer),
-        processing_class=tokenizer,
     )
     return finish(run(trainer, "distill"))
 

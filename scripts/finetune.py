@@ -7,7 +7,6 @@ accelerate launch scripts/finetune.py --config scripts/recipes/lora_summarizatio
 from dataclasses import dataclass, field
 
 from modeling_flashlite.cli import finish, parse_args
-from modeling_flashlite.data import PaddingCollator
 from modeling_flashlite.lora import add_lora
 from modeling_flashlite.runs import (
     ArchitectureArgs,
@@ -19,6 +18,7 @@ from modeling_flashlite.runs import (
     load_rows,
     load_splits,
     load_tokenizer,
+    make_trainer,
     run,
 )
 from modeling_flashlite.training import CarefulTrainer
@@ -55,15 +55,7 @@ def main(model_args: ModelArgs, data: DataArgs, lora: LoraArgs, args: TrainArgs)
             target_modules=names(lora.lora_targets),
             modules_to_save=names(lora.modules_to_save),
         )
-    train_rows, validation_rows = load_rows(data, args, tokenizer, splits)
-    trainer = CarefulTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=validation_rows,
-        data_collator=PaddingCollator(tokenizer),
-        processing_class=tokenizer,
-    )
+    trainer = make_trainer(CarefulTrainer, model, args, tokenizer, load_rows(data, args, tokenizer, splits))
     metrics = run(trainer, "finetune")
     if lora.merge and lora.lora_r and trainer.is_world_process_zero():
         merged = f"{args.output_dir}/merged"

@@ -5,7 +5,6 @@ accelerate launch scripts/train.py --config scripts/recipes/train_segments.yaml 
 """
 
 from modeling_flashlite.cli import finish, parse_args
-from modeling_flashlite.data import PaddingCollator
 from modeling_flashlite.runs import (
     ArchitectureArgs,
     DataArgs,
@@ -16,6 +15,7 @@ from modeling_flashlite.runs import (
     load_rows,
     load_splits,
     load_tokenizer,
+    make_trainer,
     run,
 )
 from modeling_flashlite.training import CarefulTrainer, SegmentTrainer
@@ -26,16 +26,8 @@ def main(model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, args: T
     with args.main_process_first(desc="prepare the tokenizer"):
         tokenizer = load_tokenizer(model_args, data, args.output_dir, splits)
     model = load_model(model_args, shape, tokenizer, is_encoder_decoder(data))
-    train_rows, validation_rows = load_rows(data, args, tokenizer, splits)
-    trainer_class = SegmentTrainer if data.segment_length else CarefulTrainer
-    trainer = trainer_class(
-        model=model,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=validation_rows,
-        data_collator=PaddingCollator(tokenizer),
-        processing_class=tokenizer,
-    )
+    rows = load_rows(data, args, tokenizer, splits)
+    trainer = make_trainer(SegmentTrainer if data.segment_length else CarefulTrainer, model, args, tokenizer, rows)
     return finish(run(trainer, "train"))
 
 
