@@ -59,6 +59,8 @@ def race(
     begin, calls = time.perf_counter(), {}
     for contender, function in contenders.items():
         first = _timed(function, 1, device)
+        if first < shortest:  # once more, without what only a first call does
+            first = _timed(function, 1, device)
         calls[contender] = max(math.ceil(shortest / first), 1)
         times[contender].append(first)
     if time.perf_counter() - begin > seconds:
