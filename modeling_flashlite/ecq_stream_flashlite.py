@@ -158,21 +158,27 @@ def _parse(raw: memoryview, shape: tuple[int, int], name: str) -> tuple[dict, li
     return fields, [(raw[at:], rows * columns), *codes]
 
 
-def decode_weights(streams: list[tuple[str, torch.Tensor, tuple[int, int]]]) -> list[QuantizedWeight]:
+def decode_weights(
+    streams: list[tuple[str, torch.Tensor, tuple[int, int]]], rooms: list[torch.Tensor] | None = None
+) -> list[QuantizedWeight]:
     """Inverse of [`encode_weights`] on untrusted bytes.
 
     Args:
         streams (`list` of `(name, uint8 tensor, (rows, columns))`): the shape is the model's, never the file's.
+        rooms (`list[torch.Tensor]`, *optional*): contiguous uint8 tensors on the CPU of at least the packed size, at
+            the beginning of which the packed codes shall lie.
 
     Raises:
         [`CodecError`]: anything that is not exactly one valid stream of that shape.
     """
-    parsed, jobs = [], []
-    for name, stream, shape in streams:
+    parsed, jobs, outputs = [], [], []
+    for index, (name, stream, shape) in enumerate(streams):
         fields, codes = _parse(memoryview(stream.cpu().contiguous().numpy()), shape, name)
         parsed.append((shape, fields))
         jobs += codes
-    decoded = iter(decode_many(jobs))
+        room = None if rooms is None else rooms[index].view(-1)[: (shape[0] * shape[1] + 1) // 2].numpy()
+        outputs += [room] + [None] * (len(codes) - 1)
+    decoded = iter(decode_many(jobs, outputs=outputs))
     weights = []
     for shape, fields in parsed:
         packed = torch.from_numpy(next(decoded))

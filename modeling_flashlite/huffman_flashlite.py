@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 
+_PIECE = 1 << 15  # bytes given to zlib at a time, which keeps what it gives back small
 _HEADER_ORDER = (16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15)
 
 
@@ -126,13 +127,18 @@ class Huffman:
         return out[: self.size].tobytes()
 
 
-def inflate(payload: memoryview, size: int) -> bytes:
-    """Inflate exactly `size` bytes, never producing more than one byte beyond them."""
-    inflater = zlib.decompressobj(-15)
+def inflate(payload: memoryview, out: np.ndarray) -> None:
+    """Inflate to exactly the bytes of `out` (uint8), piece by piece; never produces more than one byte beyond them."""
+    inflater, done, ok = zlib.decompressobj(-15), 0, True
     try:
-        data = inflater.decompress(payload, size + 1)
+        for at in range(0, len(payload), _PIECE):
+            data = inflater.decompress(payload[at : at + _PIECE], out.size - done + 1)
+            ok = len(data) <= out.size - done
+            if not ok:
+                break
+            out[done : done + len(data)] = np.frombuffer(data, np.uint8)
+            done += len(data)
     except zlib.error as error:
         raise CodecError(f"Deflate payload is damaged ({error}); fetch the file again.") from None
-    if len(data) != size or not inflater.eof or inflater.unused_data or inflater.unconsumed_tail:
-        raise CodecError(f"Deflate payload does not hold exactly {size} bytes; fetch the file again.")
-    return data
+    if not ok or done != out.size or not inflater.eof or inflater.unused_data:
+        raise CodecError(f"Deflate payload does not hold exactly {out.size} bytes; fetch the file again.")

@@ -49,7 +49,15 @@ def _padded(in_features: int) -> int:
     return -(-in_features // 32) * 32
 
 
-def tile_codes(packed: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
+def empty_tiles(out_features: int, in_features: int, device=None) -> torch.Tensor:
+    """Room for the tiles of a weight `[N, K]`, not initialised: uint8 `[ceil(N / 64), Kp, 32]`."""
+    tiles = -(-out_features // TILE_ROWS)
+    return torch.empty(tiles, _padded(in_features), 32, dtype=torch.uint8, device=device)
+
+
+def tile_codes(
+    packed: torch.Tensor, out_features: int, in_features: int, tiles: torch.Tensor | None = None
+) -> torch.Tensor:
     """Tiles of packed codes.
 
     Args:
@@ -57,6 +65,8 @@ def tile_codes(packed: torch.Tensor, out_features: int, in_features: int) -> tor
             nibble first, each stored as code + 8 (the order of the codec).
         out_features (`int`): N.
         in_features (`int`): K.
+        tiles (`torch.Tensor`, *optional*): where they go, from [`empty_tiles`], whose memory may begin with `packed`
+            itself; made here by default.
 
     Returns:
         `torch.Tensor` uint8 `[ceil(N / 64), Kp, 32]`.
@@ -67,9 +77,10 @@ def tile_codes(packed: torch.Tensor, out_features: int, in_features: int) -> tor
             f"{out_features} x {in_features} codes need {(count + 1) // 2} uint8, got {packed.numel()} {packed.dtype}."
         )
     packed, padded = packed.reshape(-1), _padded(in_features)
-    tiles = packed.new_empty(-(-out_features // TILE_ROWS), padded, 32)
-    group = max(1, _GROUP_WEIGHTS // (TILE_ROWS * padded))
-    for first in range(0, len(tiles), group):  # 64 rows fill whole bytes, also when K is odd
+    tiles = empty_tiles(out_features, in_features, packed.device) if tiles is None else tiles
+    group = max(1, _GROUP_WEIGHTS // 4 // (TILE_ROWS * padded))
+    # 64 rows fill whole bytes, also when K is odd; backwards, since tiles do not lie before the codes that they hold
+    for first in reversed(range(0, len(tiles), group)):
         part = packed[32 * in_features * first : 32 * in_features * (first + group)]
         rows = min(group * TILE_ROWS, out_features - first * TILE_ROWS)
         nibbles = torch.stack([part & 15, part >> 4], -1).view(-1)[: rows * in_features].view(rows, in_features)

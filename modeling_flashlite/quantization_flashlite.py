@@ -14,6 +14,7 @@ import json
 import struct
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -25,9 +26,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .ecq_modules_flashlite import EcqModule, FakeQuantModule, to_float, to_quantized, to_twin
 from .ecq_search_flashlite import Layer, grid_of, search
 from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weights
+from .int4_flashlite import empty_tiles
 
 _METHOD = "ecq"
 _LEAST_BATCH, _MOST_BATCH = 2 << 20, 64 << 20  # bytes of codes that are decoded at a time
+_MOST_WEIGHTS = 4096  # in a byte of a stream; deflate and rANS reach 2064 and 2730
+_SMALL = 1 << 20  # bytes of a tensor that is copied rather than left in the memory map of its file
 _TRAINING_STATE = ("log_step", "log_base", "exponents", "code_lengths", "ecq_rate")
 _FIELDS = ("bits", "target_bits", "target_bytes", "max_loss_increase", "modules_to_not_convert", "dequantize", "stage")
 
@@ -380,17 +384,41 @@ def _coded_places(checkpoint_files) -> dict[str, tuple[str, int, int]] | None:
     return places
 
 
+def _leave_file(model) -> None:
+    """Let go of the loader's memory map, in which all that was looked at stays: copy small tensors, note the streams.
+
+    A stream becomes its place in the file, where [`_take_stream`] finds it when its turn comes.
+    """
+    for module in model.modules():
+        if isinstance(module, EcqModule):
+            stream, place = module.stream, module.__dict__.pop("place", None)
+            if (
+                stream is not None
+                and stream.numel()
+                and place
+                and stream.device.type == "cpu"
+                and stream.numel() == place[2]
+            ):
+                module.stream = place
+        for value in (*module._parameters.values(), *module._buffers.values()):
+            if value is not None and value.device.type == "cpu" and value.nbytes <= _SMALL:
+                value.data = value.data.clone()
+
+
+def _stream_bytes(module: EcqModule) -> int:
+    stream: Any = module.stream
+    return stream.numel() if isinstance(stream, torch.Tensor) else stream[2]
+
+
 def _take_stream(module: EcqModule) -> torch.Tensor:
-    """The loaded stream. The loader maps the file into memory, where what was looked at stays: read it instead."""
+    """The loaded stream, which the module gives away; in a memory map of its own, if it stands in a file."""
     stream: Any = module.stream
     module.stream = None
-    path, offset, length = module.__dict__.pop("place", None) or (None, 0, 0)
-    if path is None or length != stream.numel() or stream.device.type != "cpu":
+    if isinstance(stream, torch.Tensor):
         return stream
-    with open(path, "rb") as file:
-        file.seek(offset)
-        read = bytearray(file.read(length))
-    return torch.frombuffer(read, dtype=torch.uint8) if len(read) == length else stream
+    path, offset, length = stream
+    # copy on write only because PyTorch warns of read-only memory
+    return torch.from_numpy(np.memmap(path, np.uint8, mode="c", offset=offset, shape=length))
 
 
 def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[str], list]]:
@@ -405,29 +433,41 @@ def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[
 
 
 def _decode_model(model) -> None:
-    """Turn the loaded streams into codes, some megabytes at a time, freeing each stream as it is done."""
-    groups = groups_of(model)
-    sizes = {id(modules): modules[0].weight_shape[0] * modules[0].weight_shape[1] // 2 for _, modules in groups}
-    # the largest first: the others fit into the memory that decoding it took
-    groups.sort(key=lambda group: -sizes[id(group[1])])
-    most = min(max(sum(sizes.values()) // 16, _LEAST_BATCH), _MOST_BATCH)
-    batch, size = [], 0
-    for index, (names, modules) in enumerate(groups):
+    """Turn the loaded streams into codes, some megabytes at a time, freeing each stream as it is done.
+
+    A weight is decoded into the memory that it will stay in. All of that is allocated beforehand, so that what is
+    needed in between leaves no gaps; it takes no room before it is written.
+    """
+    _leave_file(model)
+    jobs = []
+    for names, modules in groups_of(model):
         owner = next((module for module in modules if module.stream is not None), None)
         if owner is None:
             raise ValueError(f"The checkpoint has no coded weight for {names[0]}; it does not fit this architecture.")
-        batch.append((names[0], modules, owner))
-        size += sizes[id(modules)]
-        if size < most and index < len(groups) - 1:
-            continue
-        weights = decode_weights([(name, _take_stream(owner), owner.weight_shape) for name, _, owner in batch])
-        for _, modules, owner in batch:
-            owner.set_quantized(weights.pop(0))
+        (rows, columns), held = owner.weight_shape, _stream_bytes(owner)
+        if rows * columns > _MOST_WEIGHTS * held:
+            raise ValueError(
+                f"{held} bytes cannot hold the {rows} x {columns} codes of {names[0]}; check config.json."
+            )
+        jobs.append((names[0], modules, owner, empty_tiles(rows, columns, device="cpu")))
+    jobs.sort(key=lambda job: job[3].numel())
+    # the largest first and the small ones, whose tables take more than their codes, while there is room
+    jobs = jobs[-1:] + jobs[:-1]
+    most = min(max(sum(job[3].numel() for job in jobs) // 32, _LEAST_BATCH), _MOST_BATCH)
+    while jobs:
+        count, size = 0, 0
+        while count < len(jobs) and size < most:
+            size += jobs[count][3].numel()
+            count += 1
+        batch, jobs = jobs[:count], jobs[count:]
+        streams = [(name, _take_stream(owner), owner.weight_shape) for name, _, owner, _ in batch]
+        weights = decode_weights(streams, [tiles for *_, tiles in batch])
+        del streams
+        for _, modules, owner, tiles in batch:
+            owner.set_quantized(weights.pop(0), tiles=tiles)
             for module in modules:
-                module.__dict__.pop("place", None)
                 if module is not owner:
                     module.share_quantized(owner)
-        batch, size = [], 0
 
 
 # Idempotent, unlike `register_quantizer`: the package and a copy of this file from the Hub may live in one process.

@@ -129,7 +129,9 @@ def rans_decode(jobs: Sequence[Lanes]) -> Iterator[np.ndarray]:
     """Decode chunks side by side. `jobs` are sorted by falling `steps`; yields the packed bytes of each."""
     lane_counts = [job.lanes for job in jobs]
     edges = np.cumsum([0] + lane_counts)
-    tables = np.concatenate([job.table() for job in jobs])
+    tables = np.empty(len(jobs) << _PROB_BITS, dtype=np.int64)
+    for table, job in zip(tables.reshape(len(jobs), -1), jobs):
+        table[:] = job.table()
     base = np.repeat(np.arange(len(jobs), dtype=np.int64) << _PROB_BITS, lane_counts)
     words = np.concatenate([job.words for job in jobs] + [np.zeros(1, "<u2")])
     counts = np.concatenate([job.words_per_lane for job in jobs])

@@ -17,6 +17,7 @@ from modeling_flashlite import int4_flashlite as int4
 from modeling_flashlite.codec_flashlite import pack_codes
 from modeling_flashlite.int4_flashlite import (
     dequantize_int4,
+    empty_tiles,
     int4_embedding,
     int4_embedding_reference,
     int4_linear,
@@ -49,6 +50,16 @@ def test_tiles_hold_the_codes(out_features, in_features, seed):
     assert tiles.shape == (-(-out_features // 64), -(-in_features // 32) * 32, 32)
     assert torch.equal(untile_codes(tiles, out_features, in_features), packed)
     assert torch.equal(dequantize_int4(tiles, step, in_features), codes * step[:, None])
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (300, 33), (130, 64), (64, 7), (257, 1)], ids=str)
+def test_codes_become_tiles_in_their_own_memory(shape, monkeypatch):
+    monkeypatch.setattr(int4, "_GROUP_WEIGHTS", 4)  # one tile at a time
+    _, packed, tiles, _ = make(*shape)
+    room = empty_tiles(*shape)
+    room.view(-1)[: len(packed)] = packed
+    assert tile_codes(room.view(-1)[: len(packed)], *shape, room) is room
+    assert torch.equal(room, tiles)
 
 
 def test_tile_codes_checks_its_length():

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +182,18 @@ def test_loads_into_other_heads_and_dtypes(tmp_path):
     assert isinstance(model.lm_head, EcqLinear)
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
     assert type(classifier.score) is nn.Linear
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="memory maps are listed on Linux only")
+def test_a_loaded_model_holds_nothing_of_its_file(tmp_path):
+    model = quantize(build("t5"), EcqConfig(target_bits=5))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    weights = [module.quantized() for module in loaded.modules() if isinstance(module, (EcqLinear, EcqEmbedding))]
+    expected = [module.quantized() for module in model.modules() if isinstance(module, (EcqLinear, EcqEmbedding))]
+    assert all(torch.equal(a.codes(), b.codes()) for a, b in zip(weights, expected, strict=True))
 
 
 def test_sharded_checkpoint(tmp_path):
