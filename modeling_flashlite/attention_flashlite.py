@@ -448,7 +448,8 @@ def dense_attention(
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     width, groups = v.shape[3], q.shape[1] // k.shape[1]
     if width < k.shape[3]:
-        if q.device.type == "cpu" and q.shape[:3].numel() * k.shape[2] <= _FEW_WEIGHTS and q.dtype != torch.float16:
+        fits = q.device.type == "cpu" and q.dtype != torch.float16 and not torch.compiler.is_exporting()
+        if fits and q.shape[:3].numel() * k.shape[2] <= _FEW_WEIGHTS:
             return _explicit_attention(q, k, v, mask, causal, scaling)
         v = F.pad(v, (0, k.shape[3] - width))
     if q.shape[2] == 1 and groups > 1:
@@ -468,10 +469,9 @@ def _explicit_attention(q, k, v, mask: Tensor | None, causal: bool, scaling: flo
         mask = torch.ones(q.shape[2], s, dtype=torch.bool, device=q.device).tril_()[None, None]
     logits = torch.bmm(rows, k.mT)
     if mask is not None:
-        bias = torch.zeros(mask.shape, dtype=logits.dtype, device=q.device).masked_fill_(~mask, -math.inf)[:, :, None]
-        bias = bias.expand(-1, hkv if len(mask) > 1 else 1, q.shape[1] // hkv, q.shape[2], -1)
-        bias = bias.flatten(0, 1).flatten(1, 2)
-        logits = logits + bias
+        # finite, so that a row of nothing but padding stays finite too
+        lowest = torch.finfo(logits.dtype).min
+        logits = logits.view(batch, hkv, -1, *mask.shape[2:]).masked_fill(~mask[:, :, None], lowest).view_as(logits)
     return torch.bmm(logits.softmax(-1), v_rows).view(*q.shape[:3], v.shape[3]).to(v.dtype)
 
 

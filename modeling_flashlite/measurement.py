@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+# weight files as the library names them; a run's folder holds other tensors too
+WEIGHT_FILES = re.compile(r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)|.*\.gguf")
 
 
 @torch.inference_mode()
@@ -93,7 +94,7 @@ def model_size(model: PreTrainedModel, path: str | Path | None = None) -> dict[s
     sizes: dict[str, float] = {"parameters": count_parameters(model)}
     if path is not None and Path(path).is_dir():
         files = [file for file in Path(path).iterdir() if file.is_file() and not file.name.startswith(".")]
-        weights = sum(file.stat().st_size for file in files if file.suffix in WEIGHT_SUFFIXES)
+        weights = sum(file.stat().st_size for file in files if WEIGHT_FILES.fullmatch(file.name))
         sizes["file_bytes"] = sum(file.stat().st_size for file in files)
         sizes["weight_bytes"] = weights
         sizes["bits_per_weight"] = 8 * weights / sizes["parameters"]
