@@ -71,7 +71,7 @@ def load_data(
         `datasets.DatasetDict`, or `datasets.IterableDatasetDict` with `streaming`.
 
     Raises:
-        `FileNotFoundError`: a file does not exist. `ValueError`: files of unknown format, without a common column, or no rows.
+        `FileNotFoundError`: a file does not exist. `ValueError`: an unknown format, no common column, or no rows.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, but at least one row is needed; pass a positive number or leave it out.")

@@ -249,6 +249,8 @@ def student_from_teacher(
             part.layer_types = [part.layer_types[layer] for layer in keep[stack]]
         part.num_hidden_layers = wanted
     student = type(teacher)(config).to(teacher.dtype)
+    # not from the config, in which training has left that it needs no cache
+    student.generation_config = copy.deepcopy(teacher.generation_config)
     source = teacher.state_dict()
 
     def origin(name: str) -> str:

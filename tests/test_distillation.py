@@ -559,7 +559,9 @@ def test_loss_function_must_be_a_plain_callable(seq2seq_config):
 
 def test_student_keeps_spaced_layers(tiny_config):
     teacher = FlashLiteForConditionalGeneration(tiny_config(is_encoder_decoder=True, num_hidden_layers=4))
+    teacher.config.use_cache = teacher.config.decoder.use_cache = False  # as training leaves it
     student = student_from_teacher(teacher, encoder_layers=3, decoder_layers=2)
+    assert student.generation_config.use_cache and student.generation_config is not teacher.generation_config
     config = student.config
     assert (config.encoder.num_hidden_layers, config.decoder.num_hidden_layers) == (3, 2)
     name = "model.decoder.layers.{}.self_attn.q_proj.weight"
