@@ -239,6 +239,10 @@ def missing_fields(card: dict) -> list[str]:
 def make_snippet(card: dict) -> str:
     """Code that a reader pastes to use the checkpoint, with the revision pinned."""
     example = card["example"] or ""
+
+    def quote(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)
+
     pinned = f'"{card["name"]}", revision="{card["revision"]}"'
     if card["adapter_base"]:
         return (
@@ -247,7 +251,7 @@ def make_snippet(card: dict) -> str:
             f'tokenizer = AutoTokenizer.from_pretrained("{card["adapter_base"]}", trust_remote_code=True)\n'
             f'base = {card["auto_class"]}.from_pretrained("{card["adapter_base"]}", trust_remote_code=True)\n'
             f"model = PeftModel.from_pretrained(base, {pinned})\n"
-            f'inputs = tokenizer({example!r}, return_tensors="pt")\n'
+            f'inputs = tokenizer({quote(example)}, return_tensors="pt")\n'
             "outputs = model.generate(**inputs, max_new_tokens=40, do_sample=False)\n"
             "print(tokenizer.decode(outputs[0], skip_special_tokens=True))\n"
         )
@@ -255,10 +259,10 @@ def make_snippet(card: dict) -> str:
     task = card["pipeline_tag"]
     # a pipeline of the repository is found by itself; one of the library is called by its name
     name = "" if card["auto_class"] in ("AutoModelForSeq2SeqLM", "AutoModelForQuestionAnswering") else f'"{task}", '
-    call = repr(example)
+    call = quote(example)
     if task == "question-answering":
         question, _, context = example.partition("?")
-        call = f"question={question + '?'!r}, context={context.strip()!r}"
+        call = f"question={quote(question + '?')}, context={quote(context.strip())}"
     elif task == "text-generation":
         call += ", max_new_tokens=40, do_sample=False"
     shape = "print(len(pipe(" + call + ")[0]))" if task == "feature-extraction" else f"print(pipe({call}))"

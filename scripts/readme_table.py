@@ -1,7 +1,7 @@
-"""Rewrite the table in README.md from the results file of the demo: no number in README is typed by hand.
+"""Rewrite the tables in README.md from results files: no number in README is typed by hand.
 
 python scripts/readme_table.py
-python scripts/readme_table.py --results runs/demo/results.json --check
+python scripts/readme_table.py --check
 """
 
 import argparse
@@ -10,20 +10,30 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-START, END = "<!-- demo results: made by scripts/readme_table.py -->", "<!-- end of demo results -->"
+# what each checkpoint is judged by: key of its metrics, heading of the column
+HEADLINES = {"translation": ("bleu", "BLEU"), "text-generation": ("word_perplexity", "word perplexity")}
 
 
-def render(results: dict) -> str:
-    """Markdown table of the stages, and one line that says where the numbers come from."""
-    lines = [
-        "| stage | parameters | bits per weight | weights on disk | perplexity |",
-        "|---|---:|---:|---:|---:|",
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table; all columns but the first are numbers."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def render_demo(folder: Path) -> str:
+    """The stages of the demo, and one line that says where the numbers come from."""
+    results = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            row["stage"],
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['file_bytes'] / 1e6:.2f} MB",
+            f"{row['perplexity']:.1f}",
+        ]
+        for row in results["stages"]
     ]
-    for row in results["stages"]:
-        lines.append(
-            f"| {row['stage']} | {row['parameters'] / 1e6:.2f} M | {row['bits_per_weight']:.2f} "
-            f"| {row['file_bytes'] / 1e6:.2f} MB | {row['perplexity']:.1f} |"
-        )
+    lines = table(["stage", "parameters", "bits per weight", "weights on disk", "perplexity"], rows)
     lines += [
         "",
         f"Perplexity per token of held-out Python documentation, seed {results['seed']}; written by "
@@ -32,19 +42,98 @@ def render(results: dict) -> str:
     return "\n".join(lines)
 
 
+def render_checkpoint(folder: Path) -> str:
+    """The stages of a checkpoint, from the results files `1_teacher.json`, `2_scratch.json`, ... of a folder."""
+    files = sorted(folder.glob("[0-9]_*.json"))
+    rows, results = [], []
+    for path in files:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        key, heading = HEADLINES[result["task"]]
+        low, high = result["intervals"][key]
+        rows.append(
+            [
+                path.stem.partition("_")[2].replace("_", " "),
+                f"{result['size']['parameters'] / 1e6:.2f} M",
+                f"{result['size']['bits_per_weight']:.2f}",
+                f"{result['size']['weight_bytes'] / 1e6:.2f} MB",
+                f"{result['metrics'][key]:.2f} ({low:.2f} to {high:.2f})",
+            ]
+        )
+        results.append(result)
+    first = results[0]
+    lines = table(["stage", "parameters", "bits per weight", "weights on disk", heading], rows)
+    lines += [
+        "",
+        f"{heading} on {first['dataset']}, {first['split']}, with 95% intervals by bootstrap; one training seed; "
+        f"`model_cards/results/{folder.name}/`, which `scripts/evaluate.py` made.",
+    ]
+    return "\n".join(lines)
+
+
+def render_scale(folder: Path) -> str:
+    """The training plan of larger models, by the formulas of `modeling_flashlite/scaling.py`."""
+    results = json.loads((folder / "scaling.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            row["name"],
+            f"{row['devices']:,}",
+            f"{row['memory_GB']:.1f}",
+            f"{row['sent_GB']:.1f}",
+            f"{row['compute_s']:.2f}",
+            f"{row['communication_s']:.2f}",
+            f"{row['tokens_per_s'] / 1e6:.2f} M",
+            f"{row['days']:.2f}",
+        ]
+        for row in results["rows"]
+    ]
+    header = ["parameters", "GPUs", "GB each", "GB sent each", "compute, s", "network, s", "tokens/s", "days for 20 P"]
+    device = results["assumptions"]
+    lines = table(header, rows)
+    lines += [
+        "",
+        f"Per step, FSDP2 with checkpointing, texts of 4096 tokens; assumed: {device['flops'] / 1e12:.0f} TFLOP/s at "
+        f"{device['utilisation']:.0%}, {device['inside'] / 1e9:.0f} GB/s inside nodes of {device['node']}, "
+        f"{device['outside'] / 1e9:.0f} GB/s between; `model_cards/results/scaling.json`, by `scripts/bench.py "
+        "scale`.",
+    ]
+    return "\n".join(lines)
+
+
+# section of README: who renders it, from where
+SECTIONS = {
+    "demo results": (render_demo, Path()),
+    "en-de results": (render_checkpoint, Path("en_de")),
+    "scale": (render_scale, Path()),
+}
+
+
+def rewrite(text: str, results: Path) -> str:
+    """README with every section made anew.
+
+    Raises:
+        ValueError: README lacks the lines between which a section stands.
+    """
+    for name, (render, place) in SECTIONS.items():
+        start, end = f"<!-- {name}: made by scripts/readme_table.py -->", f"<!-- end of {name} -->"
+        before, found, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"README has no lines {start!r} and {end!r} to write between; put them back.")
+        text = f"{before}{start}\n{render(results / place)}\n{end}{after}"
+    return text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", default=ROOT / "model_cards/results/demo.json", type=Path)
+    parser.add_argument("--results", default=ROOT / "model_cards/results", type=Path, help="folder of results files")
     parser.add_argument("--readme", default=ROOT / "README.md", type=Path)
     parser.add_argument("--check", action="store_true", help="only compare; exit 1 if README differs")
     args = parser.parse_args()
     text = args.readme.read_text(encoding="utf-8")
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        sys.exit(f"{args.readme} has no lines {START!r} and {END!r} to write between; put them back.")
-    results = json.loads(args.results.read_text(encoding="utf-8"))
-    new = f"{before}{START}\n{render(results)}\n{END}{after}"
+    try:
+        new = rewrite(text, args.results)
+    except ValueError as error:
+        sys.exit(f"readme_table.py: {error}")
     if args.check:
         return int(new != text)
     args.readme.write_text(new, encoding="utf-8")

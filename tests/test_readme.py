@@ -23,6 +23,7 @@ def run(*command, cwd):
 def folder(tmp_path_factory):
     """An empty folder in which the demo has run at its smallest size."""
     where = tmp_path_factory.mktemp("readme")
+    (where / "model_cards").symlink_to(ROOT / "model_cards")
     output = run(str(ROOT / "scripts/demo.py"), "--size", "smallest", cwd=where)
     (where / "stdout.txt").write_text(output, encoding="utf-8")
     return where
@@ -67,10 +68,7 @@ def test_make_targets_exist():
     assert wanted and wanted <= set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
 
 
-def test_table_is_the_results_file():
-    if not (ROOT / "model_cards/results/demo.json").is_file():
-        assert "end of demo results" in README
-        return
+def test_tables_are_the_results_files():
     run(str(ROOT / "scripts/readme_table.py"), "--check", cwd=ROOT)
 
 
