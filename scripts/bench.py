@@ -16,13 +16,15 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-# Threads that wait for each other in a loop stand still for whole time slices where another process wants their core.
+# Threads that wait for each other in a loop stand still for whole time slices where another process wants their core;
+# on a machine with nothing else to do, OMP_WAIT_POLICY=active saves the wake-up of every operation.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from modeling_flashlite import FlashLiteCache, FlashLiteConfig, FlashLiteForCausalLM
 from modeling_flashlite.attention_flashlite import AxisSpec, BlockSummaries, multi_axis_attention, summarize_blocks
@@ -55,6 +57,7 @@ OURS, DENSE, GROUPED = "multi-axis", "SDPA causal", "SDPA, group as rows"
 OUR_MODEL, BART, T5GEMMA, LLAMA = "Flash-Lite", "BART", "T5Gemma", "Llama"
 OUR_INT4 = "Flash-Lite int4"
 # width, layers of each stack, heads, vocabulary: small enough to train here, and one of about 60 M parameters
+TRAINER_LENGTH, TRAINER_STEPS = 512, 3
 TRAINED, DECODED = (256, 4, 4, 8192), (512, 6, 8, 32000)
 # tokens per training step at short lengths
 STEP_TOKENS = 512
@@ -207,7 +210,32 @@ def train(args) -> list[dict]:
             contenders = {name: training_step(model.to(args.device), ids) for name, model in models.items()}
             times = race(contenders, repeats=args.repeats, seconds=min(args.seconds, 10.0))
             rows += summarize_race(times, peers, work=f"training step, {kind}", length=length, batch=ids.shape[0])
+            if length == TRAINER_LENGTH or args.shape:
+                rows += under_trainer(args, models, peers, ids, kind)
     return rows
+
+
+def under_trainer(args, models: dict, peers: list[str], ids: torch.Tensor, kind: str) -> list[dict]:
+    """The same models under the same `Trainer`, optimizer and data loading included."""
+    rows = Dataset.from_dict({"input_ids": ids.tolist() * TRAINER_STEPS, "labels": ids.tolist() * TRAINER_STEPS})
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder,
+            max_steps=TRAINER_STEPS,
+            per_device_train_batch_size=ids.shape[0],
+            learning_rate=1e-5,
+            use_cpu=args.device == "cpu",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=args.seed,
+        )
+        contenders = {name: Trainer(model, settings, train_dataset=rows).train for name, model in models.items()}
+        times = race(contenders, repeats=args.repeats, seconds=min(args.seconds, 10.0))
+    work = {"work": f"{TRAINER_STEPS} steps under the Trainer, {kind}", "length": ids.shape[1], "batch": ids.shape[0]}
+    fresh = summarize_race(times, peers, **work)
+    return [{**row, "tokens_per_s": round(1e3 * ids.numel() * TRAINER_STEPS / row["ms"])} for row in fresh]
 
 
 def training_step(model, ids):

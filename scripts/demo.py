@@ -73,7 +73,7 @@ SIZES = {
         batch=8,
         teacher={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2},
         student={"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
-        steps={"teacher": 320, "student": 320, "qat": 80, "lora": 40},
+        steps={"teacher": 270, "student": 300, "qat": 80, "lora": 40},
         rows=None,
         validation_rows=400,
     ),
