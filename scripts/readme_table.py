@@ -85,6 +85,7 @@ def render_scale(folder: Path) -> str:
             f"{row['days']:.2f}",
         ]
         for row in results["rows"]
+        if row["devices"] != 256
     ]
     header = ["parameters", "GPUs", "GB each", "GB sent each", "compute, s", "network, s", "tokens/s", "days for 20 P"]
     device = results["assumptions"]
