@@ -1,6 +1,5 @@
 """Races between implementations of the same thing, in one run, and the tables and files that come of them."""
 
-import importlib.util
 import math
 import multiprocessing
 import statistics
@@ -11,11 +10,13 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from .figures import COLOURS, can_draw, new_axes, save_axes
 from .measurement import peak_memory_bytes
 
 __all__ = [
     "copy_bandwidth",
     "draw_growth",
+    "faster_than",
     "fit_growth",
     "format_table",
     "fresh_cost",
@@ -85,15 +86,19 @@ def _timed(function: Callable[[], object], calls: int, device: str) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def summarize_race(times: Mapping[str, Sequence[float]], peers: Sequence[str], **columns) -> list[dict]:
-    """One row per contender: median and range in milliseconds, and how many times faster than the quickest peer.
+def faster_than(times: Mapping[str, Sequence[float]], peer: str) -> dict[str, float]:
+    """How many times faster than `peer` each contender is: the median over rounds of the ratio within the round."""
+    return {
+        name: round(statistics.median(a / b for a, b in zip(times[peer], samples)), 2)
+        for name, samples in times.items()
+    }
 
-    The ratio is the median over rounds of the peer's time over the contender's in the same round.
-    """
+
+def summarize_race(times: Mapping[str, Sequence[float]], peers: Sequence[str], **columns) -> list[dict]:
+    """One row per contender: median and range in milliseconds, and how many times faster than the quickest peer."""
     peer = min(peers, key=lambda name: statistics.median(times[name]))
-    rows = []
+    rows, ratios = [], faster_than(times, peer)
     for name, samples in times.items():
-        ratios = [a / b for a, b in zip(times[peer], samples)]
         rows.append(
             {
                 **columns,
@@ -102,7 +107,7 @@ def summarize_race(times: Mapping[str, Sequence[float]], peers: Sequence[str], *
                 "spread_ms": [round(1e3 * min(samples), 3), round(1e3 * max(samples), 3)],
                 "rounds": len(samples),
                 "peer": peer,
-                "times_faster": round(statistics.median(ratios), 2),
+                "times_faster": ratios[name],
             }
         )
     return rows
@@ -176,29 +181,20 @@ def draw_growth(rows: Sequence[Mapping], stem: Path) -> list[Path]:
     Returns:
         The files; none where matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    if not can_draw():
         return []
-    from matplotlib.figure import Figure
-
-    # Okabe and Ito's colours, which differ for colour-blind readers too
-    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
     paths = []
     for size in SIZES:
         for cost in COSTS:
             curves = _curves(rows, size, cost)
             if not curves:
                 continue
-            figure = Figure(figsize=(7, 4), layout="constrained")
-            axes = figure.subplots()
+            axes = new_axes(size, cost, width=7)
             for index, ((work, name), points) in enumerate(curves.items()):
-                colour = colours[index % len(colours)]
+                colour = COLOURS[index % len(COLOURS)]
                 axes.loglog(list(points), list(points.values()), color=colour, marker="o", markersize=3)
                 axes.annotate(f" {name}, {work}", list(points.items())[-1], color=colour, va="center", fontsize=7)
-            axes.set(xlabel=size, ylabel=cost)
-            axes.margins(x=0.4)
-            axes.spines[["top", "right"]].set_visible(False)
-            paths.append(stem.parent / f"{stem.name}-{cost.lower()}-{size}.svg")
-            figure.savefig(paths[-1], metadata={"Date": None})
+            paths.append(save_axes(axes, stem.parent / f"{stem.name}-{cost.lower()}-{size}.svg", margin=0.4))
     return paths
 
 

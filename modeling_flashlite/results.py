@@ -88,7 +88,8 @@ def describe_hardware() -> str:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    waiting = os.environ.get("OMP_WAIT_POLICY")  # idle threads that spin save the wake-up of every operation
+    # idle threads that spin save the wake-up of every operation
+    waiting = os.environ.get("OMP_WAIT_POLICY", "").lower()
     parts = [_processor_name(), f"{torch.get_num_threads()} threads{f' waiting {waiting}ly' if waiting else ''}"]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         parts.append(f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB")

@@ -1,7 +1,5 @@
 """Trainers that stop on a broken loss, survive a full disk, and carry segment memory from step to step."""
 
-import functools
-import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +13,8 @@ from transformers.utils import logging
 
 from .cache_flashlite import FlashLiteCache
 from .data import require_columns
-from .stacks_flashlite import FlashLitePreTrainedModel
+from .figures import COLOURS, can_draw, new_axes, save_axes
+from .loss_flashlite import chunked_cross_entropy
 
 __all__ = ["CarefulTrainer", "SegmentTrainer", "last_checkpoint", "plot_losses"]
 
@@ -42,16 +41,15 @@ class CarefulTrainer(Seq2SeqTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.label_smoother is not None and isinstance(self.model, FlashLitePreTrainedModel):
-            # in the loss hook, smoothing needs neither all logits nor a second softmax
-            self.model.loss_function = functools.partial(
-                self.model.loss_function, label_smoothing=self.args.label_smoothing_factor
-            )
+        self._loss_options: dict[str, float] = {}
+        if self.label_smoother is not None and getattr(self.model, "loss_function", None) is chunked_cross_entropy:
+            # our loss smooths by itself, without all logits and without a second softmax
             self.label_smoother = None
+            self._loss_options["label_smoothing"] = self.args.label_smoothing_factor
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss as usual and check that it is a number."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, {**inputs, **self._loss_options}, True, num_items_in_batch)
         if model.training and not torch.isfinite(loss).all():
             kept = Path(self.args.output_dir) / f"broken_batch_rank{self.args.process_index}.safetensors"
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -242,21 +240,13 @@ def plot_losses(log_history: list[dict], path: str | Path) -> Path | None:
         key: [(log["step"], log[key]) for log in log_history if key in log and "step" in log]
         for key in ("loss", "eval_loss", "kd", "eval_kd")
     }
-    curves = {key: points for key, points in curves.items() if points}
-    if not curves or importlib.util.find_spec("matplotlib") is None:
+    if not any(curves.values()) or not can_draw():
         return None
-    from matplotlib.figure import Figure
-
-    # Okabe and Ito's colours, which differ for colour-blind readers too
-    colours = {"loss": "#0072b2", "eval_loss": "#d55e00", "kd": "#009e73", "eval_kd": "#cc79a7"}
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, points in curves.items():
-        steps, values = zip(*points)
-        axes.plot(steps, values, color=colours[key], marker="o" if len(points) < 20 else None, markersize=3)
-        axes.annotate(f" {key} {values[-1]:.3f}", (steps[-1], values[-1]), color=colours[key], va="center")
-    axes.set(xlabel="step", ylabel="nats per token")
-    axes.margins(x=0.15)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-    return Path(path)
+    axes = new_axes("step", "nats per token")
+    # every key has its colour, whichever of them were logged
+    for colour, (key, points) in zip(COLOURS, curves.items()):
+        if points:
+            steps, values = zip(*points)
+            axes.plot(steps, values, color=colour, marker="o" if len(points) < 20 else None, markersize=3)
+            axes.annotate(f" {key} {values[-1]:.3f}", (steps[-1], values[-1]), color=colour, va="center")
+    return save_axes(axes, path, margin=0.15)

@@ -32,6 +32,7 @@ from modeling_flashlite.benchmarking import (
     SPARSE_LENGTH,
     copy_bandwidth,
     draw_growth,
+    faster_than,
     fit_growth,
     format_table,
     fresh_cost,
@@ -268,8 +269,9 @@ def generate(args) -> list[dict]:
         work = {"work": f"{NEW_TOKENS} tokens, sequence to sequence", "length": SOURCE_TOKENS, "batch": batch}
         fresh = summarize_race(times, peers, **work)
         for other in others:
-            for row, than in zip(fresh, summarize_race(times, [other])):
-                row[f"than_{other.replace(' ', '_')}"] = than["times_faster"]
+            than = faster_than(times, other)
+            for row in fresh:
+                row[f"than_{other.replace(' ', '_')}"] = than[row["name"]]
         for row in fresh:
             if row["name"] in (OUR_MODEL, OUR_INT4) and args.device == "cpu":
                 row |= where_time_goes(models[row["name"]], contenders[row["name"]], row["ms"] / 1e3, bandwidth)
@@ -387,10 +389,10 @@ def quant(args) -> list[dict]:
     ):
         contenders = {name: make(model) for name, model in models.items()}
         times = race(contenders, repeats=args.repeats, seconds=min(args.seconds, 25.0), name=work)
+        than = faster_than(times, "float32")
         for row in summarize_race(times, ["bfloat16"], work=work, length=length, batch=1):
-            (other,) = (r for r in summarize_race(times, ["float32"]) if r["name"] == row["name"])
             held = models[row["name"]].get_memory_footprint()
-            rows.append({**row, "than_float32": other["times_faster"], "MiB": round(held / 2**20, 1)})
+            rows.append({**row, "than_float32": than[row["name"]], "MiB": round(held / 2**20, 1)})
     return rows + linear_layers(args, plain, coded)
 
 
@@ -409,8 +411,7 @@ def linear_layers(args, plain, coded) -> list[dict]:
         for row in summarize_race(times, ["bfloat16"], work=f"linear {width}x{layers[0].out_features}", length=count):
             for package in ("torchao", "bitsandbytes"):
                 if package in args.found:
-                    (than,) = (r for r in summarize_race(times, [f"{package} 4-bit"]) if r["name"] == row["name"])
-                    row[f"than_{package}"] = than["times_faster"]
+                    row[f"than_{package}"] = faster_than(times, f"{package} 4-bit")[row["name"]]
             rows.append(row)
     return rows
 

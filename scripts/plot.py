@@ -11,12 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from modeling_flashlite.cli import finish, parse_args
-
-# Okabe and Ito's colours, which differ for colour-blind readers too
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+from modeling_flashlite.figures import COLOURS, new_axes, save_axes
 
 
 @dataclass
@@ -64,27 +61,19 @@ def read_points(entry: str, x: str, y: str) -> list[tuple[str, float, float]]:
     return found
 
 
-def finish_figure(figure, axes, output: str) -> None:
-    axes.margins(x=0.2)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(output, metadata={"Date": None})
-
-
 def draw_results(args: PlotArgs) -> dict:
     """Points of results files, those of one name joined by a line."""
     groups = defaultdict(list)
     for entry in args.results.split(","):
         for name, x, y in read_points(entry, args.x, args.y):
             groups[name].append((x, y))
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = new_axes(args.x, args.y)
     for index, (name, points) in enumerate(groups.items()):
         xs, ys = zip(*sorted(points))
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(xs, ys, color=colour, marker="o", markersize=4)
         axes.annotate(f" {name}", (xs[-1], ys[-1]), color=colour, va="center")
-    axes.set(xlabel=args.x, ylabel=args.y)
-    finish_figure(figure, axes, args.output)
+    save_axes(axes, args.output, margin=0.2)
     return finish({"output": args.output, "points": sum(map(len, groups.values()))})
 
 
@@ -93,8 +82,7 @@ def draw_runs(args: PlotArgs) -> dict:
     for entry in args.runs.split(","):
         name, _, folder = entry.rpartition("=")
         groups[name or Path(folder).name].append(read_curve(Path(folder), args.key))
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    axes = new_axes("step", args.key)
     last = {}
     for colour, (name, curves) in zip(COLOURS, groups.items()):
         steps = curves[0][0]
@@ -103,8 +91,7 @@ def draw_runs(args: PlotArgs) -> dict:
         axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
         last[name] = float(values[:, -1].mean())
         axes.annotate(f" {name} {last[name]:.3f}", (steps[-1], last[name]), color=colour, va="center")
-    axes.set(xlabel="step", ylabel=args.key)
-    finish_figure(figure, axes, args.output)
+    save_axes(axes, args.output, margin=0.2)
     return finish({"output": args.output, **last})
 
 

@@ -29,6 +29,7 @@ from modeling_flashlite.runs import (
     load_model,
     load_rows,
     load_splits,
+    make_trainer,
     run,
 )
 
@@ -138,15 +139,14 @@ def main(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     if options.method != "ptq":
-        trainer = DistillationTrainer(
+        trainer = make_trainer(
+            DistillationTrainer,
             add_lora(model, options.lora_r) if options.method == "recover" else model,
             args,
+            tokenizer,
+            (rows, held_out),
             teacher=teacher,
             loss=KDLoss(options.divergence, options.alpha, options.temperature),
-            train_dataset=rows,
-            eval_dataset=held_out,
-            data_collator=collator,
-            processing_class=tokenizer,
             callbacks=[EcqCallback()] if options.method == "qat" else None,
         )
         metrics |= run(trainer, "quantize")

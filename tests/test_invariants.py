@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 from modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 from modeling_flashlite.data import segment_streams
@@ -112,6 +113,22 @@ def test_loss_function_misuse_raises(seq2seq_config):
     with pytest.raises(TypeError):
         model.loss_function = torch.nn.CrossEntropyLoss()
     assert "loss_function" not in dict(model.named_modules())
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["seq2seq", "causal"])
+def test_label_smoothing_is_the_usual_one_and_stays_out_of_the_model(tmp_path, tiny_config, causal):
+    model = (FlashLiteForCausalLM if causal else FlashLiteForConditionalGeneration)(
+        tiny_config(is_encoder_decoder=not causal)
+    )
+    rows, hook = ragged_rows(causal, count=8), model.loss_function
+    batch = {name: torch.tensor(rows[name]) for name in rows.column_names}
+    args = Seq2SeqTrainingArguments(**arguments(tmp_path, label_smoothing_factor=0.2))
+    loss = CarefulTrainer(model, args, train_dataset=rows).compute_loss(model.eval(), batch)
+    # the stock Trainer shifts the labels of causal models by a list of class names, which has ours not
+    torch.testing.assert_close(loss, LabelSmoother(0.2)(model(**batch), batch["labels"], shift_labels=causal))
+    assert model.loss_function is hook
+    set_loss_function(model, KDLoss())
+    assert CarefulTrainer(model, args, train_dataset=rows).label_smoother is not None
 
 
 class PoisonedTrainer(CarefulTrainer):

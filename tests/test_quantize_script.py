@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 from test_recipes import RECIPES, TINY_RUN, TINY_SHAPE, load_script, run_verb, write_corpus
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from modeling_flashlite.cli import parse_args
 from modeling_flashlite.ecq_modules_flashlite import EcqModule
@@ -17,7 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
 def ground(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantize")
     dataset = write_corpus(folder)
-    run_verb("train_tiny", dataset, folder / "float", [*TINY_SHAPE, "--vocab_size=300"])
+    for recipe in ("train_tiny", "train_translation"):
+        run_verb(recipe, dataset, folder / recipe, [*TINY_SHAPE, "--encoder_layers=2", "--vocab_size=300"])
     return folder, dataset
 
 
@@ -25,17 +26,19 @@ def quantize(recipe, ground, *overrides):
     folder, dataset = ground
     script = load_script("quantize")
     classes = [hint for name, hint in script.main.__annotations__.items() if name != "return"]
-    argv = [f"--config={RECIPES[recipe]}", f"--dataset={dataset}", f"--model={folder / 'float'}", *TINY_RUN]
+    base = folder / ("train_translation" if recipe == "qat_translation" else "train_tiny")
+    argv = [f"--config={RECIPES[recipe]}", f"--dataset={dataset}", f"--model={base}", *TINY_RUN]
     return script.main(*parse_args(classes, [*argv, f"--output_dir={folder / recipe}", *overrides]))
 
 
-@pytest.mark.parametrize("recipe", ["ptq_tiny", "qat_tiny", "recover_tiny"])
+@pytest.mark.parametrize("recipe", ["ptq_tiny", "qat_tiny", "recover_tiny", "qat_lm", "qat_translation"])
 def test_recipe_quantizes(recipe, ground, capsys):
     metrics = quantize(recipe, ground, "--target_bits=5", "--calibration_batches=2", "--lora_r=2", "--max_steps=4")
     assert metrics["bits_per_weight"] == pytest.approx(5, abs=0.1)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["file_bytes"] == metrics["file_bytes"]
     folder = ground[0] / recipe / ("base" if recipe == "recover_tiny" else "")
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    auto = AutoModelForSeq2SeqLM if recipe == "qat_translation" else AutoModelForCausalLM
+    model = auto.from_pretrained(folder)
     assert any(isinstance(module, EcqModule) for module in model.modules())
     keys = set(yaml.safe_load(RECIPES[recipe].read_text()))
     assert {"method", "target_bits", "output_dir"} <= keys
