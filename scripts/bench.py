@@ -12,6 +12,8 @@ import functools
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -56,6 +58,7 @@ SPEC = AxisSpec(block_size=64, sub_block_size=16, relevance_top_k=8, memory_bloc
 WINDOW = dataclasses.replace(SPEC, memory_blocks=128)
 OURS, DENSE, GROUPED = "multi-axis", "SDPA causal", "SDPA, group as rows"
 OUR_MODEL, BART, T5GEMMA, LLAMA = "Flash-Lite", "BART", "T5Gemma", "Llama"
+OUR_BFLOAT16 = f"{OUR_MODEL} bfloat16"
 OUR_INT4 = "Flash-Lite int4"
 # width, layers of each stack, heads, vocabulary: small enough to train here, and one of about 60 M parameters
 TRAINER_LENGTH, TRAINER_STEPS = 512, 3
@@ -254,6 +257,7 @@ def generate(args) -> list[dict]:
     """Greedy decoding of whole models: short answers to short sources, and a long context continued."""
     rows, peers, shape = [], [BART, T5GEMMA], args.shape or DECODED
     models = make_models([*peers, OUR_MODEL], shape)
+    models[OUR_BFLOAT16] = copy.deepcopy(models[OUR_MODEL]).bfloat16()
     models[OUR_INT4] = quantize(copy.deepcopy(models[OUR_MODEL]), EcqConfig())
     others = {}
     if "ctranslate2" in args.found:
@@ -273,7 +277,7 @@ def generate(args) -> list[dict]:
             for row in fresh:
                 row[f"than_{other.replace(' ', '_')}"] = than[row["name"]]
         for row in fresh:
-            if row["name"] in (OUR_MODEL, OUR_INT4) and args.device == "cpu":
+            if row["name"] in (OUR_MODEL, OUR_BFLOAT16, OUR_INT4) and args.device == "cpu":
                 row |= where_time_goes(models[row["name"]], contenders[row["name"]], row["ms"] / 1e3, bandwidth)
         rows += fresh
     models = make_models([LLAMA, OUR_MODEL], shape)
@@ -416,6 +420,15 @@ def linear_layers(args, plain, coded) -> list[dict]:
     return rows
 
 
+IMPORT = """
+import time
+from transformers import AutoModel, GenerationMixin, PreTrainedModel, pipeline
+begin = time.perf_counter()
+import modeling_flashlite
+print(time.perf_counter() - begin)
+"""
+
+
 def loading(folder: str):
     """Load a model and compute one token, after a small one has made the process import what every load needs.
 
@@ -431,7 +444,10 @@ def loading(folder: str):
 
 
 def load(args) -> list[dict]:
-    """Load a decoder of 75 M parameters, coded or as bfloat16, from a warm cache, each time in a fresh process."""
+    """Load a decoder of 75 M parameters, coded or as bfloat16, from a warm cache, each time in a fresh process.
+
+    And import the package, after what any model and pipeline of transformers imports.
+    """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         quantize(coded_shape(args.seed, SMALL), EcqConfig()).save_pretrained(f"{folder}/small")
@@ -453,7 +469,8 @@ def load(args) -> list[dict]:
             sizes = {"file_MiB": file, "held_MiB": held[name], "peak_MiB": peak}
             rows.append({**row, **{key: round(size / 2**20, 1) for key, size in sizes.items()}})
             rows[-1]["peak_over_held"] = round(peak / held[name], 2)
-    return rows
+    times = [float(subprocess.check_output([sys.executable, "-c", IMPORT])) for _ in range(args.repeats)]
+    return rows + summarize_race({"modeling_flashlite": times}, ["modeling_flashlite"], work="import")
 
 
 def grown_step(seed: int, sizes: dict):
