@@ -3,6 +3,7 @@
 python scripts/plot.py --runs runs/train_tiny --output runs/train_tiny/loss.svg
 python scripts/plot.py --runs scratch=runs/a,scratch=runs/b,distilled=runs/c --key eval_loss --output curves.svg
 python scripts/plot.py --results rates.json,qat=qat.json --x bits --y perplexity --output rate_distortion.svg
+python scripts/plot.py --results a=a.json,b=b.json --x "speed.later tokens, greedy, batch 1" --y metrics.bleu
 """
 
 import json
@@ -42,9 +43,11 @@ def read_curve(folder: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), np.array(values)
 
 
-def look_up(row: dict, path: str):
-    """The number at a dotted path of a results file, `None` where there is none."""
+def look_up(row, path: str):
+    """The number at a dotted path of a results file, `None` where there is none; rows of `speed` go by their names."""
     for name in path.split("."):
+        if isinstance(row, list):
+            row = {entry["name"]: entry["value"] for entry in row}
         row = row.get(name) if isinstance(row, dict) else None
     return row if isinstance(row, int | float) else None
 

@@ -178,10 +178,14 @@ def test_results_are_drawn_over_each_other(tmp_path):
     script = load_script("plot")
     rates = {"points": [{"method": "ours", "bits": b, "loss": 3 - b / 4} for b in (2.0, 3.0)] + [{"method": "?"}]}
     (tmp_path / "rates.json").write_text(json.dumps(rates))
-    (tmp_path / "qat.json").write_text(json.dumps({"bits": 2, "loss": 2.2}))
+    (tmp_path / "qat.json").write_text(
+        json.dumps({"bits": 2, "loss": 2.2, "speed": [{"name": "later, b 1", "value": 3}]})
+    )
     argv = [f"--results={tmp_path}/rates.json,qat={tmp_path}/qat.json", "--x=bits", "--y=loss"]
     done = script.main(*parse_args((script.PlotArgs,), [*argv, f"--output={tmp_path}/a.svg"]))
     assert done["points"] == 3 and (tmp_path / "a.svg").read_text().count("ours") == 1
+    over_time = [f"--results={tmp_path}/qat.json", "--x=speed.later, b 1", "--y=loss", f"--output={tmp_path}/b.svg"]
+    assert script.main(*parse_args((script.PlotArgs,), over_time))["points"] == 1
     with pytest.raises(SystemExit, match="no number at 'bits' and 'perplexity'"):
         script.main(*parse_args((script.PlotArgs,), [argv[0], "--x=bits", "--y=perplexity"]))
     with pytest.raises(SystemExit, match="exactly one"):
