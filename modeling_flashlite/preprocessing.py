@@ -51,14 +51,14 @@ def preprocess(
             f"max_source_length is {max_source_length} and max_target_length {max_target_length}, but each must be at "
             "least 2; 512 and 128 are usual."
         )
+    columns = resolve_columns(task, dataset, columns)
+    if task.name == "text-generation" and not encoder_decoder:
+        return pack(tokenize_texts(dataset, tokenizer, columns["text"], num_proc=num_proc), max_source_length)
     if not encoder_decoder and task.target != "label" and max_target_length >= max_source_length:
         raise ValueError(
             f"max_target_length is {max_target_length}, but without an encoder it is part of max_source_length, "
             f"{max_source_length}; raise the latter."
         )
-    columns = resolve_columns(task, dataset, columns)
-    if task.name == "text-generation" and not encoder_decoder:
-        return pack(tokenize_texts(dataset, tokenizer, columns["text"], num_proc=num_proc), max_source_length)
     encode = _Encoder(task, columns, tokenizer, encoder_decoder, max_source_length, max_target_length, too_long)
     if task.name == "classification":
         encode.classes = label_names(dataset, columns["label"])

@@ -2,6 +2,7 @@
 
 python scripts/quantize.py --config scripts/recipes/qat_tiny.yaml --model runs/train_tiny --target_bits 2.5
 python scripts/quantize.py --config scripts/recipes/ptq_tiny.yaml --rates 2 2.5 3 3.5 --results runs/rates.json
+python scripts/quantize.py --config scripts/recipes/qat_tiny.yaml --method lsq --results runs/rates.json
 """
 
 import copy
@@ -11,15 +12,18 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
+from transformers.trainer_utils import SaveStrategy
 
 from modeling_flashlite.calibration import batches_of, collect_moments, mean_loss, pareto, quantize
+from modeling_flashlite.cards import read_results
 from modeling_flashlite.cli import finish, parse_args
 from modeling_flashlite.data import PaddingCollator
 from modeling_flashlite.distillation import DistillationTrainer, KDLoss
 from modeling_flashlite.lora import add_lora
+from modeling_flashlite.peers import PlainLSQ
 from modeling_flashlite.qat import EcqCallback, prepare_qat
 from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers, weight_of
-from modeling_flashlite.results import write_results
+from modeling_flashlite.results import command_line, write_results
 from modeling_flashlite.runs import (
     ArchitectureArgs,
     DataArgs,
@@ -33,10 +37,15 @@ from modeling_flashlite.runs import (
     run,
 )
 
+METHODS = ("ptq", "qat", "recover", "lsq")
+
 
 @dataclass
 class QuantizeArgs:
-    method: str = field(default="ptq", metadata={"help": "ptq, qat, or recover: adapters on the quantized model"})
+    method: str = field(
+        default="ptq",
+        metadata={"help": "ptq, qat, recover: adapters on the quantized model, or lsq: a peer, to compare with"},
+    )
     target_bits: float | None = field(default=None, metadata={"help": "bits per parameter of the whole file"})
     target_bytes: str | None = field(default=None, metadata={"help": "the same as a size, 3MB"})
     max_loss_increase: float | None = field(
@@ -55,7 +64,10 @@ class QuantizeArgs:
     rates: list[float] = field(
         default_factory=list, metadata={"help": "ptq: only measure the loss at these bits per weight"}
     )
-    results: str | None = field(default=None, metadata={"help": "results file of the rates"})
+    lsq_bits: int = field(default=2, metadata={"help": "lsq: bits of a code, all of them in the file"})
+    results: str | None = field(
+        default=None, metadata={"help": "results file; a loss over bits per weight joins those that it has"}
+    )
 
 
 def nearest_int4(weight: torch.Tensor, group: int = 128) -> tuple[torch.Tensor, float]:
@@ -96,6 +108,23 @@ def measure_rates(model, options: QuantizeArgs, calibration: list, evaluation: l
     return points
 
 
+def add_points(options: QuantizeArgs, model: str, dataset: str, seed: int, points: list[dict]) -> None:
+    """Write the results file anew with `points` in the places of older ones of their method and size."""
+    path = options.results
+    if not path:
+        return
+
+    def key(point: dict) -> tuple:
+        return point["method"], round(point["bits"], 1)
+
+    fresh = {key(point) for point in points}
+    points = [{**point, "command": command_line()} for point in points]
+    if Path(path).exists():
+        points = [point for point in read_results([Path(path)])[0]["points"] if key(point) not in fresh] + points
+    metrics = {f"increase_{p['method']}_{p['bits']:.2f}": p["increase"] for p in points}
+    write_results(path, metrics, task="quantization", model=model, dataset=dataset, seed=seed, points=points)
+
+
 def file_size(folder: str, parameters: int) -> dict:
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     return {"file_bytes": size, "bits_per_weight": 8 * size / parameters, "smaller": 4 * parameters / size}
@@ -104,8 +133,8 @@ def file_size(folder: str, parameters: int) -> dict:
 def main(
     model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, options: QuantizeArgs, args: TrainArgs
 ) -> dict:
-    if options.method not in ("ptq", "qat", "recover"):
-        raise SystemExit(f"quantize.py: method is {options.method!r}, but must be ptq, qat or recover.")
+    if options.method not in METHODS:
+        raise SystemExit(f"quantize.py: method is {options.method!r}, but must be one of {', '.join(METHODS)}.")
     if not model_args.model:
         raise SystemExit("quantize.py: no model is given; pass --model with a folder or Hub id of a trained one.")
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer or model_args.model)
@@ -116,9 +145,7 @@ def main(
     evaluation = batches_of(held_out or rows, model, collator, args.eval_batch_size)
     if options.rates:
         points = measure_rates(model, options, calibration, evaluation)
-        if options.results:
-            best = {f"increase_{p['method']}_{p['bits']:.2f}": p["increase"] for p in points}
-            write_results(options.results, best, model=model_args.model, dataset=data.dataset, points=points)
+        add_points(options, model_args.model, data.dataset, args.seed, points)
         return finish({"points": points})
 
     base, parameters = mean_loss(model, evaluation), sum(p.numel() for p in model.parameters())
@@ -129,13 +156,19 @@ def main(
     )
     teacher = copy.deepcopy(model) if options.method != "ptq" else None
     metrics = {"output_dir": args.output_dir, "float_loss": base}
-    if options.method == "qat":
+    callbacks, size = [], None
+    if options.method == "lsq":
+        callbacks = [PlainLSQ(model, [layer.modules for layer in collect_layers(model, config)], options.lsq_bits)]
+        size = callbacks[0].bits_per_weight(model)
+        args.save_strategy = SaveStrategy.NO  # parametrized tied weights do not fit a checkpoint
+    elif options.method == "qat":
         prepare_qat(model, config, calibration)
+        callbacks = [EcqCallback()]
     else:
         quantize(model, config, None if options.data_free else calibration)
         metrics["ptq_perplexity_increase"] = math.exp(mean_loss(model, evaluation) - base) - 1
     folder = args.output_dir if options.method != "recover" else f"{args.output_dir}/base"
-    if options.method != "qat":
+    if options.method in ("ptq", "recover"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     if options.method != "ptq":
@@ -147,12 +180,19 @@ def main(
             (rows, held_out),
             teacher=teacher,
             loss=KDLoss(options.divergence, options.alpha, options.temperature),
-            callbacks=[EcqCallback()] if options.method == "qat" else None,
+            callbacks=callbacks,
         )
         metrics |= run(trainer, "quantize")
         model = trainer.model
-    metrics["perplexity_increase"] = math.exp(mean_loss(model, evaluation) - base) - 1
-    return finish({**metrics, **file_size(folder, parameters)})
+    loss = mean_loss(model, evaluation)
+    metrics |= {"perplexity_increase": math.exp(loss - base) - 1, **file_size(folder, parameters)}
+    if size is not None:
+        metrics |= {"bits_per_weight": size, "file_bytes": round(size * parameters / 8), "smaller": 32 / size}
+    method = "plain LSQ" if options.method == "lsq" else f"ours, {options.method}"
+    point = {"method": method, "bits": metrics["bits_per_weight"], "loss": loss}
+    point |= {"increase": metrics["perplexity_increase"], "steps": args.max_steps}
+    add_points(options, model_args.model, data.dataset, args.seed, [point])
+    return finish(metrics)
 
 
 if __name__ == "__main__":

@@ -49,4 +49,16 @@ def test_rates_are_measured(ground, tmp_path):
     metrics = quantize("ptq_tiny", ground, "--rates", "5", "6", f"--results={results}", "--calibration_batches=2")
     methods = {point["method"] for point in metrics["points"]}
     assert methods == {"float", "int4 g128", "ours, data-free", "ours, calibrated"}
-    assert json.loads(results.read_text())["points"] == metrics["points"]
+    kept = json.loads(results.read_text())["points"]
+    assert [{key: value for key, value in point.items() if key != "command"} for point in kept] == metrics["points"]
+
+    # plain LSQ with 8 bits is nearly lossless, and takes the place of an older run of itself
+    for _ in range(2):
+        lsq = quantize("qat_tiny", ground, "--method=lsq", "--lsq_bits=8", f"--results={results}", "--max_steps=2")
+    assert 8 < lsq["bits_per_weight"] < 10 and abs(lsq["perplexity_increase"]) < 0.05
+    assert [point["method"] for point in json.loads(results.read_text())["points"][len(kept) :]] == ["plain LSQ"]
+
+
+def test_unknown_methods_are_refused(ground):
+    with pytest.raises(SystemExit, match="method is 'lqs', but must be one of ptq, qat, recover, lsq"):
+        quantize("qat_tiny", ground, "--method=lqs")

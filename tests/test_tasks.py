@@ -227,6 +227,10 @@ class TestLengths:
             prepared("translation", tokenizer, max_target_length=1)
         with pytest.raises(ValueError, match="max_target_length is 64, but without an encoder"):
             prepared("translation", tokenizer, encoder_decoder=False, max_source_length=64, max_target_length=64)
+        # a text has no target, so the limit of targets says nothing about packed rows
+        assert prepared(
+            "text-generation", tokenizer, encoder_decoder=False, max_source_length=64, max_target_length=64
+        )
 
 
 class TestColumns:
