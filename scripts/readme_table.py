@@ -12,6 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # what each checkpoint is judged by: key of its metrics, heading of the column
 HEADLINES = {"translation": ("bleu", "BLEU"), "text-generation": ("word_perplexity", "word perplexity")}
+# folders of results files in the order of the table
+CHECKPOINTS = ("en_de", "multi30k", "lm")
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -42,30 +44,27 @@ def render_demo(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def render_checkpoint(folder: Path) -> str:
-    """The stages of a checkpoint, from the results files `1_teacher.json`, `2_scratch.json`, ... of a folder."""
-    files = sorted(folder.glob("[0-9]_*.json"))
-    rows, results = [], []
-    for path in files:
+def render_checkpoints(folder: Path) -> str:
+    """The models that were trained, stage by stage, from `en_de/1_teacher.json`, `lm/1_trained.json` and the like."""
+    rows = []
+    for path in (path for name in CHECKPOINTS for path in sorted((folder / name).glob("[0-9]_*.json"))):
         result = json.loads(path.read_text(encoding="utf-8"))
         key, heading = HEADLINES[result["task"]]
         low, high = result["intervals"][key]
         rows.append(
             [
-                path.stem.partition("_")[2].replace("_", " "),
+                f"{result['dataset']}, {path.stem.partition('_')[2].replace('_', ' ')}",
                 f"{result['size']['parameters'] / 1e6:.2f} M",
                 f"{result['size']['bits_per_weight']:.2f}",
                 f"{result['size']['weight_bytes'] / 1e6:.2f} MB",
-                f"{result['metrics'][key]:.2f} ({low:.2f} to {high:.2f})",
+                f"{heading} {result['metrics'][key]:.2f} ({low:.2f} to {high:.2f})",
             ]
         )
-        results.append(result)
-    first = results[0]
-    lines = table(["stage", "parameters", "bits per weight", "weights on disk", heading], rows)
+    lines = table(["data, stage", "parameters", "bits per weight", "weights on disk", "test score"], rows)
     lines += [
         "",
-        f"{heading} on {first['dataset']}, {first['split']}, with 95% intervals by bootstrap; one training seed; "
-        f"`model_cards/results/{folder.name}/`, which `scripts/evaluate.py` made.",
+        "With 95% intervals by bootstrap; one training seed, on two CPU cores; `model_cards/results/`, which "
+        "`scripts/evaluate.py` made.",
     ]
     return "\n".join(lines)
 
@@ -85,7 +84,7 @@ def render_scale(folder: Path) -> str:
             f"{row['days']:.2f}",
         ]
         for row in results["rows"]
-        if row["devices"] != 256
+        if row["devices"] in (8, 1024)
     ]
     header = ["parameters", "GPUs", "GB each", "GB sent each", "compute, s", "network, s", "tokens/s", "days for 20 P"]
     device = results["assumptions"]
@@ -100,11 +99,11 @@ def render_scale(folder: Path) -> str:
     return "\n".join(lines)
 
 
-# section of README: who renders it, from where
+# section of README: who renders it
 SECTIONS = {
-    "demo results": (render_demo, Path()),
-    "en-de results": (render_checkpoint, Path("en_de")),
-    "scale": (render_scale, Path()),
+    "demo results": render_demo,
+    "results": render_checkpoints,
+    "scale": render_scale,
 }
 
 
@@ -114,13 +113,13 @@ def rewrite(text: str, results: Path) -> str:
     Raises:
         ValueError: README lacks the lines between which a section stands.
     """
-    for name, (render, place) in SECTIONS.items():
+    for name, render in SECTIONS.items():
         start, end = f"<!-- {name}: made by scripts/readme_table.py -->", f"<!-- end of {name} -->"
         before, found, rest = text.partition(start)
         _, closed, after = rest.partition(end)
         if not found or not closed:
             raise ValueError(f"README has no lines {start!r} and {end!r} to write between; put them back.")
-        text = f"{before}{start}\n{render(results / place)}\n{end}{after}"
+        text = f"{before}{start}\n{render(results)}\n{end}{after}"
     return text
 
 
