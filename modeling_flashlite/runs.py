@@ -58,7 +58,9 @@ class ArchitectureArgs:
     num_key_value_heads: int = field(default=2, metadata={"help": "key-value heads"})
     intermediate_size: int | None = field(default=None, metadata={"help": "width inside the feed-forward layers"})
     embedding_size: int | None = field(default=None, metadata={"help": "width of the embeddings, where it differs"})
-    dropout_rate: float = field(default=0.0, metadata={"help": "share of activations dropped in training"})
+    dropout_rate: float | None = field(
+        default=None, metadata={"help": "share of activations dropped in training; 0, or the checkpoint's own"}
+    )
     position_encoding: str | None = field(default=None, metadata={"help": "transformer_xl or rotary"})
     block_size: int | None = field(default=None, metadata={"help": "tokens of a block of the decoder's attention"})
     sub_block_size: int | None = field(default=None, metadata={"help": "tokens of a sub-block"})
@@ -132,10 +134,11 @@ def load_tokenizer(model: ModelArgs, data: DataArgs, output_dir: str, splits) ->
 def load_model(
     model: ModelArgs, shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool
 ) -> PreTrainedModel:
-    """Load weights to start from, or make a new model for the tokenizer."""
+    """Load weights to start from, or make a new model for the tokenizer; of a loaded one only dropout can change."""
     if model.model:
         auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-        return auto.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
+        changed = {} if shape.dropout_rate is None else {"dropout_rate": shape.dropout_rate}
+        return auto.from_pretrained(model.model, trust_remote_code=model.trust_remote_code, **changed)
     fields = {name: value for name, value in asdict(shape).items() if value is not None}
     encoder_layers = fields.pop("encoder_layers", None)
     encoder = None if encoder_layers is None or not encoder_decoder else {"num_hidden_layers": encoder_layers}

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from modeling_flashlite import FlashLiteForConditionalGeneration
 from modeling_flashlite.cli import parse_args
 from modeling_flashlite.distillation import check_teacher_columns
-from modeling_flashlite.runs import ArchitectureArgs, DataArgs, ModelArgs, TrainArgs
+from modeling_flashlite.runs import ArchitectureArgs, DataArgs, ModelArgs, TrainArgs, load_model
 
 # peft 0.21 itself asks for an attribute that transformers 5.23 renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -145,6 +147,13 @@ def test_resume_continues_and_streaming_trains(ground):
 def test_defaults_need_no_recipe():
     model, shape, data, args = parse_args((ModelArgs, ArchitectureArgs, DataArgs, TrainArgs), ["--output_dir=x"])
     assert (model.model, shape.hidden_size, data.dataset, args.resume) == (None, 256, "python", False)
+
+
+def test_dropout_of_a_loaded_model_changes_only_when_asked(tmp_path, tiny_config):
+    FlashLiteForConditionalGeneration(tiny_config(dropout_rate=0.3, is_encoder_decoder=True)).save_pretrained(tmp_path)
+    for asked, expected in ((None, 0.3), (0.0, 0.0)):
+        model = load_model(ModelArgs(model=str(tmp_path)), ArchitectureArgs(dropout_rate=asked), None, True)
+        assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {expected}
 
 
 def test_missing_teacher_or_model_is_one_sentence(ground):
