@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .cache_flashlite import FlashLiteCache
 from .configuration_flashlite import FlashLiteConfig, FlashLiteDecoderConfig, FlashLiteEncoderConfig
@@ -44,6 +45,8 @@ for _auto, _model in (
     # `save_pretrained` then writes the code beside the weights, for machines without this package
     _model.register_for_auto_class(_auto.__name__)
 FlashLiteConfig.register_for_auto_class()
+# under label smoothing the stock Trainer shifts the labels of those causal models that this table names
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(FlashLiteConfig.model_type, FlashLiteForCausalLM.__name__)
 register_pipelines()
 # without importing peft: the entry is made when, and if, somebody else does
 register_lora_targets()
