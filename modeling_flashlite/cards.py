@@ -115,14 +115,23 @@ def collect_card(folder: str | Path, repo_id: str, results: list[dict], written:
     return card
 
 
+# peft's names of the kinds of models that adapters belong to
+ADAPTED = {
+    "SEQ_2_SEQ_LM": "FlashLiteForConditionalGeneration",
+    "SEQ_CLS": "FlashLiteForSequenceClassification",
+    "TOKEN_CLS": "FlashLiteForTokenClassification",
+    "QUESTION_ANS": "FlashLiteForQuestionAnswering",
+}
+
+
 def describe_kind(folder: Path) -> dict:
     """Read from the configs what the checkpoint is: head, pipeline task, adapter or not, quantized or not."""
     if (folder / "adapter_config.json").is_file():
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        auto_class = {"SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}.get(adapter.get("task_type"), "AutoModelForCausalLM")
+        auto_class, task = HEADS[ADAPTED.get(adapter.get("task_type"), "FlashLiteForCausalLM")]
         return {
             "auto_class": auto_class,
-            "pipeline_tag": "text2text-generation" if "Seq2Seq" in auto_class else "text-generation",
+            "pipeline_tag": task,
             "library_name": "peft",
             "adapter_base": adapter["base_model_name_or_path"],
             "custom_code": False,

@@ -80,7 +80,14 @@ def add_lora(
     from peft import LoraConfig, TaskType, get_peft_model
 
     register_lora_targets()
-    task = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+    # peft trains the new head of these in full
+    heads = {
+        "SequenceClassification": "SEQ_CLS",
+        "TokenClassification": "TOKEN_CLS",
+        "QuestionAnswering": "QUESTION_ANS",
+    }
+    head = next((kind for name, kind in heads.items() if type(model).__name__.endswith(name)), None)
+    task = TaskType[head or ("SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")]
     config = LoraConfig(
         task_type=task,
         r=r,

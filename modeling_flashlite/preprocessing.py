@@ -23,6 +23,7 @@ def preprocess(
     max_target_length: int = 128,
     too_long: str = "truncate",
     num_proc: int | None = None,
+    classes: list[str] | None = None,
 ) -> Dataset | IterableDataset:
     """Turn the rows of a data set into model inputs for training on a task.
 
@@ -43,6 +44,8 @@ def preprocess(
         too_long (`str`, *optional*, defaults to `"truncate"`): what happens above these limits: `truncate`, `drop`
             the row, or `error`. Extractive question answering slides a window instead.
         num_proc (`int`, *optional*): worker processes.
+        classes (`list[str]`, *optional*): of classification, names in the order of their ids; those of these rows if
+            unset, in which a class may be missing that other splits have.
     """
     if too_long not in ("truncate", "drop", "error"):
         raise ValueError(f"too_long is {too_long!r}, but must be 'truncate', 'drop' or 'error'.")
@@ -61,7 +64,7 @@ def preprocess(
         )
     encode = _Encoder(task, columns, tokenizer, encoder_decoder, max_source_length, max_target_length, too_long)
     if task.name == "classification":
-        encode.classes = label_names(dataset, columns["label"])
+        encode.classes = label_names(dataset, columns["label"]) if classes is None else classes
     options = {"batched": True, "remove_columns": column_names(dataset)}
     if isinstance(dataset, Dataset):
         options |= {"num_proc": num_proc, "desc": f"prepare {task.name}"}

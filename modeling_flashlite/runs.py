@@ -1,14 +1,15 @@
 """What the training verbs share: arguments, tokenizer, model, rows, and the run from first step to last line."""
 
+import contextlib
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from datasets import Dataset, IterableDataset
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
+    AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,9 +19,8 @@ from transformers import (
 from .cli import banner
 from .configuration_flashlite import FlashLiteConfig
 from .data import PaddingCollator, load_data, pick_split, segment_streams, tokenize_texts
-from .modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 from .preprocessing import preprocess
-from .tasks import get_task, resolve_columns
+from .tasks import get_task, label_names, resolve_columns
 from .tokenization import train_tokenizer
 from .training import CarefulTrainer, last_checkpoint, plot_losses
 
@@ -74,7 +74,9 @@ class DataArgs:
 
     dataset: str = field(default="python", metadata={"help": "python, local files (train=a.jsonl.xz), or a Hub id"})
     task: str = field(default="text-generation", metadata={"help": "name of a task in tasks.py"})
-    encoder_decoder: bool | None = field(default=None, metadata={"help": "model kind; from the task if unset"})
+    encoder_decoder: bool | None = field(
+        default=None, metadata={"help": "model kind; the model's own, or the usual one of the task, if unset"}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
     columns: str | None = field(default=None, metadata={"help": "role=column,role=column, e.g. source=en,target=de"})
     streaming: bool = field(default=False, metadata={"help": "read the data as it is needed; needs max_steps"})
@@ -104,10 +106,14 @@ class TrainArgs(Seq2SeqTrainingArguments):
         super().__post_init__()
 
 
-def is_encoder_decoder(data: DataArgs) -> bool:
-    """Kind of model: as asked for, else decoder-only for text and chat."""
+def is_encoder_decoder(data: DataArgs, model: ModelArgs) -> bool:
+    """Kind of model: as asked for, else that of the model to start from, else decoder-only for text and chat."""
     if data.encoder_decoder is not None:
         return data.encoder_decoder
+    if model.model:
+        with contextlib.suppress(OSError):  # adapters alone have no config
+            config = AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
+            return bool(config.is_encoder_decoder)
     return data.task not in ("text-generation", "chat")
 
 
@@ -126,18 +132,38 @@ def load_tokenizer(model: ModelArgs, data: DataArgs, output_dir: str, splits) ->
         columns = resolve_columns(get_task(data.task), rows, data.columns).values()
         texts = (str(row[column]) for row in rows for column in columns)
         total = len(rows) * len(columns) if isinstance(rows, Dataset) else None
-        tokenizer = train_tokenizer(texts, model.vocab_size, add_eos_token=is_encoder_decoder(data), total=total)
+        tokenizer = train_tokenizer(
+            texts, model.vocab_size, add_eos_token=is_encoder_decoder(data, model), total=total
+        )
         tokenizer.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
+def class_names(data: DataArgs, splits) -> list[str] | None:
+    """Names of the classes of the training rows in the order of their ids; `None` for tasks without classes."""
+    task = get_task(data.task)
+    if task.target != "label":
+        return None
+    rows = pick_split(splits, "train")
+    return label_names(rows, resolve_columns(task, rows, data.columns)["label"])
+
+
 def load_model(
-    model: ModelArgs, shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool
+    model: ModelArgs, shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, data: DataArgs, splits
 ) -> PreTrainedModel:
-    """Load weights to start from, or make a new model for the tokenizer; of a loaded one only dropout can change."""
+    """Weights to start from, or a new model for the tokenizer, with the head of the task.
+
+    Of the shape of a loaded model only dropout can change.
+    """
+    encoder_decoder, classes = is_encoder_decoder(data, model), class_names(data, splits)
+    auto = getattr(transformers, get_task(data.task).auto_class_for(encoder_decoder))
+    changed = {}
+    if classes is not None:
+        changed["id2label"] = dict(enumerate(classes))
+        changed["label2id"] = {name: index for index, name in enumerate(classes)}
     if model.model:
-        auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-        changed = {} if shape.dropout_rate is None else {"dropout_rate": shape.dropout_rate}
+        if shape.dropout_rate is not None:
+            changed["dropout_rate"] = shape.dropout_rate
         return auto.from_pretrained(model.model, trust_remote_code=model.trust_remote_code, **changed)
     fields = {name: value for name, value in asdict(shape).items() if value is not None}
     encoder_layers = fields.pop("encoder_layers", None)
@@ -150,12 +176,16 @@ def load_model(
         is_encoder_decoder=encoder_decoder,
         encoder=encoder,
         **fields,
+        **changed,
     )
-    return (FlashLiteForConditionalGeneration if encoder_decoder else FlashLiteForCausalLM)(config)
+    return auto.from_config(config)
 
 
-def load_rows(data: DataArgs, args: Seq2SeqTrainingArguments, tokenizer: PreTrainedTokenizerBase, splits) -> tuple:
+def load_rows(
+    data: DataArgs, args: Seq2SeqTrainingArguments, tokenizer: PreTrainedTokenizerBase, splits, encoder_decoder: bool
+) -> tuple:
     """Training and validation examples; validation is `None` where the dataset has no such split."""
+    classes = class_names(data, splits)
     names = ["train"] + [name for name in ("validation", "valid", "val", "dev") if name in splits][:1]
     prepared = []
     with args.main_process_first(desc="prepare the data"):
@@ -169,10 +199,11 @@ def load_rows(data: DataArgs, args: Seq2SeqTrainingArguments, tokenizer: PreTrai
                     rows,
                     tokenizer,
                     columns=data.columns,
-                    encoder_decoder=is_encoder_decoder(data),
+                    encoder_decoder=encoder_decoder,
                     max_source_length=data.max_source_length,
                     max_target_length=data.max_target_length,
                     too_long=data.too_long,
+                    classes=classes,
                 )
             if isinstance(examples, IterableDataset) and training:
                 examples = examples.shuffle(seed=args.seed, buffer_size=10_000)

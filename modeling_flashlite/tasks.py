@@ -9,6 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import column_names, require_columns
 
+# decoder alone, encoder-decoder
+LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+
 
 @dataclass(frozen=True)
 class Task:
@@ -31,6 +34,15 @@ class Task:
     metrics: tuple[str, ...]
     auto_class: str = "AutoModelForSeq2SeqLM"
     generation: Mapping[str, int | float | bool] = field(default_factory=dict)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the answer is text, which both kinds of language models can give."""
+        return self.auto_class in LANGUAGE_MODELS
+
+    def auto_class_for(self, encoder_decoder: bool) -> str:
+        """The transformers class that loads a model of that kind for it."""
+        return LANGUAGE_MODELS[encoder_decoder] if self.generates else self.auto_class
 
 
 _ANSWERS = ("answers", "answer", "target")

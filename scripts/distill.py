@@ -25,6 +25,7 @@ from modeling_flashlite.runs import (
     make_trainer,
     run,
 )
+from modeling_flashlite.tasks import get_task
 
 
 @dataclass
@@ -76,8 +77,12 @@ def main(
     teacher = load_teacher(distill.teacher, model_args.trust_remote_code) if distill.teacher else None
     if teacher is None and (distill.live or distill.keep_layers or not distill.teacher_cache):
         raise SystemExit("distill.py: no teacher is given; pass --teacher, or --teacher_cache with annotated rows.")
+    if not get_task(data.task).generates:
+        raise SystemExit(f"distill.py: {data.task} generates no text to learn from a teacher; use train.py for it.")
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer or model_args.model or distill.teacher)
-    train_rows, validation_rows = load_rows(data, args, tokenizer, load_splits(data))
+    splits = load_splits(data)
+    encoder_decoder = is_encoder_decoder(data, model_args) if teacher is None else teacher.config.is_encoder_decoder
+    train_rows, validation_rows = load_rows(data, args, tokenizer, splits, encoder_decoder)
     if not distill.live:
         train_rows = cached_rows(distill, args, teacher, tokenizer, train_rows)
     if distill.annotate_only:
@@ -85,7 +90,8 @@ def main(
     if distill.keep_layers or distill.keep_encoder_layers:
         student = student_from_teacher(teacher, distill.keep_encoder_layers, distill.keep_layers)
     else:
-        student = load_model(model_args, shape, tokenizer, is_encoder_decoder(data))
+        data.encoder_decoder = encoder_decoder
+        student = load_model(model_args, shape, tokenizer, data, splits)
     if distill.lora_r:
         student = add_lora(student, distill.lora_r)
     trainer = make_trainer(

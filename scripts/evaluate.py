@@ -20,7 +20,6 @@ from modeling_flashlite.measurement import measure_generation, model_size, peak_
 from modeling_flashlite.results import write_json, write_results
 from modeling_flashlite.tasks import Task, get_task, resolve_columns
 
-GENERATING = ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
 # the start of a text that is continued when the speed of text generation is measured
 PROMPT_CHARACTERS = 400
 
@@ -82,10 +81,8 @@ def load_model(args: ModelArgs, task: Task) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(args.model, **shared)
     if args.memory_blocks is not None:
         config.get_text_config(decoder=True).memory_blocks = args.memory_blocks
-    auto_class = task.auto_class
-    if auto_class in GENERATING:
-        auto_class = GENERATING[0 if config.is_encoder_decoder else 1]
-    model = getattr(transformers, auto_class).from_pretrained(args.model, config=config, dtype=args.dtype, **shared)
+    auto = getattr(transformers, task.auto_class_for(config.is_encoder_decoder))
+    model = auto.from_pretrained(args.model, config=config, dtype=args.dtype, **shared)
     return model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

@@ -13,7 +13,6 @@ from modeling_flashlite.runs import (
     DataArgs,
     ModelArgs,
     TrainArgs,
-    is_encoder_decoder,
     load_model,
     load_rows,
     load_splits,
@@ -45,7 +44,8 @@ def main(model_args: ModelArgs, data: DataArgs, lora: LoraArgs, args: TrainArgs)
         raise SystemExit("finetune.py: no model is given; pass --model with a folder or Hub id.")
     splits = load_splits(data)
     tokenizer = load_tokenizer(model_args, data, args.output_dir, splits)
-    model = load_model(model_args, ArchitectureArgs(), tokenizer, is_encoder_decoder(data))
+    model = load_model(model_args, ArchitectureArgs(), tokenizer, data, splits)
+    rows = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder)
     if lora.lora_r:
         model = add_lora(
             model,
@@ -55,7 +55,7 @@ def main(model_args: ModelArgs, data: DataArgs, lora: LoraArgs, args: TrainArgs)
             target_modules=names(lora.lora_targets),
             modules_to_save=names(lora.modules_to_save),
         )
-    trainer = make_trainer(CarefulTrainer, model, args, tokenizer, load_rows(data, args, tokenizer, splits))
+    trainer = make_trainer(CarefulTrainer, model, args, tokenizer, rows)
     metrics = run(trainer, "finetune")
     if lora.merge and lora.lora_r and trainer.is_world_process_zero():
         merged = f"{args.output_dir}/merged"

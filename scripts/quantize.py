@@ -29,7 +29,6 @@ from modeling_flashlite.runs import (
     DataArgs,
     ModelArgs,
     TrainArgs,
-    is_encoder_decoder,
     load_model,
     load_rows,
     load_splits,
@@ -138,9 +137,10 @@ def main(
     if not model_args.model:
         raise SystemExit("quantize.py: no model is given; pass --model with a folder or Hub id of a trained one.")
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer or model_args.model)
-    model = load_model(model_args, shape, tokenizer, is_encoder_decoder(data))
+    splits = load_splits(data)
+    model = load_model(model_args, shape, tokenizer, data, splits)
     collator = PaddingCollator(tokenizer)
-    rows, held_out = load_rows(data, args, tokenizer, load_splits(data))
+    rows, held_out = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder)
     calibration = batches_of(rows, model, collator, args.train_batch_size, options.calibration_batches)
     evaluation = batches_of(held_out or rows, model, collator, args.eval_batch_size)
     if options.rates:

@@ -10,7 +10,6 @@ from modeling_flashlite.runs import (
     DataArgs,
     ModelArgs,
     TrainArgs,
-    is_encoder_decoder,
     load_model,
     load_rows,
     load_splits,
@@ -25,8 +24,8 @@ def main(model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, args: T
     splits = load_splits(data)
     with args.main_process_first(desc="prepare the tokenizer"):
         tokenizer = load_tokenizer(model_args, data, args.output_dir, splits)
-    model = load_model(model_args, shape, tokenizer, is_encoder_decoder(data))
-    rows = load_rows(data, args, tokenizer, splits)
+    model = load_model(model_args, shape, tokenizer, data, splits)
+    rows = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder)
     trainer = make_trainer(SegmentTrainer if data.segment_length else CarefulTrainer, model, args, tokenizer, rows)
     return finish(run(trainer, "train"))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForSequenceClassification
 
 from modeling_flashlite import FlashLiteForConditionalGeneration
 from modeling_flashlite.cli import parse_args
@@ -66,6 +67,12 @@ def write_corpus(folder):
             "de": f"die Zahl {i} ist klein",
             "dialogue": f"A: what is {i} plus one? B: it is {i + 1}.",
             "summary": f"{i} plus one is {i + 1}.",
+            "sentence": f"the number {i} is {'odd' if i % 2 else 'even'}",
+            # the validation rows know one class only
+            "label": ("odd" if i % 2 else "even") if i < 18 else "odd",
+            "question": "What is small?",
+            "context": f"the number {i} is small",
+            "answers": {"text": [f"number {i}"], "answer_start": [4]},
         }
         for i in range(24)
     ]
@@ -96,6 +103,8 @@ def test_recipe_trains_for_two_steps(name, ground, capsys):
     keys = yaml.safe_load(RECIPES[name].read_text())
     base = folder / ("causal" if keys["task"] == "text-generation" else "seq2seq")
     overrides = ["--num_train_epochs=1"]
+    if keys["task"] == "classification":
+        base = folder / "causal"
     if name.startswith("train"):
         overrides += [*TINY_SHAPE, "--vocab_size=300"] + (["--encoder_layers=2"] if "encoder_layers" in keys else [])
         overrides += ["--segment_length=16"] if "segment_length" in keys else []
@@ -112,6 +121,9 @@ def test_recipe_trains_for_two_steps(name, ground, capsys):
     assert printed["train_loss"] == metrics["train_loss"] and Path(printed["loss_curve"]).is_file()
     if name == "lora_tiny":
         assert (Path(printed["merged"]) / "model.safetensors").is_file()
+    if name == "lora_classification":
+        merged = AutoModelForSequenceClassification.from_pretrained(printed["merged"])
+        assert merged.config.id2label == {0: "even", 1: "odd"}
     if name == "distill_tiny":
         from datasets import load_from_disk
         from transformers import AutoTokenizer
@@ -149,10 +161,32 @@ def test_defaults_need_no_recipe():
     assert (model.model, shape.hidden_size, data.dataset, args.resume) == (None, 256, "python", False)
 
 
+@pytest.mark.parametrize("base", [None, "causal", "seq2seq"])
+@pytest.mark.parametrize("task, metric", [("classification", "accuracy"), ("extractive-qa", "f1")])
+def test_head_follows_the_task_from_training_to_evaluation(task, metric, base, ground, tmp_path):
+    folder, dataset = ground
+    columns = {"classification": "text=sentence,label=label", "extractive-qa": "question=question,answers=answers"}
+    argv = [f"--task={task}", f"--columns={columns[task]}", "--max_source_length=48"]
+    start = [*TINY_SHAPE, "--vocab_size=300"] if base is None else [f"--model={folder / base}"]
+    metrics = run_verb("train_tiny", dataset, tmp_path / "run", [*argv, *start])
+    assert metrics["eval_loss"] > 0
+    script = load_script("evaluate")
+    given = [f"--model={tmp_path / 'run'}", f"--dataset={dataset}", "--split=validation", "--resamples=0", *argv]
+    found = script.main(*parse_args(argument_classes(script), [*given, f"--output={tmp_path / 'x.json'}"]))
+    assert 0 <= found[metric] <= 100
+
+
+def test_tasks_without_text_are_not_distilled(ground):
+    folder, dataset = ground
+    with pytest.raises(SystemExit, match="classification generates no text"):
+        run_verb("distill_tiny", dataset, folder / "none", [f"--teacher={folder / 'causal'}", "--task=classification"])
+
+
 def test_dropout_of_a_loaded_model_changes_only_when_asked(tmp_path, tiny_config):
     FlashLiteForConditionalGeneration(tiny_config(dropout_rate=0.3, is_encoder_decoder=True)).save_pretrained(tmp_path)
     for asked, expected in ((None, 0.3), (0.0, 0.0)):
-        model = load_model(ModelArgs(model=str(tmp_path)), ArchitectureArgs(dropout_rate=asked), None, True)
+        shape, data = ArchitectureArgs(dropout_rate=asked), DataArgs(task="translation")
+        model = load_model(ModelArgs(model=str(tmp_path)), shape, None, data, None)
         assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {expected}
 
 
