@@ -1,0 +1,539 @@
+"""Multi-axis attention: one softmax over a block axis, a relevance axis and a grid axis.
+
+For the query in slot `t`, block `i = t // b`, of a row's key buffer:
+
+- block axis: the keys `max(0, (i-1) b) <= s <= t`, one by one;
+- candidates: the complete blocks `max(0, i-W) <= j <= i-2`;
+- relevance axis: every key of the `K` candidates with the highest score
+  `S_j = max_r relu(m) . kmax_{j,r} - relu(-m) . kmin_{j,r}`, where `m` is the mean query of the key-value head's
+  group and `kmax`, `kmin` bound the keys of sub-block `r` (the page bound of Quest, arXiv:2406.10774). The choice is
+  made per token and per key-value head, without a gradient; of equal scores the older block wins;
+- grid axis: every other candidate as a single slot (mean key, mean value) whose logit is raised by `log b`.
+
+`multi_axis_attention_reference` is the definition; every path of `multi_axis_attention` equals it, outputs and
+gradients. Nothing here knows of positions: their encoding changes queries and keys before they come.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention_tiles_flashlite import TileAttention, TileSizes, box_features, top_blocks
+
+# Up to this many queries are gathered with the blocks they chose instead of being cut into tiles.
+_FEW_QUERIES = 16
+# Up to this many weights of all heads together are written out where keys and values differ in width.
+_FEW_WEIGHTS = 1 << 23
+
+Cross = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class AxisSpec:
+    """The sizes that define the three axes.
+
+    Args:
+        block_size: tokens in a block (`b`).
+        sub_block_size: tokens in a sub-block that has its own key bounds (`c`, a divisor of `b`).
+        relevance_top_k: blocks read in full beside the own and the previous one (`K`); `None` reads every candidate.
+        memory_blocks: how many blocks back a query sees (`W`); `None` sees all.
+    """
+
+    block_size: int = 64
+    sub_block_size: int = 16
+    relevance_top_k: int | None = 8
+    memory_blocks: int | None = 512
+
+    def __post_init__(self):
+        if self.block_size < 1 or self.sub_block_size < 1 or self.block_size % self.sub_block_size:
+            raise ValueError(
+                f"block_size={self.block_size} is not a positive multiple of sub_block_size={self.sub_block_size}; "
+                "choose sub_block_size among the divisors of block_size."
+            )
+        for name in ("relevance_top_k", "memory_blocks"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} is below 0; use 0 or more, or None for no limit.")
+
+
+class BlockSummaries(NamedTuple):
+    """Summaries of the first `n` blocks of a key buffer, `r = b / c` sub-blocks each.
+
+    `keys` [B, Hkv, n, dk] and `values` [B, Hkv, n, dv] are block means, `boxes` [B, Hkv, 2 dk, n*r] the upper and
+    below them the lower bounds of the keys of each sub-block: one product with `box_features` gives all scores, and
+    reads its rows in order.
+    """
+
+    keys: Tensor
+    values: Tensor
+    boxes: Tensor
+
+
+def summarize_blocks(k: Tensor, v: Tensor, spec: AxisSpec) -> BlockSummaries:
+    """Summarizes the `S // b` blocks that fit entirely in `k` [B, Hkv, S, dk] and `v` [B, Hkv, S, dv].
+
+    The means are differentiable; the bounds carry no gradient.
+    """
+    b, c = spec.block_size, spec.sub_block_size
+    n = k.shape[2] // b
+    k_blocks, v_blocks = (x[:, :, : n * b].unflatten(2, (n, b)) for x in (k, v))
+    with torch.no_grad():
+        minima, maxima = k[:, :, : n * b].unflatten(2, (n * b // c, c)).aminmax(dim=3)
+        boxes = torch.cat([maxima.mT, minima.mT], 2)
+    return BlockSummaries(k_blocks.mean(3), v_blocks.mean(3), boxes)
+
+
+def _slots(start: int | Tensor, length: int, device: torch.device) -> Tensor:
+    """Slots of the queries, [1 or B, length]."""
+    offsets = torch.arange(length, device=device)
+    return (start[:, None] if isinstance(start, Tensor) else start) + offsets[None, :]
+
+
+def _box_scores(mean: Tensor, boxes: Tensor, sub_blocks: int) -> Tensor:
+    """Scores `S_j` [B, Hkv, T, n] of every block for the mean queries [B, Hkv, T, dk]."""
+    return (box_features(mean) @ boxes.to(mean.dtype)).unflatten(-1, (-1, sub_blocks)).amax(-1)
+
+
+@torch.no_grad()
+def _select(q: Tensor, summaries: BlockSummaries, spec: AxisSpec, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The candidates [1 or B, 1, T, n] and the selected blocks [B, Hkv, T, n] of every query."""
+    n, top = summaries.keys.shape[2], spec.relevance_top_k
+    i = (slots // spec.block_size)[:, None, :, None]
+    j = torch.arange(n, device=q.device)
+    candidates = j <= i - 2
+    if spec.memory_blocks is not None:
+        candidates = candidates & (j >= i - spec.memory_blocks)
+    shape = (q.shape[0], summaries.keys.shape[1], q.shape[2], n)
+    if top is None or top >= n:
+        return candidates, candidates.expand(shape)
+    mean = q.unflatten(1, (summaries.boxes.shape[1], -1)).to(torch.promote_types(q.dtype, torch.float32)).mean(2)
+    scores = _box_scores(mean, summaries.boxes, spec.block_size // spec.sub_block_size)
+    scores = scores.masked_fill(~candidates, -math.inf)
+    selected = torch.zeros(shape, dtype=torch.bool, device=q.device).scatter(3, top_blocks(scores, top), True)
+    return candidates, selected & candidates
+
+
+def _axis_masks(q: Tensor, s: int, summaries: BlockSummaries, spec: AxisSpec, start) -> tuple[Tensor, Tensor]:
+    """What each query sees: tokens [B, Hkv, T, S] one by one and grid slots [B, Hkv, T, n]."""
+    b = spec.block_size
+    slots = _slots(start, q.shape[2], q.device)
+    candidates, selected = _select(q, summaries, spec, slots)
+    t, key = slots[:, None, :, None], torch.arange(s, device=q.device)
+    tokens = ((key >= (t // b - 1) * b) & (key <= t)).expand(q.shape[0], selected.shape[1], -1, -1).clone()
+    covered = min(s, selected.shape[3] * b)
+    tokens[..., :covered] |= selected.repeat_interleave(b, dim=3)[..., :covered]
+    return tokens, candidates & ~selected
+
+
+def multi_axis_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AxisSpec,
+    *,
+    start: int | Tensor = 0,
+    scaling: float | None = None,
+    cross: Cross | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The definition of multi-axis attention, with explicit weights.
+
+    Args:
+        q: queries [B, H, T, dk].
+        k: keys [B, Hkv, S, dk]; slot 0 begins a block.
+        v: values [B, Hkv, S, dv].
+        spec: the sizes of the axes.
+        start: slot of the first query, one `int` or a LongTensor [B]; keys right of a query's slot are never seen.
+        scaling: factor of the dot products, `dk ** -0.5` if `None`.
+        cross: `(k_e [B, Hkv, Se, dk], v_e [B, Hkv, Se, dv], mask [B, Se] bool or None)`, keys that join the softmax.
+        dropout: probability of dropping a weight.
+
+    Returns:
+        `(out [B, H, T, dv], weights [B, H, T, S], cross_weights [B, H, T, Se] or None)`. A grid slot's weight is
+        spread evenly over the tokens of its block, so that `out = weights @ v + cross_weights @ v_e`.
+    """
+    _check(q, k, v, start, cross)
+    b, groups = spec.block_size, q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    summaries = summarize_blocks(k, v, spec)
+    tokens, grid = _axis_masks(q, k.shape[2], summaries, spec, start)
+    keys, values, seen = [k, summaries.keys], v, [tokens, grid]
+    if cross is not None:
+        keys.append(cross[0])
+        mask = cross[2] if cross[2] is not None else cross[0].new_ones(cross[0].shape[0], cross[0].shape[2])
+        seen.append(mask.bool()[:, None, None, :].expand(-1, k.shape[1], q.shape[2], -1))
+
+    def spread(x: Tensor) -> Tensor:
+        return x.repeat_interleave(groups, dim=1)
+
+    logits = (q * scaling).to(wide) @ spread(torch.cat(keys, 2)).to(wide).mT
+    n, s = grid.shape[3], k.shape[2]
+    logits[..., s : s + n] += math.log(b)
+    logits = logits.masked_fill(~spread(torch.cat(seen, 3)), -math.inf)
+    weights = F.dropout(logits.softmax(-1), dropout)
+    own, mass = weights[..., :s], weights[..., s : s + n]
+    own = own + F.pad((mass / b).repeat_interleave(b, dim=3), (0, s - n * b))
+    out = own @ spread(values).to(wide)
+    cross_weights = None
+    if cross is not None:
+        cross_weights = weights[..., s + n :]
+        out = out + cross_weights @ spread(cross[1]).to(wide)
+        cross_weights = cross_weights.to(q.dtype)
+    return out.to(v.dtype), own.to(q.dtype), cross_weights
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, cross: Cross | None) -> None:
+    """Refuses shapes that do not belong together."""
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit; expected "
+            "[B, H, T, dk], [B, Hkv, S, dk] and [B, Hkv, S, dv] with H a multiple of Hkv."
+        )
+    if isinstance(start, int) and not 0 <= start <= k.shape[2] - q.shape[2]:
+        raise ValueError(
+            f"queries in slots {start} to {start + q.shape[2] - 1} need as many keys, but there are {k.shape[2]}; "
+            "write the new keys into the buffer first."
+        )
+    if cross is not None and cross[2] is not None and cross[2].shape != (q.shape[0], cross[0].shape[2]):
+        raise ValueError(
+            f"the mask of the cross keys has shape {tuple(cross[2].shape)}, expected "
+            f"{(q.shape[0], cross[0].shape[2])}; give one entry per row and key."
+        )
+
+
+def multi_axis_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AxisSpec,
+    *,
+    start: int | Tensor = 0,
+    scaling: float | None = None,
+    cross: Cross | None = None,
+    summaries: BlockSummaries | None = None,
+) -> Tensor:
+    """Multi-axis attention on the quickest path that fits; arguments as in `multi_axis_attention_reference`.
+
+    Args:
+        summaries: summaries of the first blocks of `k` and `v`, at least of every candidate of every query; computed
+            here if `None`.
+
+    Returns:
+        out [B, H, T, dv].
+    """
+    _check(q, k, v, start, cross)
+    b, length = spec.block_size, q.shape[2]
+    starts = start.tolist() if isinstance(start, Tensor) else [start]
+    low, high = min(starts), max(starts)
+    start = low if low == high else start
+    top = math.inf if spec.relevance_top_k is None else spec.relevance_top_k
+    memory = math.inf if spec.memory_blocks is None else spec.memory_blocks
+    most = (high + length - 1) // b - 1
+    if most <= min(top, memory - 1):
+        return _dense_attention(q, k, v, start, scaling, cross)
+    if top >= memory - 1 or top == math.inf:
+        return _window_attention(q, k, v, b, memory, start, scaling, cross)
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        summaries = None
+    elif length == 1 and low == high and summaries is not None and not (torch.is_grad_enabled() and q.requires_grad):
+        return _decode_attention(q, k, v, spec, start, scaling, cross, summaries)
+    if length <= _FEW_QUERIES:
+        return _step_attention(q, k, v, spec, start, scaling, cross, summaries)
+    # not a decorator: importing the compiler takes a second, which eager calls need not wait for
+    tiles = torch.compiler.disable(_tile_attention) if torch.compiler.is_compiling() else _tile_attention
+    return tiles(q, k, v, spec, start, scaling, cross, summaries)
+
+
+def _rows(q: Tensor, hkv: int) -> Tensor:
+    """[B, H, T, d] as [B, Hkv, T, G, d]."""
+    return q.unflatten(1, (hkv, -1)).transpose(2, 3)
+
+
+def _take_blocks(k: Tensor, v: Tensor, index: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """The blocks `index` [B, Hkv, M] of k and v [B, Hkv, S, d], as [B, Hkv, M b, d]."""
+    batch, hkv = k.shape[:2]
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad) or not (_is_table(k, b) and _is_table(v, b)):
+        rows, heads = (torch.arange(n, device=k.device) for n in (batch, hkv))
+        place = rows[:, None, None], heads[None, :, None], index
+        k, v = (x[:, :, : x.shape[2] // b * b].unflatten(2, (-1, b))[place].flatten(2, 3) for x in (k, v))
+        return k, v
+    taken, lines, previous = [], index, None
+    for x in (k, v):
+        # All blocks of all heads as the rows of one matrix, a view of the buffer: index_select copies whole rows.
+        size, count = b * x.shape[3], batch * hkv
+        step = x.stride(1) // size if hkv > 1 else x.stride(0) // size
+        if step != previous:
+            lines, previous = index.view(count, -1), step
+            if count > 1:
+                lines = lines + torch.arange(0, count * step, step, device=x.device)[:, None]
+            lines = lines.view(-1)
+        table = x.as_strided(((count - 1) * step + x.shape[2] // b, size), (size, 1))
+        taken.append(table.index_select(0, lines).view(batch, hkv, -1, x.shape[3]))
+    return taken[0], taken[1]
+
+
+def _is_table(x: Tensor, b: int) -> bool:
+    """Whether the blocks of all heads of x [B, Hkv, S, d] are rows of one matrix, at even distances."""
+    (batch, hkv, _, d), (by_row, by_head, by_token, by_value) = x.shape, x.stride()
+    if (by_token, by_value) != (d, 1) or (batch > 1 and hkv > 1 and by_row != hkv * by_head):
+        return False
+    # A step of 0 is an expanded dimension, whose heads share their rows.
+    return all(size == 1 or (step > 0 and step % (b * d) == 0) for size, step in ((hkv, by_head), (batch, by_row)))
+
+
+def _local_keys(k: Tensor, v: Tensor, start: int | Tensor, length: int, b: int):
+    """Keys and values of the own and previous block of the queries, and which of them each query sees [B, T, N]."""
+    if isinstance(start, int):
+        origin = max(start // b - 1, 0) * b
+        k, v = k[:, :, origin : start + length], v[:, :, origin : start + length]
+        if length == 1:
+            return k, v, None
+        slots, keys = _slots(start, length, k.device), torch.arange(origin, start + length, device=k.device)[None]
+    else:
+        slots = _slots(start, length, k.device)
+        keys = (start // b - 1)[:, None] * b + torch.arange(2 * b + length - 1, device=k.device)
+        place = keys.clamp(0, k.shape[2] - 1)[:, None, :, None]
+        k, v = (x.gather(2, place.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
+    slots, keys = slots[:, :, None], keys[:, None, :]
+    return k, v, (keys >= (slots // b - 1).clamp(min=0) * b) & (keys <= slots)
+
+
+def _step_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
+    """Few queries, as in decoding: only the chosen blocks are gathered, everything else is read where it lies."""
+    b, top, length, hkv = spec.block_size, spec.relevance_top_k, q.shape[2], k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    summaries = summarize_blocks(k, v, spec) if summaries is None else summaries
+    starts = [start] if isinstance(start, int) else start.tolist()
+    first = 0 if spec.memory_blocks is None else max(min(starts) // b - spec.memory_blocks, 0)
+    end, r = (max(starts) + length - 1) // b - 1, b // spec.sub_block_size
+    k_mean, v_mean = (x[:, :, first:end].to(wide) for x in summaries[:2])
+    boxes = summaries.boxes[..., first * r : end * r]
+
+    hidden = None
+    if length > 1 or isinstance(start, Tensor):
+        blocks = (_slots(start, length, q.device) // b)[:, None, :, None]
+        j = torch.arange(first, end, device=q.device)
+        hidden = j > blocks - 2
+        if spec.memory_blocks is not None:
+            hidden = hidden | (j < blocks - spec.memory_blocks)
+    queries = _rows(q, hkv).to(wide)
+    with torch.no_grad():
+        scores = _box_scores(queries.mean(3), boxes, r)
+        if hidden is not None:
+            scores = scores.masked_fill_(hidden, -math.inf)
+        chosen = top_blocks(scores, top)
+
+    queries = queries * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    rows = queries.flatten(2, 3)
+
+    def part(keys: Tensor, dark: Tensor | None) -> Tensor:
+        logits = (rows @ keys.to(wide).mT).unflatten(2, (length, -1))
+        return logits if dark is None else logits.masked_fill(dark, -math.inf)
+
+    k_local, v_local, seen = _local_keys(k, v, start, length, b)
+    picked = _take_blocks(k, v, (chosen + first).flatten(2), b)
+    picked_k, picked_v = (x.to(wide).unflatten(2, (length, -1)) for x in picked)
+    relevance = queries @ picked_k.mT
+    grid = part(k_mean, None if hidden is None else hidden[:, :, :, None]) + math.log(b)
+    grid = grid.scatter(4, chosen[:, :, :, None].expand(-1, -1, -1, grid.shape[3], -1), -math.inf)
+    if hidden is not None:
+        unseen = hidden.expand(scores.shape).gather(3, chosen).repeat_interleave(b, dim=3)
+        relevance = relevance.masked_fill(unseen[:, :, :, None], -math.inf)
+    logits = [relevance, part(k_local, None if seen is None else ~seen[:, None, :, None]), grid]
+    values = [v_local, v_mean]
+    if cross is not None:
+        logits.append(part(cross[0], None if cross[2] is None else ~cross[2].bool()[:, None, None, None]))
+        values.append(cross[1])
+    widths = [x.shape[4] for x in logits]
+    relevance, *weights = torch.cat(logits, 4).softmax(4).split(widths, 4)
+    out = relevance @ picked_v
+    for weight, value in zip(weights, values):
+        out = out + (weight.flatten(2, 3) @ value.to(wide)).view_as(out)
+    return out.transpose(2, 3).flatten(1, 2).to(v.dtype)
+
+
+def _decode_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
+    """One query per row, all in the slot `start`: `_step_attention` with as few operations as there can be.
+
+    A token costs about as many microseconds as operations, so the heads are one batch and nothing is built twice.
+    """
+    b, top, (batch, heads, _, _), hkv = spec.block_size, spec.relevance_top_k, q.shape, k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    first = 0 if spec.memory_blocks is None else max(start // b - spec.memory_blocks, 0)
+    origin, r = (start // b - 1) * b, b // spec.sub_block_size
+    count = start // b - 1 - first
+
+    def part(x: Tensor, begin: int, size: int, dim: int = 1) -> Tensor:
+        x = x.flatten(0, 1).narrow(dim, begin, size)
+        return x if x.dtype == wide else x.to(wide)
+
+    rows = q.reshape(batch * hkv, heads // hkv, -1).to(wide)
+    bias = rows.new_full((batch * hkv, 1, count), math.log(b))
+    keys, values = [part(k, origin, start + 1 - origin)], [part(v, origin, start + 1 - origin)]
+    if top:
+        features = box_features(rows.sum(1, keepdim=True))  # the mean times G: the same order
+        bounds = torch.bmm(features, part(summaries.boxes, first * r, count * r, dim=2))
+        chosen = top_blocks(bounds.view(-1, count, r).amax(2), top)
+        bias.scatter_(2, chosen[:, None], -math.inf)
+        picked = _take_blocks(k, v, (chosen + first if first else chosen).view(batch, hkv, top), b)
+        keys.append(part(picked[0], 0, top * b))
+        values.append(part(picked[1], 0, top * b))
+
+    rows = rows * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if cross is not None:
+        keys.append(part(cross[0], 0, cross[0].shape[2]))
+        values.append(part(cross[1], 0, cross[0].shape[2]))
+    logits = [torch.bmm(rows, x.mT) for x in keys]
+    if cross is not None and cross[2] is not None:
+        logits[-1].view(batch, -1, cross[0].shape[2]).masked_fill_(~cross[2].bool()[:, None], -math.inf)
+    logits.append(torch.baddbmm(bias, rows, part(summaries.keys, first, count).mT))
+    values.append(part(summaries.values, first, count))
+    return _joint(logits, values).view(batch, heads, 1, -1).to(v.dtype)
+
+
+def _dense_attention(q, k, v, start, scaling, cross) -> Tensor:
+    """Every query sees every token up to its own."""
+    length = q.shape[2]
+    end = start + length if isinstance(start, int) else k.shape[2]
+    k, v, mask = k[:, :, :end], v[:, :, :end], None
+    if length == 1 and isinstance(start, int) and not torch.compiler.is_exporting():
+        if cross is None:
+            return _joint_step(q, [k], [v], scaling, None)
+        return _joint_step(q, [k, cross[0]], [v, cross[1]], scaling, cross[2])
+    if cross is not None or isinstance(start, Tensor) or (start and length > 1):
+        slots = _slots(start, length, q.device)[:, :, None]
+        mask = (torch.arange(k.shape[2], device=q.device) <= slots)[:, None]
+        if cross is not None:
+            k, v = torch.cat([k, cross[0]], 2), torch.cat([v, cross[1]], 2)
+            extra = cross[2] if cross[2] is not None else mask.new_ones(q.shape[0], cross[0].shape[2])
+            mask, extra = mask.expand(q.shape[0], -1, -1, -1), extra.bool()[:, None, None, :]
+            mask = torch.cat([mask, extra.expand(-1, -1, length, -1)], 3)
+    return dense_attention(q, k, v, mask, bool(mask is None and length > 1), scaling)
+
+
+def _joint_step(q: Tensor, keys: list, values: list, scaling: float | None, last_mask: Tensor | None) -> Tensor:
+    """One query per row over several sets of keys [B, Hkv, S, dk], none copied; the mask [B, S] is the last set's."""
+    batch, heads, hkv = q.shape[0], q.shape[1], keys[0].shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = (q * (q.shape[-1] ** -0.5 if scaling is None else scaling)).reshape(batch * hkv, heads // hkv, -1).to(wide)
+    logits = [torch.bmm(rows, x.flatten(0, 1).to(wide).mT) for x in keys]
+    if last_mask is not None:
+        logits[-1].view(batch, -1, last_mask.shape[1]).masked_fill_(~last_mask.bool()[:, None], -math.inf)
+    out = _joint(logits, [x.flatten(0, 1).to(wide) for x in values])
+    return out.view(batch, heads, 1, -1).to(values[0].dtype)
+
+
+def _joint(logits: list[Tensor], values: list[Tensor]) -> Tensor:
+    """One softmax over several sets of logits [N, R, S] and values [N, S, dv]; [N, R, dv]."""
+    weights = torch.cat(logits, 2).softmax(2).split([x.shape[2] for x in logits], 2)
+    out = torch.bmm(weights[0], values[0])
+    for weight, value in zip(weights[1:], values[1:]):
+        out = torch.baddbmm(out, weight, value)
+    return out
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scaling: float | None = None
+) -> Tensor:
+    """Dense attention [B, H, T, dv] by what is quickest at this size; `mask` is boolean, true where a key is seen.
+
+    PyTorch's CPU kernel wants values as wide as the keys, so that narrower ones are padded; where there are few
+    weights, writing them out takes half the time or less.
+    """
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    width, groups = v.shape[3], q.shape[1] // k.shape[1]
+    if width < k.shape[3]:
+        fits = q.device.type == "cpu" and q.dtype != torch.float16 and not torch.compiler.is_exporting()
+        if fits and q.shape[:3].numel() * k.shape[2] <= _FEW_WEIGHTS:
+            return _explicit_attention(q, k, v, mask, causal, scaling)
+        v = F.pad(v, (0, k.shape[3] - width))
+    if q.shape[2] == 1 and groups > 1:
+        # The queries of a group as rows of one: the keys are read once for the group.
+        rows = q.unflatten(1, (k.shape[1], groups)).squeeze(3)
+        out = F.scaled_dot_product_attention(rows, k, v, mask, scale=scaling).flatten(1, 2).unsqueeze(2)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling, enable_gqa=groups > 1)
+    return out[..., :width]
+
+
+def _explicit_attention(q, k, v, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
+    """Attention that keeps its weights: for few of them quicker than a kernel that wants the values padded."""
+    batch, hkv, s = k.shape[:3]
+    rows, k, v_rows = (x.reshape(batch * hkv, -1, x.shape[3]) for x in (q * scaling, k, v))
+    if causal:
+        mask = torch.ones(q.shape[2], s, dtype=torch.bool, device=q.device).tril_()[None, None]
+    logits = torch.bmm(rows, k.mT)
+    if mask is not None:
+        # finite, so that a row of nothing but padding stays finite too
+        lowest = torch.finfo(logits.dtype).min
+        logits = logits.view(batch, hkv, -1, *mask.shape[2:]).masked_fill(~mask[:, :, None], lowest).view_as(logits)
+    return torch.bmm(logits.softmax(-1), v_rows).view(*q.shape[:3], v.shape[3]).to(v.dtype)
+
+
+def _window_attention(q, k, v, b, memory, start, scaling, cross) -> Tensor:
+    """A band: every query sees every token of its last `memory` blocks (at least one) and of its own block."""
+    back, length = max(memory, 1) * b, q.shape[2]
+    pieces = []
+    for lo in range(0, length, max(back, 256)):
+        hi = min(lo + max(back, 256), length)
+        slots = _slots(start, length, q.device)[:, lo:hi]
+        oldest, newest = (int(slots.min()) // b) * b - back, int(slots.max()) + 1
+        origin = max(oldest, 0)
+        keys = torch.arange(origin, newest, device=q.device)
+        mask = ((keys <= slots[..., None]) & (keys >= slots[..., None] // b * b - back))[:, None]
+        part_k, part_v = k[:, :, origin:newest], v[:, :, origin:newest]
+        if cross is not None:
+            part_k, part_v = torch.cat([part_k, cross[0]], 2), torch.cat([part_v, cross[1]], 2)
+            extra = cross[2] if cross[2] is not None else mask.new_ones(q.shape[0], cross[0].shape[2])
+            extra = extra.bool()[:, None, None, :].expand(-1, -1, hi - lo, -1)
+            mask = torch.cat([mask.expand(q.shape[0], -1, -1, -1), extra], 3)
+        pieces.append(dense_attention(q[:, :, lo:hi], part_k, part_v, mask, False, scaling))
+    return torch.cat(pieces, 2)
+
+
+def _masked_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
+    """One dense call on the keys [tokens; grid slots; cross keys] with an additive mask."""
+    summaries = summarize_blocks(k, v, spec) if summaries is None else summaries
+    tokens, grid = _axis_masks(q, k.shape[2], summaries, spec, start)
+    keys, values = [k, summaries.keys.to(k.dtype)], [v, summaries.values.to(v.dtype)]
+    token_bias = torch.zeros(tokens.shape, dtype=q.dtype, device=q.device).masked_fill_(~tokens, -math.inf)
+    grid_bias = torch.full(grid.shape, math.log(spec.block_size), dtype=q.dtype, device=q.device)
+    biases = [token_bias, grid_bias.masked_fill_(~grid, -math.inf)]
+    if cross is not None:
+        keys.append(cross[0])
+        values.append(cross[1])
+        row = torch.zeros(q.shape[0], cross[0].shape[2], dtype=q.dtype, device=q.device)
+        if cross[2] is not None:
+            row = row.masked_fill(~cross[2].bool(), -math.inf)
+        biases.append(row[:, None, None, :].expand(-1, k.shape[1], q.shape[2], -1))
+    groups = q.shape[1] // k.shape[1]
+    mask = torch.cat(biases, 3).repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(
+        q, torch.cat(keys, 2), torch.cat(values, 2), mask, scale=scaling, enable_gqa=groups > 1
+    )
+
+
+def _tile_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
+    """Tiles merged by log-sum-exp; needs `memory_blocks` to exceed `relevance_top_k` by more than one block."""
+    if summaries is None or k.requires_grad or v.requires_grad:
+        with torch.no_grad():
+            summaries = summarize_blocks(k, v, spec)
+    sizes = TileSizes(
+        spec.block_size,
+        spec.block_size // spec.sub_block_size,
+        spec.relevance_top_k,
+        spec.memory_blocks or 0,
+        q.shape[-1] ** -0.5 if scaling is None else scaling,
+    )
+    starts = start.tolist() if isinstance(start, Tensor) else [start] * q.shape[0]
+    k_e = v_e = bias = None
+    if cross is not None:
+        k_e, v_e, mask = cross
+        bias = q.new_zeros(q.shape[0], k_e.shape[2])
+        bias = bias if mask is None else bias.masked_fill(~mask.bool(), -math.inf)
+    return TileAttention.apply(q, k, v, k_e, v_e, bias, starts, tuple(summaries), sizes)

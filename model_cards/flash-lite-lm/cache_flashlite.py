@@ -1,0 +1,476 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""The cache of Flash-Lite: a ring of key-value blocks that is also the segment memory.
+
+The state of a layer is a pure function of its keys and values. A row's real tokens stand in consecutive slots, padding
+takes none, so left padding, right padding and no padding hold the same state. Slot 0 is the beginning of a block. What
+lies further back than the window of `memory_blocks` is dropped, block by block, so generation of any length runs in
+bounded memory.
+
+Shapes: B batch, R rows, N key-value heads, T new columns, S slots, H head size, b block size.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+
+from .attention_flashlite import AxisSpec, BlockSummaries, summarize_blocks
+
+
+def axis_spec(config) -> AxisSpec:
+    """The axes of a decoder config."""
+    return AxisSpec(config.block_size, config.sub_block_size, config.relevance_top_k, config.memory_blocks)
+
+
+def _slice_summaries(summaries: BlockSummaries, spec: AxisSpec, first: int, last: int | None = None) -> BlockSummaries:
+    """Views of the summaries of the blocks from `first` to `last`."""
+    r = spec.block_size // spec.sub_block_size
+    boxes = slice(first * r, None if last is None else last * r)
+    return BlockSummaries(
+        summaries.keys[:, :, first:last], summaries.values[:, :, first:last], summaries.boxes[..., boxes]
+    )
+
+
+def _grow(states: torch.Tensor, spare: int, dim: int) -> torch.Tensor:
+    """A copy with `spare` zeros more along `dim`."""
+    shape = list(states.shape)
+    shape[dim] = spare
+    return torch.cat([states, states.new_zeros(shape)], dim)
+
+
+# spare blocks beyond the window: they let `crop` roll back this many blocks of tokens without a refusal
+_SPARE_BLOCKS = 4
+
+
+class Rows(NamedTuple):
+    """How the columns of a padded or packed batch map to rows of consecutive real tokens.
+
+    Attributes:
+        source (`LongTensor` `[R, L]`): flat index (batch * columns + column) of the token in each row slot; slots
+            beyond `counts` point at padding. L is the longest row.
+        slot (`LongTensor` `[B, T]`): flat index (row * L + slot) of each column; padding points at any.
+        counts (`LongTensor` `[R]`): real tokens in each row.
+        mask (`BoolTensor` `[B, T]`): the real columns.
+    """
+
+    source: torch.Tensor
+    slot: torch.Tensor
+    counts: torch.Tensor
+    mask: torch.Tensor
+
+    def gather(self, states: torch.Tensor) -> torch.Tensor:
+        """Columns to rows: `[B, N, T, H]` -> `[R, N, L, H]`."""
+        flat = states.transpose(1, 2).flatten(0, 1)
+        return flat.index_select(0, self.source.flatten()).unflatten(0, self.source.shape).transpose(1, 2)
+
+    def scatter(self, states: torch.Tensor) -> torch.Tensor:
+        """Rows to columns: `[R, N, L, H]` -> `[B, N, T, H]`; padding columns become zero."""
+        flat = states.transpose(1, 2).flatten(0, 1)
+        columns = flat.index_select(0, self.slot.flatten()).unflatten(0, self.slot.shape).transpose(1, 2)
+        return columns.masked_fill(~self.mask[:, None, :, None], 0.0)
+
+    def column_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slot of each column, `[B, T]`, and whether a column's row holds another column's token, `[B, T, T]`."""
+        row, slot = self.slot // self.source.shape[1], self.slot % self.source.shape[1]
+        return slot, (row[:, :, None] == row[:, None, :]) & self.mask[:, None, :]
+
+
+def rows_of_mask(mask: torch.Tensor) -> Rows:
+    """Left-align each batch row: real tokens in order, then padding. `mask` is bool `[B, T]`."""
+    batch, columns = mask.shape
+    counts = mask.sum(1)
+    # the longest row's, except in an exported graph, whose shapes cannot depend on values
+    width = columns if torch.compiler.is_exporting() else max(int(counts.max()), 1)
+    row = torch.arange(batch, device=mask.device)[:, None]
+    order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :width]
+    slot = (mask.cumsum(1) - 1).clamp(min=0)
+    return Rows(order + row * columns, slot + row * width, counts, mask)
+
+
+def rows_of_documents(starts: torch.Tensor) -> Rows:
+    """Give each document of a packed batch a row of its own. `starts` is bool `[B, T]`, true at first tokens."""
+    batch, columns = starts.shape
+    starts = starts.clone()
+    starts[:, 0] = True
+    flat = starts.flatten()
+    row = flat.cumsum(0) - 1
+    first = flat.nonzero()[:, 0]
+    within = torch.arange(batch * columns, device=starts.device) - first[row]
+    counts = torch.bincount(row)
+    width = int(counts.max())
+    source = torch.zeros(len(counts), width, dtype=torch.long, device=starts.device)
+    source[row, within] = torch.arange(batch * columns, device=starts.device)
+    slot = (row * width + within).view(batch, columns)
+    return Rows(source, slot, counts, torch.ones_like(starts))
+
+
+class FlashLiteCacheLayer(DynamicLayer):
+    """Keys, values and block summaries of one decoder layer.
+
+    `fill` is the number of slots in use (an `int` while all rows agree, else `LongTensor` `[B]`), `start` the slot of
+    the newest chunk's first token, `base` the position of slot 0 (likewise), `columns` the number of columns seen,
+    padding included, which is what `generate` counts, and `mask` their real ones (`None` while there is no padding).
+    """
+
+    def __init__(self, spec: AxisSpec):
+        self.spec = spec
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.is_initialized = False
+        self._keys: Any = None
+        self._values: Any = None
+        self._summaries: Any = None
+        self.mask: Any = None
+        self.fill: Any = 0
+        self.start: Any = 0
+        self.base: Any = 0
+        self.columns = self.summarized = 0
+
+    @property
+    def keys(self):
+        """Keys by column, `[B, N, C, H]` with zeros at padding, or `None` while empty: what tools of the library see.
+
+        Where a key carries its position in dimensions of its own, these are left out.
+        """
+        return None if self._keys is None else self._by_column(self._keys)[..., : self._values.shape[3]]
+
+    @keys.setter
+    def keys(self, value):
+        self._keys = value
+
+    @property
+    def values(self):
+        """Values by column, `[B, N, C, H]` with zeros at padding, or `None` while empty."""
+        return None if self._values is None else self._by_column(self._values)
+
+    @values.setter
+    def values(self, value):
+        self._values = value
+
+    def _by_column(self, states: torch.Tensor) -> torch.Tensor:
+        if self.mask is None:
+            return states[:, :, : self._used]
+        slot, real = self.column_slots()
+        index = slot[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+        return states.gather(2, index).masked_fill(~real.mT[:, None], 0.0)
+
+    def column_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slot of each remembered column, `[B, C]`, and whether it holds a real token, `[B, 1, C]`."""
+        slot = self._fill_tensor(self.mask.device)[:, None] - self._later_tokens()
+        return slot.clamp(0, max(self._used - 1, 0)), (self.mask & (slot >= 0))[:, None]
+
+    def _later_tokens(self) -> torch.Tensor:
+        """Real tokens from each column on, `[B, C]`: counted from the newest, since the oldest columns may be gone."""
+        return self.mask.flip(1).cumsum(1).flip(1)
+
+    @property
+    def _used(self) -> int:
+        return self.fill if isinstance(self.fill, int) else int(self.fill.max())
+
+    @property
+    def batch_size(self) -> int:
+        """Batch rows held; -1 while empty."""
+        return -1 if self._keys is None else self._keys.shape[0]
+
+    @property
+    def summaries(self) -> BlockSummaries | None:
+        """Summaries of the blocks that lie entirely in the slots in use."""
+        if self._summaries is None:
+            return None
+        return _slice_summaries(self._summaries, self.spec, 0, self.summarized)
+
+    def get_seq_length(self) -> int:
+        """Columns seen so far, padding included."""
+        return self.columns
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate the first slots."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._keys = key_states.new_zeros(*key_states.shape[:2], 0, key_states.shape[3])
+        self._values = value_states.new_zeros(*value_states.shape[:2], 0, value_states.shape[3])
+        self._summaries = summarize_blocks(self._keys, self._values, self.spec)
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, rows: Rows | None = None):
+        """Append `[B, N, T, H]` keys and values, given in row order, and return all slots up to the last one written.
+
+        Raises:
+            ValueError: if the batch differs from the one that the cache holds.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch_size:
+            raise ValueError(
+                f"The cache holds {self.batch_size} rows, but the batch has {key_states.shape[0]}; pass the cache of "
+                "this batch, or none."
+            )
+        tokens = key_states.shape[2]
+        ragged = rows is not None or not isinstance(self.fill, int)
+        self._evict()
+        end = self._used + tokens
+        self._reserve(end)
+        self.start = self.fill
+        if not ragged:
+            self._keys[:, :, self.fill : self.fill + tokens] = key_states
+            self._values[:, :, self.fill : self.fill + tokens] = value_states
+            first, self.fill = self.fill, self.fill + tokens
+        else:
+            fill = self._fill_tensor(key_states.device)
+            index = (fill[:, None] + torch.arange(tokens, device=fill.device))[:, None, :, None]
+            self._keys.scatter_(2, index.expand_as(key_states), key_states)
+            self._values.scatter_(2, index.expand_as(value_states), value_states)
+            counts = tokens if rows is None else rows.counts
+            first, self.fill = int(fill.min()), fill + counts
+        self._record_columns(tokens, rows)
+        # up to the last slot written, used or not: a padding query behind a short row asks for these blocks too
+        self._summarize(first // self.spec.block_size, end // self.spec.block_size)
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def _fill_tensor(self, device) -> torch.Tensor:
+        if isinstance(self.fill, int):
+            return torch.full((self.batch_size,), self.fill, device=device)
+        return self.fill
+
+    def _record_columns(self, tokens: int, rows: Rows | None) -> None:
+        if self.mask is not None or rows is not None:
+            device = self._keys.device
+            old = self.mask if self.mask is not None else torch.ones(self.batch_size, self.columns, dtype=torch.bool)
+            new = rows.mask if rows is not None else torch.ones(self.batch_size, tokens, dtype=torch.bool)
+            self.mask = torch.cat([old.to(device), new.to(device)], dim=1)
+        self.columns += tokens if rows is None else rows.mask.shape[1]
+
+    def _reserve(self, slots: int) -> None:
+        """Grow the buffers in steps of an eighth, so that appending costs amortised constant time."""
+        spare = slots - self._keys.shape[2]
+        if spare <= 0:
+            return
+        block = self.spec.block_size
+        grow = -(-max(spare, slots // 8, block) // block) * block
+        self._keys, self._values = _grow(self._keys, grow, 2), _grow(self._values, grow, 2)
+        blocks = self._keys.shape[2] // block - self._summaries.keys.shape[2]
+        spare = blocks, blocks, blocks * (block // self.spec.sub_block_size)
+        self._summaries = BlockSummaries(*map(_grow, self._summaries, spare, (2, 2, 3)))
+
+    def _summarize(self, first: int, last: int) -> None:
+        """Refresh the summaries of the blocks `first` to `last`; blocks close in all rows at once or row by row."""
+        if last > first:
+            block = self.spec.block_size
+            fresh = summarize_blocks(
+                self._keys[:, :, first * block : last * block],
+                self._values[:, :, first * block : last * block],
+                self.spec,
+            )
+            for part, new in zip(_slice_summaries(self._summaries, self.spec, first, last), fresh):
+                part.copy_(new)
+        self.summarized = last
+
+    def _evict(self) -> None:
+        """Drop the blocks that no future query can reach, once half of the buffer is such blocks."""
+        window = self.spec.memory_blocks
+        if window is None:
+            return
+        keep = max(window, 1) + _SPARE_BLOCKS
+        block = self.spec.block_size
+        if self._used // block < keep + max(keep // 4, 4):
+            return
+        if isinstance(self.fill, int):
+            shift = (self.fill // block - keep) * block
+            self._keys, self._values = self._keys[:, :, shift:].clone(), self._values[:, :, shift:].clone()
+            dropped = shift // block
+            kept = _slice_summaries(self._summaries, self.spec, dropped)
+            self.summarized -= shift // block
+        else:
+            shift = (self.fill // block - keep).clamp(min=0) * block
+            self._keys, self._values = roll_rows(self._keys, shift), roll_rows(self._values, shift)
+            held = self._keys.shape[2] // block
+            kept = _slice_summaries(self._summaries, self.spec, 0, held)
+        self._summaries = BlockSummaries(*(part.clone() for part in kept))
+        self.fill, self.base = self.fill - shift, self.base + shift
+        if not isinstance(self.fill, int):
+            self._summarize(0, self._used // block)
+        if self.mask is not None:
+            within = self._later_tokens() <= self._fill_tensor(self.mask.device)[:, None]
+            self.mask = self.mask[:, int(within.any(0).int().argmax()) :]
+
+    def extend(self, key_states, value_states, rows: Rows | None = None):
+        """The slots of this layer followed by new keys and values, out of place and differentiable in the new ones.
+
+        Returns the layer's successor too: a detached memory of the last `memory_blocks + 2` blocks.
+        """
+        successor = FlashLiteCacheLayer(self.spec)
+        if not self.is_initialized:
+            keys, values, fill = key_states, value_states, 0
+        elif isinstance(self.fill, int):
+            keys, values, fill = (
+                torch.cat([self._keys[:, :, : self.fill], key_states], 2),
+                torch.cat([self._values[:, :, : self.fill], value_states], 2),
+                self.fill,
+            )
+        else:
+            keys, values = self._append_ragged(self._keys, key_states), self._append_ragged(self._values, value_states)
+            fill = self.fill
+        tokens = key_states.shape[2]
+        counts = tokens if rows is None else rows.counts
+        successor._keys, successor._values = keys.detach(), values.detach()
+        successor._summaries = summarize_blocks(successor._keys[:, :, :0], successor._values[:, :, :0], self.spec)
+        successor.is_initialized, successor.device, successor.dtype = True, keys.device, keys.dtype
+        successor.fill, successor.base = fill + counts, self.base
+        successor.columns = self.columns + (tokens if rows is None else rows.mask.shape[1])
+        successor.trim()
+        return keys, values, successor
+
+    def _append_ragged(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        index = (self.fill[:, None] + torch.arange(new.shape[2], device=new.device))[:, None, :, None].expand_as(new)
+        return torch.cat([old[:, :, : self._used], old.new_zeros(new.shape)], 2).scatter(2, index, new)
+
+    def trim(self) -> None:
+        """Keep just what future queries can reach: whole blocks, `memory_blocks` before the current one."""
+        window, block = self.spec.memory_blocks, self.spec.block_size
+        if window is None:
+            return
+        # a query in block i reaches block i - W, and always block i - 1
+        reach = max(window, 1)
+        if isinstance(self.fill, int):
+            shift = max(0, self.fill // block - reach) * block
+            self._keys, self._values = self._keys[:, :, shift:], self._values[:, :, shift:]
+        else:
+            shift = (self.fill // block - reach).clamp(min=0) * block
+            self._keys, self._values = roll_rows(self._keys, shift), roll_rows(self._values, shift)
+        self.fill, self.base = self.fill - shift, self.base + shift
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last `-tokens_to_remove` columns back.
+
+        Raises:
+            ValueError: for a positive number, for more columns than were seen, or for tokens whose context is gone.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"`crop` takes 0 or a negative number of tokens to remove, but got {tokens_to_remove}.")
+        count = -tokens_to_remove
+        if count == 0 or not self.is_initialized:
+            return
+        removed = count if self.mask is None else self.mask[:, -count:].sum(1)
+        fill = self.fill - removed
+        lowest = fill if isinstance(fill, int) else int(fill.min())
+        evicted = self.base if isinstance(self.base, int) else int(self.base.max())
+        window = self.spec.memory_blocks or 0
+        if lowest < 0 or count > self.columns or (evicted and lowest // self.spec.block_size < max(window, 1)):
+            raise ValueError(
+                f"`crop` cannot take back {count} tokens: the window of {window} blocks has moved past them; "
+                f"remove at most {_SPARE_BLOCKS * self.spec.block_size} tokens at a time, or raise `memory_blocks`."
+            )
+        self.fill, self.columns = fill, self.columns - count
+        self.mask = None if self.mask is None else self.mask[:, :-count]
+        self.summarized = min(self.summarized, self._used // self.spec.block_size)
+
+    def _select(self, choose) -> None:
+        """Apply `choose` to the batch dimension of the whole state."""
+        if not self.is_initialized:
+            return
+        self._keys, self._values = choose(self._keys), choose(self._values)
+        self._summaries = BlockSummaries(*(choose(part) for part in self._summaries))
+        for name in ("fill", "base", "mask"):
+            state = getattr(self, name)
+            if isinstance(state, torch.Tensor):
+                setattr(self, name, choose(state))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows for beam search."""
+        self._select(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self._select(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows in `indices`."""
+        self._select(lambda state: state[indices.to(state.device)])
+
+    def reset_rows(self, rows: torch.Tensor) -> None:
+        """Forget the rows where `rows` (bool `[B]`) is true, e.g. those whose document has ended."""
+        if not self.is_initialized or not bool(rows.any()):
+            return
+        self.fill = self._fill_tensor(self._keys.device).masked_fill(rows.to(self._keys.device), 0)
+
+    def offload(self) -> None:
+        """Move the state to the CPU."""
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Move the state back to the device it came from."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device) -> None:
+        if self.is_initialized and self._keys.device != torch.device(device):
+            self._keys = self._keys.to(device, non_blocking=True)
+            self._values = self._values.to(device, non_blocking=True)
+            self._summaries = BlockSummaries(*(part.to(device, non_blocking=True) for part in self._summaries))
+
+
+def roll_rows(states: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Move the slots of each row `shift` (`[B]`) to the front and cut the width to what remains in use."""
+    width = states.shape[2] - int(shift.min())
+    index = (shift[:, None] + torch.arange(width, device=states.device)).clamp(max=states.shape[2] - 1)
+    return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+
+class FlashLiteCache(DynamicCache):
+    """The decoder's cache and segment memory; one [`FlashLiteCacheLayer`] per layer.
+
+    Args:
+        config ([`FlashLiteDecoderConfig`] or [`FlashLiteConfig`]): gives the axes and the number of layers.
+        offloading (`bool`, defaults to `False`): keep the layers on the CPU between their uses.
+    """
+
+    def __init__(self, config, offloading: bool = False):
+        config = config.get_text_config(decoder=True)
+        spec = axis_spec(config)
+        Cache.__init__(
+            self, [FlashLiteCacheLayer(spec) for _ in range(config.num_hidden_layers)], offloading=offloading
+        )
+
+    def reset_rows(self, rows: torch.Tensor) -> None:
+        """Forget the rows where `rows` (bool `[B]`) is true; for streams whose document has ended."""
+        for layer in self.layers:
+            layer.reset_rows(rows)
+
+
+def prepare_cache(past_key_values, config, cross: bool):
+    """Return `past_key_values` ready for the decoder of `config`, taking over an empty `DynamicCache` of the library.
+
+    Args:
+        past_key_values (`Cache`, *optional*): the user's or `generate`'s cache; `None` makes a new one.
+        config ([`FlashLiteDecoderConfig`]): the decoder's config.
+        cross (`bool`): whether there are encoder keys to hold too.
+
+    Raises:
+        ValueError: for a cache of another kind, or one that another model has filled.
+    """
+    if past_key_values is None:
+        past_key_values = FlashLiteCache(config)
+    if cross and not isinstance(past_key_values, EncoderDecoderCache):
+        past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
+    own = past_key_values.self_attention_cache if isinstance(past_key_values, EncoderDecoderCache) else past_key_values
+    if own.layers and all(isinstance(layer, FlashLiteCacheLayer) for layer in own.layers):
+        if len(own.layers) != config.num_hidden_layers:
+            raise ValueError(
+                f"The cache has {len(own.layers)} layers, but the decoder has {config.num_hidden_layers}; pass a "
+                "cache that this model made, or none."
+            )
+        return past_key_values
+    if not isinstance(own, DynamicCache) or own.get_seq_length() > 0:
+        raise ValueError(
+            f"`past_key_values` is a {type(own).__name__} of {own.get_seq_length()} tokens, but this decoder keeps "
+            "block summaries beside its keys; pass a `FlashLiteCache`, an empty `DynamicCache`, or none."
+        )
+    spec = axis_spec(config)
+    own.layers = [FlashLiteCacheLayer(spec) for _ in range(config.num_hidden_layers)]
+    own.layer_class_to_replicate = None
+    return past_key_values
+
+
+__all__ = ["FlashLiteCache", "FlashLiteCacheLayer"]

@@ -1,0 +1,319 @@
+"""Linear and embedding layers on packed 4-bit codes, and their fake-quantized twins for training.
+
+All of them are subclasses of the layer that they replace, so stock PEFT wraps them, and layers of other libraries that
+only add to `forward` (a scaled or a shifted embedding) keep doing so.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .ecq_stream_flashlite import QuantizedWeight
+from .int4_flashlite import int4_embedding, int4_linear, tile_codes, untile_codes
+
+# the mixins below are always mixed into a layer
+if TYPE_CHECKING:
+    from torch.nn import Module as _Layer
+else:
+    _Layer = object
+
+_HELD = ("weight", "tiles", "step", "outlier_rows", "outlier_tiles")
+
+
+class CodedWeight(nn.Parameter):
+    """The `weight` of a quantized layer as other code sees it: a dtype, a device and rows, but no elements.
+
+    What needs the elements fails on its shape, for example peft's `merge_and_unload`; the error then says what to do.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        try:
+            return torch.Tensor.__torch_function__.__func__(cls, func, types, args, kwargs)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"A weight with 4-bit codes for its elements cannot enter `{getattr(func, '__name__', func)}`; merge"
+                " adapters with calibration.merge_adapters(peft_model), or call dequantize() on the model first."
+            ) from error
+
+    def __reduce_ex__(self, protocol):
+        return _without_elements, (len(self), self.dtype, self.device)
+
+
+def _without_elements(rows: int, dtype: torch.dtype, device) -> CodedWeight:
+    return CodedWeight(torch.empty(rows, 0, dtype=dtype, device=device), requires_grad=False)
+
+
+class EcqModule(_Layer):
+    """What [`EcqLinear`] and [`EcqEmbedding`] share: the codes, and a `weight` without elements that stands for them.
+
+    Parameters:
+        tiles (uint8, the layout of `int4_flashlite`), step (float32 `[rows]`): codes and steps.
+        outlier_rows (int64 `[R]`), outlier_tiles (uint8): absent without outliers, see `ecq_stream_flashlite`.
+        weight (float `[rows, 0]`): has the dtype and device that other code asks a layer for; tied layers share it.
+    """
+
+    def _open(self, dtype: torch.dtype, device, size_only: bool = False) -> None:
+        """Replace the float weight by a place for codes; with `size_only` it has their bytes, for device maps."""
+        rows, columns = self.weight_shape
+        for name in _HELD:
+            self._parameters.pop(name, None)
+            self.register_parameter(name, None)
+        weight = _without_elements(rows, dtype, device)
+        if size_only:
+            weight = torch.empty(rows, (columns + 1) // 2, dtype=torch.uint8, device=device)
+            weight = nn.Parameter(weight, requires_grad=False)
+        self._parameters["weight"] = weight
+        self.proxy_dtype, self.stream = dtype, None
+
+    def __setattr__(self, name, value):
+        # The loader assigns the stored stream to `weight`; it waits here until the quantizer decodes all of them.
+        if name == "weight" and isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1:
+            object.__setattr__(self, "stream", value.detach())
+            rows = self.weight_shape[0]
+            value = _without_elements(rows, self.proxy_dtype, value.device)
+            value._is_hf_initialized = True
+        super().__setattr__(name, value)
+
+    def set_quantized(self, weight: QuantizedWeight, device=None, tiles: torch.Tensor | None = None) -> None:
+        """Take over codes and steps; `tiles` is memory for the codes on the CPU, see `int4_flashlite.tile_codes`."""
+        device = device or self.weight.device
+        if device.type == "meta":
+            device = torch.device("cpu")
+        if self.weight.is_meta or self.weight.dtype == torch.uint8:
+            self._parameters["weight"] = _without_elements(weight.shape[0], self.proxy_dtype, device)
+        rows, high = weight.outlier_rows, weight.outlier_packed
+        if high is not None:
+            high = tile_codes(high.to(device), len(rows), weight.shape[1])
+        tiles = tile_codes(weight.packed, *weight.shape, tiles)
+        for name, value in zip(_HELD[1:], (tiles, weight.step(), rows, high)):
+            if value is not None:
+                value = nn.Parameter(value.to(device), requires_grad=False)
+                value._is_hf_initialized = True
+            self._parameters[name] = value
+        self.base, self.grid, self.stream = weight.base, weight.grid, None
+
+    def share_quantized(self, other: EcqModule) -> None:
+        """Use the codes of a tied layer."""
+        for name in _HELD:
+            self._parameters[name] = other._parameters[name]
+        self.base, self.grid, self.stream = other.base, other.grid, None
+
+    def quantized(self) -> QuantizedWeight:
+        """The codes and steps as a [`QuantizedWeight`], the same as was set."""
+        exponents = torch.round(torch.log2(self.step.double() / self.base) * self.grid).to(torch.int8)
+        packed, rows, high = untile_codes(self.tiles.data, *self.weight_shape).cpu(), self.outlier_rows, None
+        if rows is not None:
+            high = untile_codes(self.outlier_tiles.data, len(rows), self.weight_shape[1]).cpu()
+            rows = rows.data.cpu()
+        return QuantizedWeight(self.weight_shape, packed, self.base, exponents.cpu(), self.grid, rows, high)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight that the codes stand for, `[rows, columns]`; float32 or `dtype`."""
+        weight = self.quantized().codes().to(self.step.device) * self.step[:, None]
+        return weight.detach().to(dtype or torch.float32)
+
+    def _apply(self, fn, recurse=True):
+        exact = None if self.step is None else self.step.data
+        super()._apply(fn, recurse)
+        # `model.to(bfloat16)` must not round the steps: they are stored exactly.
+        if exact is not None and self.step.dtype != torch.float32:
+            self.step.data = exact.to(self.step.device, torch.float32)
+        return self
+
+
+class EcqLinear(EcqModule, nn.Linear):
+    """`y = x W^T + b` with `W` in packed 4-bit codes; build it with [`to_quantized`]."""
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """x `[..., in_features]` to `[..., out_features]`, in the dtype of x."""
+        output = int4_linear(input, self.tiles, self.step, self.in_features, self.bias)
+        if self.outlier_rows is not None:
+            steps = 16 * self.step[self.outlier_rows]
+            high = int4_linear(input, self.outlier_tiles, steps, self.in_features)
+            output = output.index_add(-1, self.outlier_rows, high)
+        return output
+
+
+class EcqEmbedding(EcqModule, nn.Embedding):
+    """Embedding lookup in packed 4-bit codes; build it with [`to_quantized`]."""
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """ids int `[...]` to `[..., embedding_dim]`, in the dtype of the model."""
+        output = int4_embedding(input, self.tiles, self.step, self.embedding_dim)
+        if self.outlier_rows is not None:
+            place = torch.full_like(self.step, -1, dtype=torch.long)
+            place[self.outlier_rows] = torch.arange(len(self.outlier_rows), device=place.device)
+            at = place[input]
+            steps = 16 * self.step[self.outlier_rows]
+            high = int4_embedding(at.clamp(min=0), self.outlier_tiles, steps, self.embedding_dim)
+            output = output + (at >= 0)[..., None] * high
+        return output.to(self.weight.dtype)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Learned step size quantization (LSQ, Esser et al. 2020) with the step `s = exp2(shift) * start[row]`.
+
+    Forward: `s * clamp(round(w / s), -8, 7)`. Backward: the gradient passes to w where `w / s` is inside, and
+    `dL/dshift = ln 2 * sum g * s * (q - u inside, q outside)`, scaled by `1 / sqrt(7 * elements)`.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, shift, start):
+        step = torch.exp2(shift.float()) * start
+        ctx.save_for_backward(weight, step)
+        codes = torch.round(weight.float() / step[:, None]).clamp(-8, 7)
+        return (codes * step[:, None]).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, step = ctx.saved_tensors
+        ratio = weight.float() / step[:, None]
+        inside = (ratio >= -8.5) & (ratio <= 7.5)
+        codes = torch.round(ratio).clamp(-8, 7)
+        slope = torch.where(inside, codes - ratio, codes) * step[:, None] * math.log(2)
+        grad_shift = (grad.float() * slope).sum() / math.sqrt(7 * weight.numel())
+        return grad * inside, grad_shift.reshape(1), None
+
+
+_TWIN_STATE = ("log_base", "exponents", "code_lengths")
+
+
+class FakeQuantModule(_Layer):
+    """What the twins share: a float weight, a learned step for the tensor, frozen relative steps of its rows.
+
+    Attributes:
+        log_step (parameter `[1]`): learned shift of log2 of all steps; it starts at 0, so weight decay does no harm.
+        log_base (buffer `[1]`), exponents (buffer int8 `[rows]`):
+            `step[row] = 2 ** (log_base + log_step + exponents[row] / grid)`.
+        code_lengths (buffer `[16]`): running mean of `-log2` of the frequency of each code -8..7.
+    """
+
+    def _open_twin(self, weight: QuantizedWeight, master: torch.Tensor) -> None:
+        device = self.weight.device
+        self._parameters["weight"] = nn.Parameter(master)
+        self._parameters["log_step"] = nn.Parameter(torch.zeros(1, device=device))
+        self.register_buffer("log_base", torch.tensor([math.log2(weight.base)], device=device))
+        self.register_buffer("exponents", weight.exponents.to(device, torch.int8))
+        self.register_buffer("code_lengths", torch.full((16,), 4.0, device=device))
+        self.grid = weight.grid
+
+    def share_twin(self, other: FakeQuantModule) -> None:
+        """Use weight and steps of a tied twin."""
+        for name in ("weight", "log_step"):
+            self._parameters[name] = other._parameters[name]
+        for name in _TWIN_STATE:
+            self.register_buffer(name, other._buffers[name])
+        self.grid = other.grid
+
+    def _start(self) -> torch.Tensor:
+        return torch.exp2(self.log_base.double() + self.exponents.double() / self.grid).float()
+
+    def step(self) -> torch.Tensor:
+        """Steps, float32 `[rows]`, without gradient."""
+        return torch.exp2(self.log_step.detach().float()) * self._start()
+
+    def codes(self) -> torch.Tensor:
+        """Codes -8..7 of the weight as it stands, float `[rows, columns]`."""
+        return torch.round(self.weight.detach().float() / self.step()[:, None]).clamp(-8, 7)
+
+    def fake_quantized(self) -> torch.Tensor:
+        """The weight rounded to its levels, `[rows, columns]`, differentiable."""
+        return _FakeQuantize.apply(self.weight, self.log_step, self._start())
+
+    def quantized(self) -> QuantizedWeight:
+        """What the file will hold."""
+        base = torch.exp2(self.log_base.double() + self.log_step.detach().double()).float().item()
+        return QuantizedWeight.from_codes(self.codes(), base, self.exponents, self.grid)
+
+
+class FakeQuantLinear(FakeQuantModule, nn.Linear):
+    """`nn.Linear` that multiplies with its weight rounded to 16 levels; the weight stays float and trainable."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.fake_quantized().to(input.dtype), self.bias)
+
+
+class FakeQuantEmbedding(FakeQuantModule, nn.Embedding):
+    """`nn.Embedding` that looks up its weight rounded to 16 levels; the weight stays float and trainable."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(input, self.fake_quantized(), self.padding_idx)
+
+
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def _subclass(plain: type, mixin: type) -> type:
+    """`mixin` for the plain layer, or a class in which a third-party `plain` calls it through `super().forward`."""
+    if plain in (nn.Linear, nn.Embedding, Conv1D):
+        return mixin
+    key = (plain, mixin)
+    if key not in _CLASSES:
+        _CLASSES[key] = type(mixin.__name__ + plain.__name__, (plain, mixin), {"__module__": plain.__module__})
+    return _CLASSES[key]
+
+
+def _retype(module: nn.Module, linear: type, embedding: type) -> nn.Module:
+    """`module` with its class changed in place; a `Conv1D` becomes a new linear layer, transposed."""
+    plain = getattr(module, "plain_class", type(module))
+    if plain is Conv1D and not isinstance(module, nn.Linear):
+        rows, columns = module.weight.shape[1], module.weight.shape[0]
+        with torch.device("meta"):
+            linear_module = linear(columns, rows, bias=True)
+        linear_module._parameters["weight"] = nn.Parameter(module.weight.detach().T.contiguous())
+        linear_module._parameters["bias"] = module.bias
+        module = linear_module.train(module.training)
+    else:
+        mixin = linear if isinstance(module, (nn.Linear, Conv1D)) else embedding
+        module.__class__ = _subclass(plain, mixin)
+    module.plain_class = plain
+    return module
+
+
+def to_quantized(module: nn.Module, size_only: bool = False) -> nn.Module:
+    """Turn a float layer or a twin into an [`EcqLinear`] or [`EcqEmbedding`] without codes, in place if possible."""
+    dtype, device = module.weight.dtype, module.weight.device
+    module = _retype(module, EcqLinear, EcqEmbedding)
+    for name in ("log_step", *_TWIN_STATE):
+        module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
+    module._open(dtype, device, size_only)
+    return module
+
+
+def to_twin(module: nn.Module, weight: QuantizedWeight, master: torch.Tensor) -> nn.Module:
+    """Turn a layer into its fake-quantized twin with the float weight `master` `[rows, columns]`."""
+    if isinstance(module, EcqModule):
+        for name in _HELD[1:]:
+            module._parameters.pop(name, None)
+    module = _retype(module, FakeQuantLinear, FakeQuantEmbedding)
+    module._open_twin(weight, master)
+    return module
+
+
+def to_float(module: EcqModule, dtype: torch.dtype) -> nn.Module:
+    """Turn a quantized layer back into the layer that it was, with the dequantized weight."""
+    weight, plain = module.dequantize(dtype), module.plain_class
+    for name in _HELD[1:]:
+        module._parameters.pop(name, None)
+    if plain is Conv1D:
+        conv = Conv1D(module.out_features, module.in_features)
+        conv.weight, conv.bias = nn.Parameter(weight.T.contiguous()), module.bias
+        return conv.train(module.training)
+    module.__class__ = plain
+    module._parameters["weight"] = nn.Parameter(weight)
+    return module

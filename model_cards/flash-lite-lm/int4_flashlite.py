@@ -1,0 +1,348 @@
+"""Packed int4 weights in memory and the products that use them: one storage for linear layers, embeddings, tied heads.
+
+A weight is w[n, k] = code[n, k] * step[n] with codes -8..7 and one float32 step per row. Codes lie in *tiles*, uint8
+`[ceil(N / 64), Kp, 32]` with Kp = K rounded up to 32: byte (b, k, j) holds code + 8 of row 64 b + j in its low nibble
+and of row 64 b + j + 32 in its high nibble; padding is code 0. That is what PyTorch's AVX-512 int4 kernel reads, so
+half a byte per weight is all there is: nothing is kept twice, and the same tiles serve products, look-ups and saving.
+
+`int4_linear` picks a way by the number of activation rows M; microseconds on one thread of an AVX-512 core with VNNI
+and BF16, weights not in the cache (PyTorch 2.13, minima, interleaved). "int4" is the default, "exact" has
+`int8_activations=False`:
+
+    ===========  ===  =====  =====  =====  =====  ===============================================
+    size           M   bf16   fp32   int4  exact  int4 runs
+    ===========  ===  =====  =====  =====  =====  ===============================================
+    1024 x 1024    1    110     80     95     78  PyTorch's int4 kernel up to M = 16 (exact: 36)
+    1024 x 1024   64    773   1626   1049   1511  codes and activations as int8, `_int_mm`
+    1024 x 1024  256   2729   5773   2620   3657
+    2048 x 2048    1    668    998    275    239
+    2048 x 2048   16   1227   2750   1797   1574
+    2048 x 2048   64   2964   6736   3238   4677  (exact: codes unpacked to bfloat16)
+    2048 x 2048  256   9986  22846   7633  12143
+    4096 x 4096    1   3224   3973   1133    870
+    4096 x 4096   64  11925  32050  10709  19280
+    4096 x 4096  256  39657  97897  28331  48339
+    ===========  ===  =====  =====  =====  =====  ===============================================
+
+Everything is computed in bfloat16 with exact integer codes and float32 accumulation, and scaled by the float32 step
+afterwards, whatever the caller's dtype: the kernel's float32 and float16 versions are scalar loops, 27 to 55 times
+slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakIdKeyDictionary
+
+TILE_ROWS = 64
+_KERNEL_ROWS = 16  # M up to which the int4 kernel beats unpacking to int8
+_KERNEL_ROWS_EXACT = 36  # ... and unpacking to bfloat16
+_INT8_ERROR = 0.015  # relative error of the output that int8 activations may cost
+_GROUP_WEIGHTS = 1 << 20  # weights unpacked at a time, to stay in the cache
+
+
+def _padded(in_features: int) -> int:
+    return -(-in_features // 32) * 32
+
+
+def empty_tiles(out_features: int, in_features: int, device=None) -> torch.Tensor:
+    """Room for the tiles of a weight `[N, K]`, not initialised: uint8 `[ceil(N / 64), Kp, 32]`."""
+    tiles = -(-out_features // TILE_ROWS)
+    return torch.empty(tiles, _padded(in_features), 32, dtype=torch.uint8, device=device)
+
+
+def tile_codes(
+    packed: torch.Tensor, out_features: int, in_features: int, tiles: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Tiles of packed codes.
+
+    Args:
+        packed (`torch.Tensor` uint8 `[ceil(out_features * in_features / 2)]`): row-major codes, two per byte, low
+            nibble first, each stored as code + 8 (the order of the codec).
+        out_features (`int`): N.
+        in_features (`int`): K.
+        tiles (`torch.Tensor`, *optional*): where they go, from [`empty_tiles`], whose memory may begin with `packed`
+            itself; made here by default.
+
+    Returns:
+        `torch.Tensor` uint8 `[ceil(N / 64), Kp, 32]`.
+    """
+    count = out_features * in_features
+    if packed.dtype != torch.uint8 or packed.numel() != (count + 1) // 2:
+        raise ValueError(
+            f"{out_features} x {in_features} codes need {(count + 1) // 2} uint8, got {packed.numel()} {packed.dtype}."
+        )
+    packed, padded = packed.reshape(-1), _padded(in_features)
+    tiles = empty_tiles(out_features, in_features, packed.device) if tiles is None else tiles
+    group = max(1, _GROUP_WEIGHTS // 4 // (TILE_ROWS * padded))
+    # 64 rows fill whole bytes, also when K is odd; backwards, since tiles do not lie before the codes that they hold
+    for first in reversed(range(0, len(tiles), group)):
+        part = packed[32 * in_features * first : 32 * in_features * (first + group)]
+        rows = min(group * TILE_ROWS, out_features - first * TILE_ROWS)
+        nibbles = torch.stack([part & 15, part >> 4], -1).view(-1)[: rows * in_features].view(rows, in_features)
+        if rows % TILE_ROWS or padded != in_features:
+            nibbles = F.pad(nibbles, (0, padded - in_features, 0, -rows % TILE_ROWS), value=8)
+        halves = nibbles.view(-1, 2, 32, padded)
+        tiles[first : first + group] = (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2)
+    return tiles
+
+
+def untile_codes(tiles: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
+    """Inverse of [`tile_codes`]: uint8 `[ceil(out_features * in_features / 2)]`, an odd count padded with code 0."""
+    packed = tiles.new_empty((out_features * in_features + 1) // 2)
+    group = max(1, _GROUP_WEIGHTS // (TILE_ROWS * tiles.shape[1]))
+    for first in range(0, len(tiles), group):
+        part = tiles[first : first + group]
+        nibbles = torch.stack([part & 15, part >> 4], 1).transpose(2, 3).reshape(-1, tiles.shape[1])
+        nibbles = nibbles[: out_features - first * TILE_ROWS, :in_features].reshape(-1)
+        if nibbles.numel() % 2:
+            nibbles = F.pad(nibbles, (0, 1), value=8)
+        start = 32 * in_features * first
+        packed[start : start + nibbles.numel() // 2] = nibbles[0::2] | (nibbles[1::2] << 4)
+    return packed
+
+
+def _codes(tiles: torch.Tensor) -> torch.Tensor:
+    """Codes as int8, K first: `[columns of the tiles, 64 * tiles]`."""
+    low, high = (half.view(torch.int8).sub_(8) for half in (tiles & 15, tiles >> 4))
+    # one cat moves 32 bytes at a time, three times as fast as a strided copy
+    return torch.cat([half for pair in zip(low.unbind(0), high.unbind(0)) for half in pair], 1)
+
+
+def _group(size: int, device: torch.device) -> int:
+    """How many slices of `size` weights to unpack at a time: what stays in a processor's cache, or all on a GPU."""
+    return max(1, _GROUP_WEIGHTS // size) if device.type == "cpu" else 1 << 30
+
+
+def dequantize_int4(
+    tiles: torch.Tensor, step: torch.Tensor, in_features: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The float weight: code * step.
+
+    Args:
+        tiles (`torch.Tensor` uint8 `[ceil(N / 64), Kp, 32]`): see [`tile_codes`].
+        step (`torch.Tensor` `[N]`): one step per row; its length is N.
+        in_features (`int`): K.
+        dtype (`torch.dtype`): of the result; the product is rounded once.
+
+    Returns:
+        `torch.Tensor` `[N, K]`.
+    """
+    return (_codes(tiles)[:in_features, : step.numel()] * step).to(dtype).t().contiguous()
+
+
+def int4_linear_reference(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    step: torch.Tensor,
+    in_features: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`F.linear` with the dequantized weight in x's dtype: what [`int4_linear`] approximates to bfloat16 precision."""
+    return F.linear(x, dequantize_int4(tiles, step, in_features, x.dtype), bias)
+
+
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+@functools.lru_cache(maxsize=1)
+def _tiles_fit_kernel() -> bool:
+    """Whether this processor's int4 kernel reads tiles as they are (AVX-512 does)."""
+    packed = (torch.arange(64 * 32 // 2, device="cpu") * 7919 % 251).to(torch.uint8)
+    tiles = tile_codes(packed, 64, 32)
+    nibbles = torch.stack([packed & 15, packed >> 4], -1).view(64, 32).to(torch.int32)
+    return torch.equal(torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1).view(-1), tiles.view(-1))
+
+
+_kernel_forms = WeakIdKeyDictionary()
+
+
+def _kernel_form(tiles: torch.Tensor) -> torch.Tensor:
+    """Weights as the kernel wants them: the tiles' own memory, or a copy made once and kept while they live."""
+    shape = tiles.shape[0] * TILE_ROWS, tiles.shape[1] // 2
+    if _tiles_fit_kernel():
+        return tiles.view(shape)
+    held = _kernel_forms.get(tiles)
+    if held is None or held[0] != tiles._version:
+        parts = []
+        for tile in tiles:  # one tile at a time, since the packing op takes 4 bytes per weight
+            nibbles = torch.stack([tile & 15, tile >> 4]).transpose(1, 2).reshape(TILE_ROWS, -1)
+            parts.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.to(torch.int32), 1))
+        held = _kernel_forms[tiles] = tiles._version, torch.cat(parts).view(shape)
+    return held[1]
+
+
+@functools.lru_cache(maxsize=64)
+def _unit_scales(groups: int, rows: int) -> torch.Tensor:
+    """Scale 1 and zero point 0 for every group; the steps are applied afterwards, in float32."""
+    with torch.inference_mode(False):
+        ones = torch.ones(groups, rows, dtype=torch.bfloat16, device="cpu")
+        return torch.stack([ones, torch.zeros_like(ones)], -1)
+
+
+def _kernel_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
+    group = min(256, tiles.shape[1] & -tiles.shape[1])
+    scales = _unit_scales(tiles.shape[1] // group, tiles.shape[0] * TILE_ROWS)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, _kernel_form(tiles), group, scales)
+
+
+def _int8_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor | None:
+    """x `[M, Kp]` times codes, x rounded to int8 with a scale per row: float32, or None if outliers forbid it."""
+    peak = x.abs().amax(-1, keepdim=True).float()
+    # rounding to a quantum q has variance q^2 / 12, against the mean square of x
+    noise = (peak / 127).square().sum() / 12 * x.shape[1]
+    if not noise <= (_INT8_ERROR * torch.linalg.vector_norm(x, dtype=torch.float32)) ** 2:
+        return None
+    scale = peak.clamp_(min=torch.finfo(torch.float32).tiny * 127) / 127
+    quantized = (x / scale).round_().to(torch.int8)
+    group = _group(TILE_ROWS * tiles.shape[1], x.device)
+    return _join([torch._int_mm(quantized, _codes(part)) * scale for part in tiles.split(group)])
+
+
+def _no_autocast(x: torch.Tensor):
+    """Sums over unscaled codes reach past float16's range, so an autocast region around us must not reach in."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if device != "meta" else contextlib.nullcontext()
+
+
+def _exact_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
+    """x `[M, Kp]` times codes unpacked to bfloat16, a few tiles at a time."""
+    group = _group(TILE_ROWS * tiles.shape[1], x.device)
+    with _no_autocast(x):
+        return _join([x @ _codes(part).to(torch.bfloat16) for part in tiles.split(group)])
+
+
+def _matmul(x: torch.Tensor, tiles: torch.Tensor, out_features: int, int8: bool) -> torch.Tensor:
+    """x `[M, K]` times codes: `[M, N]`, float32 after int8 activations, else bfloat16."""
+    x, (rows, in_features) = x.to(torch.bfloat16), x.shape
+    if tiles.shape[1] != in_features:
+        x = F.pad(x, (0, tiles.shape[1] - in_features))
+    if x.device.type != "cpu" or rows == 0:
+        out = _exact_matmul(x, tiles)
+    elif rows <= (_KERNEL_ROWS if int8 else _KERNEL_ROWS_EXACT):
+        out = _kernel_matmul(x.contiguous(), tiles)
+    else:
+        out = _int8_matmul(x, tiles) if int8 else None
+        out = _exact_matmul(x, tiles) if out is None else out
+    return out[:, :out_features].contiguous() if out.shape[1] != out_features else out
+
+
+@torch.library.custom_op("flashlite::int4_matmul", mutates_args=())
+def int4_matmul(x: torch.Tensor, tiles: torch.Tensor, out_features: int, int8: bool) -> torch.Tensor:
+    """x `[M, K]` of any floating dtype times the codes: bfloat16 `[M, N]`, before steps and bias."""
+    return _matmul(x, tiles, out_features, int8).to(torch.bfloat16)
+
+
+@int4_matmul.register_fake
+def _(x, tiles, out_features, int8):
+    return x.new_empty(x.shape[0], out_features, dtype=torch.bfloat16)
+
+
+def _setup_context(ctx, inputs, output):
+    x, tiles, _, _ = inputs
+    ctx.save_for_backward(tiles)
+    ctx.in_features, ctx.dtype = x.shape[1], x.dtype
+
+
+def _backward(ctx, grad):
+    (tiles,) = ctx.saved_tensors
+    return int4_matmul_backward(grad, tiles, ctx.in_features).to(ctx.dtype), None, None, None
+
+
+@torch.library.custom_op("flashlite::int4_matmul_backward", mutates_args=())
+def int4_matmul_backward(grad: torch.Tensor, tiles: torch.Tensor, in_features: int) -> torch.Tensor:
+    """Gradient `[M, N]` times the codes `[N, K]`: bfloat16 `[M, K]`."""
+    grad, out_features = grad.to(torch.bfloat16), grad.shape[1]
+    out = grad.new_empty(grad.shape[0], in_features)
+    group = _group(TILE_ROWS * tiles.shape[0], grad.device)
+    with _no_autocast(grad):
+        for first in range(0, in_features, group):
+            codes = _codes(tiles[:, first : min(first + group, in_features)]).to(torch.bfloat16)
+            out[:, first : first + group] = grad @ codes[:, :out_features].t()
+    return out
+
+
+@int4_matmul_backward.register_fake
+def _(grad, tiles, in_features):
+    return grad.new_empty(grad.shape[0], in_features, dtype=torch.bfloat16)
+
+
+int4_matmul.register_autograd(_backward, setup_context=_setup_context)
+
+
+def int4_linear(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    step: torch.Tensor,
+    in_features: int,
+    bias: torch.Tensor | None = None,
+    int8_activations: bool = True,
+) -> torch.Tensor:
+    """`x @ (code * step).T + bias` on packed codes, differentiable in x, step and bias.
+
+    Args:
+        x (`torch.Tensor` `[..., K]`): activations, any floating dtype.
+        tiles (`torch.Tensor` uint8 `[ceil(N / 64), Kp, 32]`): see [`tile_codes`].
+        step (`torch.Tensor` `[N]`): one step per row.
+        in_features (`int`): K.
+        bias (`torch.Tensor` `[N]`, *optional*).
+        int8_activations (`bool`): many rows without a gradient may be rounded to int8, one scale per row, as long as
+            that costs at most 1.5% of the output's root mean square; False keeps bfloat16.
+
+    Returns:
+        `torch.Tensor` `[..., N]` in x's dtype, of bfloat16 precision.
+    """
+    if x.shape[-1] != in_features or tiles.shape[1] != _padded(in_features):
+        raise ValueError(
+            f"Activations have {x.shape[-1]} features and the tiles {tiles.shape[1]}, "
+            f"but in_features is {in_features} (tiles {_padded(in_features)}); check the weight's shape."
+        )
+    rows, out_features = x.reshape(-1, in_features), step.numel()
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    int8 = int8_activations and not needs_grad
+    if needs_grad or torch.compiler.is_compiling() or type(rows) is not torch.Tensor:
+        out = int4_matmul(rows, tiles, out_features, int8)
+    else:  # plain eager inference: the op's wrapper costs as much as a small product
+        out = _matmul(rows, tiles, out_features, int8)
+    out = out * step
+    if bias is not None:
+        out = out + bias
+    return out.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def int4_embedding_reference(
+    ids: torch.Tensor, tiles: torch.Tensor, step: torch.Tensor, in_features: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """`F.embedding` on the dequantized table: what [`int4_embedding`] computes without building it."""
+    return F.embedding(ids, dequantize_int4(tiles, step, in_features, dtype))
+
+
+def int4_embedding(
+    ids: torch.Tensor,
+    tiles: torch.Tensor,
+    step: torch.Tensor,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Rows of the dequantized table, bit for bit, differentiable in step.
+
+    Args:
+        ids (`torch.Tensor` integer, any shape): rows, 0 <= id < N.
+        tiles, step, in_features: as for [`int4_linear`].
+        dtype (`torch.dtype`): of the result.
+
+    Returns:
+        `torch.Tensor` `[*ids.shape, K]`.
+    """
+    flat = ids.reshape(-1).long()
+    steps = step[flat]  # raises on ids out of range
+    slot = flat % TILE_ROWS
+    byte = tiles[flat // TILE_ROWS, :in_features, slot % 32]
+    nibble = torch.where((slot >= 32)[:, None], byte >> 4, byte & 15)
+    rows = (nibble.to(torch.promote_types(step.dtype, torch.float32)) - 8) * steps[:, None]
+    return rows.to(dtype).view(*ids.shape, in_features)

@@ -1,0 +1,336 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""The layers of Flash-Lite: positions, attention, lite feed-forward network.
+
+Shapes: B batch, R rows, T target columns, S source columns or key slots, N query heads, M key-value heads, H head
+size, D hidden size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .attention_flashlite import dense_attention, multi_axis_attention, multi_axis_attention_reference
+from .cache_flashlite import FlashLiteCache, Rows, axis_spec
+from .configuration_flashlite import FlashLiteDecoderConfig, FlashLiteEncoderConfig
+
+
+def product_dtype(states: torch.Tensor) -> torch.dtype:
+    """The type in which matrix products of `states` are taken: what several of them read is cast to it once.
+
+    Autocast by itself would cast it for each of them.
+    """
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+
+
+class FlashLiteMLP(nn.Module):
+    """The lite feed-forward network: `down(act(gate(x)) * up(x))`, 4/3 D wide, half of the usual parameters."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[..., D]` -> `[..., D]`."""
+        hidden_states = hidden_states.to(product_dtype(hidden_states))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+def position_angles(config, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine `[B, 1, T, H / 2]` of the angles of `positions` `[B, T]`.
+
+    Angles are taken in float64: in float32 they are off by 2.6e-2 at position one million, and a score would depend on
+    more than the distance. Nothing is stored, so there is no buffer to lose in half precision.
+    """
+    rope = config.rope_parameters
+    scaling = 1.0
+    if rope["rope_type"] == "default":
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device) / config.head_dim
+        frequencies = rope["rope_theta"] ** -exponent
+    else:
+        # the frequencies of these two depend on the length at hand; asking for it stalls an accelerator
+        length = int(positions.max()) + 1 if rope["rope_type"] in ("dynamic", "longrope") else None
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, positions.device, seq_len=length)
+    angles = positions[:, None, :, None] * frequencies.to(torch.float64)
+    return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each pair (h, h + H / 2) of `[B, N, T, H]` by its position's angle (https://huggingface.co/papers/2104.09864)."""
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class FlashLiteAttention(nn.Module):
+    """Projections and positions, common to both stacks.
+
+    Each position encoding ends up as one dot product of a query and a key, so that every axis, every kernel and the
+    cache work alike for all of them:
+
+    - `rotary`: `(R_t q) . (R_s k)`;
+    - `transformer_xl`: the four terms `(q + u) . k + (q + v) . W_R r_{t-s}` of https://huggingface.co/papers/1901.02860.
+      With `r_d = [cos(w d), sin(w d)]` and `a, b` the halves of `W_R^T (q + v)`, the addition theorems give
+      `(q + v) . W_R r_{t-s} = [a cos wt + b sin wt, a sin wt - b cos wt] . [cos ws, sin ws]`.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = config.is_decoder
+        width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.is_rotary = config.position_encoding == "rotary"
+        if not self.is_rotary:
+            self.r_proj = nn.Linear(config.head_dim, width, bias=False)
+            self.content_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
+            self.position_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
+
+    def relative_weight(self, like: torch.Tensor) -> torch.Tensor | None:
+        """`W_R` as one matrix per head, `[N, H, H]`, in the type of `like`; `None` for rotary positions."""
+        if self.is_rotary:
+            return None
+        # called as a module, so that adapters, quantizers and shards of `r_proj` count: r_proj(1) = W_R^T
+        weight = self.r_proj(torch.eye(self.head_dim, dtype=like.dtype, device=like.device))
+        return weight.view(self.head_dim, -1, self.head_dim).permute(1, 2, 0).contiguous()
+
+    def queries(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], weight=None):
+        """Queries with their positions, `[B, T, D]` -> `[B, N, T, H or 2 H]`; `weight` is `relative_weight`."""
+        query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        if self.is_rotary:
+            return rotate(query, *angles)
+        weight = self.relative_weight(query) if weight is None else weight
+        content_bias, position_bias = self.content_bias.to(query.dtype), self.position_bias.to(query.dtype)
+        # the heads are the batch: one product of all rows for each, however few tokens there are
+        rows = (query + position_bias[:, None]).transpose(0, 1)
+        relative = torch.bmm(rows.flatten(1, 2), weight).view(rows.shape).transpose(0, 1)
+        (cos, sin), (first, second) = angles, relative.chunk(2, dim=-1)
+        content = query + content_bias[:, None]
+        return torch.cat([content, first * cos + second * sin, first * sin - second * cos], dim=-1)
+
+    def keys_values(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]):
+        """Keys with their positions and values, `[B, S, D]` -> `[B, M, S, H or 2 H]` and `[B, M, S, H]`."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        key = rotate(key, *angles) if self.is_rotary else self.with_sinusoids(key, angles)
+        return key, value
+
+    def with_sinusoids(self, key: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Append the dimensions that carry the position, `[B, M, S, H]` -> `[B, M, S, 2 H]`, where there are any."""
+        if self.is_rotary:
+            return key
+        return torch.cat([key, torch.cat(angles, dim=-1).expand(*key.shape[:3], -1)], dim=-1)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention with explicit weights: the slow truth of the encoder's attention."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    logits = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        logits = logits + attention_mask
+    weights = nn.functional.softmax(logits, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
+    weights = weights.to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class FlashLiteEncoderAttention(FlashLiteAttention):
+    """Dense bidirectional attention."""
+
+    def forward(self, hidden_states, angles, attention_mask=None, **kwargs: Unpack[TransformersKwargs]):
+        """`[B, S, D]` -> `[B, S, D]` and the weights `[B, N, S, S]`, where the implementation gives them."""
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        hidden_states = hidden_states.to(product_dtype(hidden_states))
+        query, (key, value) = self.queries(hidden_states, angles), self.keys_values(hidden_states, angles)
+        if self.config._attn_implementation == "sdpa":
+            weights, out = None, dense_attention(query, key, value, attention_mask, scaling=self.scaling)
+            out = out.transpose(1, 2)
+        else:
+            out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class FlashLiteDecoderAttention(FlashLiteAttention):
+    """Multi-axis attention over the row's own past, with the encoder's keys in the same softmax (merged attention)."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.spec = axis_spec(config)
+
+    def forward(self, hidden_states, encoder_hidden_states, angles, context: "DecoderContext", past_key_values=None):
+        """`[B, T, D]` -> `[B, T, D]`, the weights of decoder keys `[B, N, T, S]` and those of encoder keys."""
+        rows, layer = context.rows, None
+        hidden_states = hidden_states.to(product_dtype(hidden_states))
+        weight = self._kept_weight(hidden_states, past_key_values)
+        query, (key, value) = self.queries(hidden_states, angles, weight), self.keys_values(hidden_states, angles)
+        column_value = value
+        if rows is not None:
+            query, key, value = rows.gather(query), rows.gather(key), rows.gather(value)
+        start, summaries = 0, None
+        if past_key_values is not None:
+            own = past_key_values
+            if isinstance(own, EncoderDecoderCache):
+                own = own.self_attention_cache
+            key, value = own.update(key, value, self.layer_idx, rows)
+            layer = own.layers[self.layer_idx]
+            start, summaries = layer.start, layer.summaries
+        elif context.memory is not None:
+            layer = context.memory.layers[self.layer_idx]
+            start = layer.fill
+            key, value, context.next_memory.layers[self.layer_idx] = layer.extend(key, value, rows)
+        cross = None
+        if encoder_hidden_states is not None:
+            cross = (*self._encoder_keys(encoder_hidden_states, context, past_key_values), context.encoder_mask)
+        weights = cross_weights = None
+        settings = {"start": start, "scaling": self.scaling, "cross": cross}
+        if self.config._attn_implementation == "eager":
+            out, weights, cross_weights = multi_axis_attention_reference(query, key, value, self.spec, **settings)
+        else:
+            out = multi_axis_attention(query, key, value, self.spec, summaries=summaries, **settings)
+        if rows is not None:
+            out = rows.scatter(out)
+            weights = None if weights is None else rows.scatter(weights)
+            cross_weights = None if cross_weights is None else rows.scatter(cross_weights)
+        if weights is not None and context.memory is None:
+            source = rows if layer is None else None if layer.mask is None else layer
+            if source is not None:
+                column_value = column_value if layer is None else layer.values
+                slot, real = source.column_slots()
+                out, weights = self._by_column(weights, slot, real, column_value, cross_weights, cross)
+        out = out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
+        return self.o_proj(out), weights, cross_weights
+
+    def _kept_weight(self, hidden_states, past_key_values) -> torch.Tensor | None:
+        """`relative_weight`, taken once for all tokens of a generation: it lives as long as the keys in the cache."""
+        if self.is_rotary or past_key_values is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        own = past_key_values
+        if isinstance(own, EncoderDecoderCache):
+            own = own.self_attention_cache
+        layer = own.layers[self.layer_idx]
+        weight = getattr(layer, "_relative_weight", None)
+        like = hidden_states.dtype, hidden_states.device
+        if weight is None or not layer.get_seq_length() or (weight.dtype, weight.device) != like:
+            layer._relative_weight = weight = self.relative_weight(hidden_states)
+        return weight
+
+    def _by_column(self, weights, slot, real, value, cross_weights, cross):
+        """Bring weights over row slots `[B, N, T, S]` into the order of the columns; padding gets 0.
+
+        The output is taken from them once more: then a gradient with respect to the returned weights exists.
+        """
+        weights = weights.gather(3, slot[:, None, None, :].expand(-1, *weights.shape[1:3], -1))
+        weights = weights.masked_fill(~real[:, None], 0.0)
+        out = weights @ value.repeat_interleave(self.num_key_value_groups, dim=1)
+        if cross is not None:
+            out = out + cross_weights @ cross[1].repeat_interleave(self.num_key_value_groups, dim=1)
+        return out, weights
+
+    def _encoder_keys(self, encoder_hidden_states, context, past_key_values):
+        """Keys and values of the encoder's states; computed once where a cache keeps them."""
+        if not isinstance(past_key_values, EncoderDecoderCache):
+            return self.keys_values(encoder_hidden_states, context.encoder_angles())
+        if past_key_values.is_updated.get(self.layer_idx):
+            layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            return self._positioned(layer, context), layer.values
+        key, value = self.keys_values(encoder_hidden_states, context.encoder_angles())
+        past_key_values.cross_attention_cache.update(key[..., : self.head_dim], value, self.layer_idx)
+        past_key_values.is_updated[self.layer_idx] = True
+        return key, value
+
+    def _positioned(self, layer, context) -> torch.Tensor:
+        """The cached encoder keys with their positions, made anew only when the cache holds other keys than before.
+
+        What the cache shows as its keys is the part without positions, a view of the whole.
+        """
+        if self.is_rotary:
+            return layer.keys
+        if torch.compiler.is_compiling():
+            return self.with_sinusoids(layer.keys, context.encoder_angles())
+        view, whole = getattr(layer, "_positioned", (None, None))
+        if view is None or view is not layer.keys:
+            whole = self.with_sinusoids(layer.keys, context.encoder_angles())
+            layer.keys = whole[..., : self.head_dim]
+            layer._positioned = layer.keys, whole
+        return whole
+
+
+@dataclass
+class DecoderContext:
+    """What all layers of one decoder forward share.
+
+    `rows` maps padded or packed columns to rows (`None` where every column is real), `memory` is the segment memory
+    before this segment, `next_memory` receives the one after it (written again, alike, when a checkpointed layer is
+    recomputed), and `encoder_angles` (a function: a cache makes them needless) and `encoder_mask` belong to the
+    encoder's keys.
+    """
+
+    rows: Rows | None = None
+    memory: FlashLiteCache | None = None
+    next_memory: FlashLiteCache | None = None
+    encoder_angles: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
+    encoder_mask: torch.Tensor | None = None
+
+
+class FlashLiteEncoderLayer(GradientCheckpointingLayer):
+    """`x += attention(norm(x))`, `x += mlp(norm(x))`."""
+
+    def __init__(self, config: FlashLiteEncoderConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = FlashLiteEncoderAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = FlashLiteMLP(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, hidden_states, angles, attention_mask=None, **kwargs: Unpack[TransformersKwargs]):
+        """`[B, S, D]` -> `[B, S, D]`."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), angles, attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+class FlashLiteDecoderLayer(GradientCheckpointingLayer):
+    """`x += attention(norm(x), encoder)`, `x += mlp(norm(x))`; the same with and without an encoder."""
+
+    def __init__(self, config: FlashLiteDecoderConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = FlashLiteDecoderAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = FlashLiteMLP(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, hidden_states, encoder_hidden_states, angles, context, past_key_values=None):
+        """`[B, T, D]` -> `[B, T, D]`."""
+        attended, _, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            encoder_hidden_states,
+            angles,
+            context,
+            past_key_values=past_key_values,
+        )
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))

@@ -1,0 +1,581 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""Flash-Lite: a dense bidirectional encoder and a sparse decoder with multi-axis attention and segment memory.
+
+Shapes: B batch, T target columns, S source columns or key slots, N query heads, M key-value heads, H head size,
+D hidden size, E embedding size, V vocabulary.
+"""
+
+import copy
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+    Seq2SeqQuestionAnsweringModelOutput,
+    Seq2SeqSequenceClassifierOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .cache_flashlite import FlashLiteCache
+from .configuration_flashlite import FlashLiteConfig
+from .loss_flashlite import chunked_cross_entropy
+
+# imported to be registered: with it, coded checkpoints load wherever this file does
+from .quantization_flashlite import EcqConfig  # noqa: F401
+from .stacks_flashlite import FlashLiteDecoder, FlashLiteDecoderOutput, FlashLiteEncoder, FlashLitePreTrainedModel
+
+# training logits of more elements than this are never built: the loss then runs chunk by chunk over the tokens
+_MAX_TRAINING_LOGITS = 2**20
+
+
+@dataclass
+class FlashLiteModelOutput(Seq2SeqModelOutput):
+    """What the encoder-decoder returns; `memory` is the decoder's segment memory, where one was given."""
+
+    memory: FlashLiteCache | None = None
+
+
+@dataclass
+class FlashLiteCausalLMOutput(CausalLMOutputWithPast):
+    """What the decoder-only language model returns; `memory` is its segment memory, where one was given."""
+
+    memory: FlashLiteCache | None = None
+
+
+@dataclass
+class FlashLiteSeq2SeqLMOutput(Seq2SeqLMOutput):
+    """What the sequence-to-sequence model returns; `memory` is the decoder's segment memory, where one was given."""
+
+    memory: FlashLiteCache | None = None
+
+
+class FlashLiteModel(FlashLitePreTrainedModel):
+    """Encoder and decoder, or the decoder alone where `config.is_encoder_decoder` is false."""
+
+    def __init__(self, config: FlashLiteConfig):
+        super().__init__(config)
+        if config.is_encoder_decoder:
+            self.encoder = FlashLiteEncoder(config.encoder)
+            self._tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}
+        self.decoder = FlashLiteDecoder(config.decoder)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return (self.encoder if self.config.is_encoder_decoder else self.decoder).embed_tokens
+
+    def set_input_embeddings(self, new_embeddings):
+        if self.config.is_encoder_decoder:
+            self.encoder.embed_tokens = new_embeddings
+        if not self.config.is_encoder_decoder or self.config.tie_word_embeddings:
+            self.decoder.embed_tokens = new_embeddings
+
+    def new_memory(self) -> FlashLiteCache:
+        """An empty segment memory, to be passed as `memory` with the first segment."""
+        return FlashLiteCache(self.config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        decoder_position_ids: torch.LongTensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        past_key_values: EncoderDecoderCache | FlashLiteCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        memory: FlashLiteCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FlashLiteModelOutput | FlashLiteDecoderOutput:
+        r"""Run encoder and decoder, or the decoder alone on `input_ids` where the config has no encoder.
+
+        Args:
+            input_ids, inputs_embeds: source tokens `[B, S]` or table rows `[B, S, E]`.
+            attention_mask: real source tokens `[B, S]`; padding may stand on any side.
+            position_ids, decoder_position_ids: positions are counted from the masks; in a decoder-only model, given
+                ones tell, by restarting, where packed documents begin.
+            decoder_input_ids, decoder_inputs_embeds: target tokens `[B, T]` or table rows `[B, T, E]`; by default
+                `input_ids` shifted to the right.
+            decoder_attention_mask: real target tokens `[B, T]` or `[B, past + T]`.
+            encoder_outputs: what the encoder returned before, instead of running it.
+            past_key_values: cache of the target tokens before; it grows in place.
+            use_cache: whether to return (and make) a cache.
+            memory: the decoder's segment memory before this segment; the output's `memory` holds the one after it.
+        """
+        own = {"past_key_values": past_key_values, "use_cache": use_cache, "memory": memory, **kwargs}
+        if not self.config.is_encoder_decoder:
+            outputs = self.decoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                **own,
+            )
+            # what was recorded under this name is empty: there is no encoder to attend to
+            return type(outputs)(**{name: value for name, value in outputs.items() if name != "cross_attentions"})
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError(
+                    "Neither `decoder_input_ids` nor `decoder_inputs_embeds` is given; give one, or `input_ids` to "
+                    "take them from."
+                )
+            decoder_input_ids = shift_tokens_right(input_ids, self.config)
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
+        outputs = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            position_ids=decoder_position_ids,
+            inputs_embeds=decoder_inputs_embeds,
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=attention_mask,
+            **own,
+        )
+        return FlashLiteModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.hidden_states,
+            decoder_attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+            memory=outputs.memory,
+        )
+
+
+def shift_tokens_right(labels: torch.Tensor, config: FlashLiteConfig) -> torch.Tensor:
+    """Decoder inputs of `labels` `[B, T]`: the start token, then the labels but the last; -100 becomes padding."""
+    start, pad = config.decoder_start_token_id, config.pad_token_id
+    if start is None or pad is None:
+        raise ValueError(
+            f"`decoder_start_token_id` is {start} and `pad_token_id` {pad}, but decoder inputs are made from both; "
+            "set them in the config."
+        )
+    shifted = labels.roll(1, dims=-1)
+    shifted[..., 0] = start
+    return shifted.masked_fill(shifted == -100, pad)
+
+
+class FlashLiteHeadModel(FlashLitePreTrainedModel):
+    """A model with a language-model head."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: FlashLiteConfig):
+        super().__init__(config)
+        self.model = FlashLiteModel(config)
+        stack = config.decoder
+        self.head_proj = None
+        if stack.embedding_size != stack.hidden_size:
+            self.head_proj = nn.Linear(stack.hidden_size, stack.embedding_size, bias=False)
+        self.lm_head = nn.Linear(stack.embedding_size, stack.vocab_size, bias=False)
+        self.loss_function = chunked_cross_entropy
+        self.post_init()
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "loss_function":  # a hook that takes the head runs it itself, over chunks of tokens
+            self._loss_runs_head = "lm_head" in inspect.signature(value).parameters
+
+    def new_memory(self) -> FlashLiteCache:
+        """An empty segment memory, to be passed as `memory` with the first segment."""
+        return self.model.new_memory()
+
+    def _head(self, hidden_states, labels, logits_to_keep, **kwargs):
+        """Loss and logits of the decoder's states `[B, T, D]`; `labels` `[B, T]` are aligned with them.
+
+        Training batches with many logits get none: the loss then runs over chunks of tokens.
+        """
+        if self.head_proj is not None:
+            hidden_states = self.head_proj(hidden_states)
+        vocab_size = self.config.decoder.vocab_size
+        chunked = self._loss_runs_head
+        large = hidden_states.shape[:-1].numel() * vocab_size > _MAX_TRAINING_LOGITS
+        logits = None
+        if labels is None or not (self.training and chunked and large):
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        if labels is None:
+            return None, logits
+        whole = logits is not None and logits.shape[:2] == hidden_states.shape[:2]
+        if chunked:
+            kwargs.update(hidden_states=hidden_states, lm_head=self.lm_head)
+        else:
+            kwargs.update(shift_labels=labels)
+        loss = self.loss_function(
+            logits=logits if whole or not chunked else None, labels=labels, vocab_size=vocab_size, **kwargs
+        )
+        return loss, logits
+
+
+class FlashLiteForConditionalGeneration(FlashLiteHeadModel, GenerationMixin):
+    """Encoder and decoder with a language-model head, for sequence-to-sequence tasks."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+
+    def __init__(self, config: FlashLiteConfig):
+        if not config.is_encoder_decoder:
+            raise ValueError(
+                "`is_encoder_decoder` is False, but sequence-to-sequence generation needs an encoder; use "
+                "`FlashLiteForCausalLM` or a config with an encoder."
+            )
+        super().__init__(config)
+        self.loss_type = "ForMaskedLM"
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Decoder inputs of `labels` `[B, T]`; the collators of the library call this."""
+        return shift_tokens_right(labels, self.config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        decoder_position_ids: torch.LongTensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        memory: FlashLiteCache | None = None,
+        teacher_ids: torch.LongTensor | None = None,
+        teacher_weights: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FlashLiteSeq2SeqLMOutput:
+        r"""Run the model over source `[B, S]` and target `[B, T]`; arguments as in [`FlashLiteModel`], and:
+
+        Args:
+            labels: targets `[B, T]`; -100 is ignored.
+            memory: segment memory before this segment; the output's `memory` holds the one after it.
+            teacher_ids, teacher_weights: tokens and probabilities `[B, T, k]` of a teacher's cached distributions,
+                for a `loss_function` that distils.
+            logits_to_keep: compute the logits of so many last positions, or of these positions; 0 means all.
+
+        Returns:
+            Loss and logits `[B, T, V]`. A training batch with labels and more than 2^20 logits gets none of them: its
+            loss runs over chunks of tokens.
+        """
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = shift_tokens_right(labels, self.config)
+        if input_ids is None and inputs_embeds is None and encoder_outputs is None:
+            raise ValueError("No encoder input is given; give `input_ids`, `inputs_embeds` or `encoder_outputs`.")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            decoder_position_ids=decoder_position_ids,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            memory=memory,
+            **kwargs,
+        )
+        loss, logits = self._head(
+            outputs.last_hidden_state,
+            labels,
+            logits_to_keep,
+            teacher_ids=teacher_ids,
+            teacher_weights=teacher_weights,
+            **kwargs,
+        )
+        fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return FlashLiteSeq2SeqLMOutput(loss=loss, logits=logits, **fields)
+
+
+class FlashLiteForCausalLM(FlashLiteHeadModel, GenerationMixin):
+    """The decoder with a language-model head; no encoder, no unused parameter."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+
+    def __init__(self, config: FlashLiteConfig):
+        super().__init__(decoder_only(config))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: FlashLiteCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        memory: FlashLiteCache | None = None,
+        teacher_ids: torch.LongTensor | None = None,
+        teacher_weights: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FlashLiteCausalLMOutput:
+        r"""Run the model over `[B, T]` tokens; arguments as in [`FlashLiteDecoder`], and:
+
+        Args:
+            labels: targets `[B, T]`, equal to `input_ids` and shifted here; -100 is ignored.
+            memory: segment memory before this segment; the output's `memory` holds the one after it.
+            teacher_ids, teacher_weights: tokens and probabilities `[B, T, k]` of a teacher's cached distributions,
+                for a `loss_function` that distils.
+            logits_to_keep: compute the logits of so many last positions, or of these positions; 0 means all.
+
+        Returns:
+            Loss and logits `[B, T, V]`. A training batch with labels and more than 2^20 logits gets none of them: its
+            loss runs over chunks of tokens.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            memory=memory,
+            **kwargs,
+        )
+        shifted = kwargs.pop("shift_labels", None)
+        if labels is not None and shifted is None:
+            shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        loss, logits = self._head(
+            outputs.last_hidden_state,
+            shifted,
+            logits_to_keep,
+            teacher_ids=teacher_ids,
+            teacher_weights=teacher_weights,
+            **kwargs,
+        )
+        return FlashLiteCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            memory=outputs.memory,
+        )
+
+
+def decoder_only(config: FlashLiteConfig) -> FlashLiteConfig:
+    """A copy of `config` without an encoder, or `config` itself where it has none."""
+    if not config.is_encoder_decoder:
+        return config
+    config = copy.deepcopy(config)
+    config.is_encoder_decoder, config.encoder = False, None
+    return config
+
+
+class FlashLiteTaskModel(FlashLitePreTrainedModel):
+    """A model whose head reads the decoder's states of the input itself.
+
+    With an encoder, the decoder reads the same tokens again with the encoder's states in its softmax, so that every
+    state has seen the whole input; without one, a state has seen the tokens up to its own.
+    """
+
+    _head_name = "score"
+
+    def __init__(self, config: FlashLiteConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = FlashLiteModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout_rate)
+        setattr(self, self._head_name, nn.Linear(config.decoder.hidden_size, self.num_labels))
+        self.post_init()
+
+    def _run(self, input_ids, attention_mask, inputs_embeds, **kwargs):
+        """Outputs of the base model, and the head's scores `[B, T, labels]` of each token."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        if self.config.is_encoder_decoder:
+            if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
+                kwargs.update(decoder_input_ids=input_ids, decoder_inputs_embeds=inputs_embeds)
+                kwargs.setdefault("decoder_attention_mask", attention_mask)
+        else:
+            kwargs = {name: value for name, value in kwargs.items() if not name.startswith(("decoder_", "encoder_"))}
+        outputs = self.model(**inputs, **kwargs)
+        return outputs, getattr(self, self._head_name)(self.dropout(outputs.last_hidden_state))
+
+
+def task_output(outputs, seq2seq_class, plain_class, **fields):
+    """Fill the output class that fits the base model's `outputs`."""
+    output_class = seq2seq_class if isinstance(outputs, FlashLiteModelOutput) else plain_class
+    for name in output_class.__dataclass_fields__:
+        if name not in fields and outputs.get(name) is not None:
+            fields[name] = outputs[name]
+    return output_class(**fields)
+
+
+@dataclass
+class FlashLiteTokenClassifierOutput(Seq2SeqSequenceClassifierOutput):
+    """Scores of each token in `logits` `[B, T, labels]`, with the states of encoder and decoder."""
+
+
+class FlashLiteForSequenceClassification(FlashLiteTaskModel):
+    """Scores of a whole sequence, read at its last token."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqSequenceClassifierOutput | SequenceClassifierOutputWithPast:
+        outputs, scores = self._run(
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            **kwargs,
+        )
+        given = decoder_input_ids is not None or decoder_inputs_embeds is not None
+        own = self.config.is_encoder_decoder and given
+        last = self._last_token(
+            *((decoder_input_ids, decoder_attention_mask) if own else (input_ids, attention_mask)), scores
+        )
+        logits = scores[torch.arange(len(scores), device=scores.device), last]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return task_output(
+            outputs, Seq2SeqSequenceClassifierOutput, SequenceClassifierOutputWithPast, loss=loss, logits=logits
+        )
+
+    def _last_token(self, tokens, mask, scores) -> torch.Tensor | int:
+        """Column `[B]` of the last real token, on whichever side the padding is."""
+        pad = self.config.pad_token_id
+        if mask is None and tokens is not None and pad is not None:
+            mask = tokens != pad
+        if mask is None:
+            if len(scores) > 1 and tokens is not None:
+                raise ValueError(
+                    f"A batch of {len(scores)} rows has neither an attention mask nor a `pad_token_id`, so their last "
+                    "tokens are unknown; give one of them."
+                )
+            return -1
+        return (torch.arange(scores.shape[1], device=scores.device) * mask).argmax(-1)
+
+
+class FlashLiteForTokenClassification(FlashLiteTaskModel):
+    """Scores of every token."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FlashLiteTokenClassifierOutput | TokenClassifierOutput:
+        outputs, logits = self._run(
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            **kwargs,
+        )
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return task_output(outputs, FlashLiteTokenClassifierOutput, TokenClassifierOutput, loss=loss, logits=logits)
+
+
+class FlashLiteForQuestionAnswering(FlashLiteTaskModel):
+    """Scores of the first and last token of an answer in the input (extractive)."""
+
+    _head_name = "qa_outputs"
+
+    def __init__(self, config: FlashLiteConfig):
+        config.num_labels = 2
+        super().__init__(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqQuestionAnsweringModelOutput | QuestionAnsweringModelOutput:
+        outputs, scores = self._run(
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            **kwargs,
+        )
+        start_logits, end_logits = scores[..., 0].contiguous(), scores[..., 1].contiguous()
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return task_output(
+            outputs,
+            Seq2SeqQuestionAnsweringModelOutput,
+            QuestionAnsweringModelOutput,
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+        )
+
+
+__all__ = [
+    "FlashLiteDecoder",
+    "FlashLiteEncoder",
+    "FlashLiteForCausalLM",
+    "FlashLiteForConditionalGeneration",
+    "FlashLiteForQuestionAnswering",
+    "FlashLiteForSequenceClassification",
+    "FlashLiteForTokenClassification",
+    "FlashLiteModel",
+    "FlashLitePreTrainedModel",
+]

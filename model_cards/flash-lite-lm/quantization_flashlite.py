@@ -1,0 +1,475 @@
+"""Entropy-constrained quantization (ECQ): a bit budget for the file, 4-bit codes in memory, plain `from_pretrained`.
+
+    AutoModelForCausalLM.from_pretrained("any/llama", quantization_config=EcqConfig(target_bits=3.0))
+
+quantizes without data while loading. `calibration.quantize` does it with data, `qat.prepare_qat` with training. The
+saved model holds, under the name of each quantized weight, its entropy-coded bytes as a one-dimensional uint8 tensor
+(see `ecq_stream_flashlite`), and everything else in bfloat16. Loading it needs this module to be imported before:
+without it transformers finds tensors of the wrong shape and raises, unless `ignore_mismatched_sizes=True` stops it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .ecq_modules_flashlite import EcqModule, FakeQuantModule, to_float, to_quantized, to_twin
+from .ecq_search_flashlite import Layer, grid_of, search
+from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weights
+from .int4_flashlite import empty_tiles
+
+_METHOD = "ecq"
+_LEAST_BATCH, _MOST_BATCH = 2 << 20, 64 << 20  # bytes of codes that are decoded at a time
+_MOST_WEIGHTS = 4096  # in a byte of a stream; deflate and rANS reach 2064 and 2730
+_SMALL = 1 << 20  # bytes of a tensor that is copied rather than left in the memory map of its file
+_TRAINING_STATE = ("log_step", "log_base", "exponents", "code_lengths", "ecq_rate")
+_FIELDS = ("bits", "target_bits", "target_bytes", "max_loss_increase", "modules_to_not_convert", "dequantize", "stage")
+
+
+def parse_bytes(size: int | str | None) -> int | None:
+    """`3_000_000`, "3MB", "2.5 MiB", "800kB" to bytes."""
+    if size is None or isinstance(size, int):
+        return size
+    text = size.strip().lower().replace(" ", "")
+    units = {"kib": 1024, "mib": 1024**2, "gib": 1024**3, "kb": 1000, "mb": 10**6, "gb": 10**9, "b": 1}
+    for unit, factor in units.items():
+        if text.endswith(unit):
+            return int(float(text.removesuffix(unit)) * factor)
+    raise ValueError(f"target_bytes={size!r} has no unit; write for example '3MB' or '2.5MiB'.")
+
+
+class EcqConfig(QuantizationConfigMixin):
+    """Configuration of entropy-constrained quantization.
+
+    Args:
+        bits (`int`, *optional*, defaults to 4): bits of a code in memory; 4 is the only choice.
+        target_bits (`float`, *optional*): bits of the whole weights file over the number of parameters: codes, steps,
+            tables, norms, embeddings and headers. Without a target, steps are half a standard deviation, about
+            3.1 bits.
+        target_bytes (`int` or `str`, *optional*): the same budget as a size, "3MB".
+        max_loss_increase (`float`, *optional*): the smallest file whose perplexity on the calibration data rises by at
+            most this fraction; needs `calibration.quantize`.
+        modules_to_not_convert (`list[str]`, *optional*): module names, or parts of them, that stay float.
+        dequantize (`bool`, *optional*, defaults to `False`): load as a float model.
+        stage (`str`, *optional*, defaults to `"coded"`): `"qat"` in checkpoints of quantization-aware training.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        target_bits: float | None = None,
+        target_bytes: int | str | None = None,
+        max_loss_increase: float | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        dequantize: bool = False,
+        stage: str = "coded",
+    ):
+        if bits != 4:
+            raise ValueError(
+                f"bits={bits} must be 4, the size of a code in memory; target_bits sets the size of the file."
+            )
+        if sum(target is not None for target in (target_bits, target_bytes, max_loss_increase)) > 1:
+            raise ValueError("target_bits, target_bytes and max_loss_increase exclude each other; give one of them.")
+        if target_bits is not None and not 0.5 <= target_bits <= 8:
+            raise ValueError(f"target_bits={target_bits} is outside 0.5..8 bits per parameter.")
+        if stage not in ("coded", "qat"):
+            raise ValueError(f"stage={stage!r} must be 'coded' or 'qat'.")
+        self.quant_method = _METHOD
+        self.bits, self.target_bits, self.target_bytes = bits, target_bits, parse_bytes(target_bytes)
+        self.max_loss_increase, self.modules_to_not_convert = max_loss_increase, modules_to_not_convert
+        self.dequantize, self.stage = dequantize, stage
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """From `config.json`; fields that a later version added are left out."""
+        known = {key: value for key, value in config_dict.items() if key in _FIELDS}
+        config = cls(**known)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def get(self, key, default=None):
+        """Dictionary access, which transformers uses when a loaded config is given back to `from_pretrained`."""
+        return getattr(self, key, default)
+
+    def budget(self, parameters: int) -> float | None:
+        """Bytes of the whole file, `None` without a target."""
+        return (
+            self.target_bytes
+            if self.target_bytes is not None
+            else self.target_bits and self.target_bits * parameters / 8
+        )
+
+
+def _is_quantizable(module: nn.Module) -> bool:
+    if isinstance(module, (EcqModule, FakeQuantModule)):
+        return True
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or not isinstance(
+        module, (nn.Linear, nn.Embedding, Conv1D)
+    ):
+        return False
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.num_embeddings <= 64):
+        return False
+    # A subclass that reads its weight by itself cannot do with codes.
+    forward = type(module).forward
+    own = forward not in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward)
+    if own and "weight" in forward.__code__.co_names:
+        return False
+    shape = module.weight.shape
+    return len(shape) == 2 and min(shape) >= 8 and shape.numel() >= 1024
+
+
+def quantizable_layers(model: nn.Module, config: EcqConfig) -> dict[str, nn.Module]:
+    """Name and module of every linear layer and embedding to be quantized, LM head and tied weights included.
+
+    Raises:
+        ValueError: the model keeps weights in stacked (3-D) parameters, as mixtures of experts do.
+    """
+    skip = config.modules_to_not_convert or []
+    floats = ((name, value) for name, value in model.named_parameters() if value.is_floating_point())
+    stacked = [name for name, value in floats if value.dim() == 3 and "conv" not in name.lower()]
+    stacked = [name for name in stacked if should_convert_module(name.rpartition(".")[0], skip)]
+    if stacked:
+        raise ValueError(
+            f"{type(model).__name__} keeps weights in stacked parameters ({stacked[0]}, {len(stacked)} in all),"
+            " as mixtures of experts do; only nn.Linear, Conv1D and nn.Embedding can be quantized. Name their modules"
+            " in modules_to_not_convert to leave them in bfloat16."
+        )
+    return {n: m for n, m in model.named_modules() if _is_quantizable(m) and should_convert_module(n, skip)}
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """Float weight `[rows, columns]` of a layer before quantization."""
+    weight = module.weight.detach()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def collect_layers(model: nn.Module, config: EcqConfig) -> list[Layer]:
+    """The distinct weights to be quantized, with data-free steps: proportional to each row's standard deviation."""
+    groups: dict[int, Layer] = {}
+    for name, module in quantizable_layers(model, config).items():
+        if id(module.weight) in groups:
+            groups[id(module.weight)].names.append(name)
+            groups[id(module.weight)].modules.append(module)
+            continue
+        weight = weight_of(module)
+        layer = Layer([name], [module], weight, torch.zeros(len(weight), device=weight.device))
+        layer.log_steps = torch.log2(layer.sigma)
+        groups[id(module.weight)] = layer
+    if not groups:
+        raise ValueError(f"{type(model).__name__} has no linear layer or embedding of at least 8 x 128 to quantize.")
+    return list(groups.values())
+
+
+def ids_of(layers: list[Layer]) -> set[int]:
+    """Ids of the parameters of all layers."""
+    return {id(module.weight) for layer in layers for module in layer.modules}
+
+
+def overhead_bytes(model: nn.Module, coded: set[int]) -> int:
+    """Bytes of the file besides the weight streams: other tensors in bfloat16 and the safetensors header.
+
+    Args:
+        coded (`set[int]`): ids of the parameters that become streams.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    size, end, seen = 0, 0, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen or name.rpartition(".")[2] in _TRAINING_STATE:
+            continue
+        seen.add(id(tensor))
+        if id(tensor) in coded:
+            held = tensor.numel() // 2  # for the digits of the offsets only
+            kind, shape = "U8", [held]
+        else:
+            kind, shape = ("BF16", tensor.shape) if tensor.is_floating_point() else ("I64", tensor.shape)
+            held = tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
+            size += held
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + held]}
+        end += held
+    return size + 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8
+
+
+def install(model: nn.Module, layers: list[Layer], weights: list[QuantizedWeight]) -> None:
+    """Put the codes of float layers into the model, in place."""
+    groups = []
+    for layer in layers:
+        modules = [to_quantized(module) for module in layer.modules]
+        for name, old, new in zip(layer.names, layer.modules, modules):
+            if new is not old:
+                model.set_submodule(name, new)
+        groups.append((layer.names, modules))
+    install_groups(model, groups, weights)
+
+
+@torch.no_grad()
+def install_groups(model: nn.Module, groups: list[tuple[list[str], list]], weights: list[QuantizedWeight]) -> None:
+    """Give codes to quantized modules, and round what stays float to the bfloat16 that the file holds."""
+    for (_, modules), weight in zip(groups, weights):
+        modules[0].set_quantized(weight)
+        for module in modules[1:]:
+            module.share_quantized(modules[0])
+    for module in model.modules():
+        names = ("bias",) if isinstance(module, EcqModule) else tuple(module._parameters)
+        for name in names:
+            value = module._parameters.get(name)
+            if value is not None and value.is_floating_point():
+                value.copy_(value.to(torch.bfloat16))
+
+
+def attach(model, config: EcqConfig) -> None:
+    """Mark a model that was quantized in memory as `from_pretrained` would."""
+    model.hf_quantizer = EcqQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.is_quantized, model.quantization_method = True, _METHOD
+    model.config._is_quantized = True
+
+
+def quantize_data_free(model, config: EcqConfig) -> None:
+    """Quantize a float model in place to the budget of `config`, without data."""
+    if config.max_loss_increase is not None:
+        raise ValueError("max_loss_increase needs calibration data: call calibration.quantize(model, config, data).")
+    layers = collect_layers(model, config)
+    budget = config.budget(sum(p.numel() for p in model.parameters()))
+    install(model, layers, search(layers, budget, overhead_bytes(model, ids_of(layers))))
+
+
+class EcqQuantizer(HfQuantizer):
+    """Behind [`EcqConfig`]: loads coded checkpoints, quantizes float ones after loading, saves coded ones."""
+
+    requires_calibration = False
+
+    def validate_environment(self, *args, device_map=None, **kwargs):
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if "disk" in devices:
+            raise ValueError("Quantized modules cannot be offloaded to disk; leave 'disk' out of device_map.")
+        if not self.pre_quantized and (len(devices) > 1 or devices & {"auto", "balanced", "sequential"}):
+            raise ValueError(
+                f"Quantizing while loading needs the model on one device, got device_map={device_map!r}; quantize on"
+                " one device, save, and load the saved model with this device_map."
+            )
+
+    def update_parallel_plan(self, model, plan):
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                "Entropy-coded weights cannot be split over processes; load without distributed_config and tp_plan, or"
+                " load on one process, call dequantize(), save, and load that folder."
+            )
+
+    def param_needs_quantization(self, model, param_name, **kwargs) -> bool:
+        """Whether a checkpoint tensor may have another shape than the parameter: the stream of a coded weight has."""
+        module = model.get_submodule(param_name.rpartition(".")[0]) if "." in param_name else model
+        return self.pre_quantized and isinstance(module, EcqModule) and param_name.endswith("weight")
+
+    def _process_model_before_weight_loading(self, model, dtype=None, checkpoint_files=None, **kwargs):
+        if not self.pre_quantized:
+            return
+        if self.quantization_config.stage == "qat":
+            for name, module in quantizable_layers(model, self.quantization_config).items():
+                rows, columns = weight_of(module).shape
+                steps = torch.zeros(rows, dtype=torch.int8)
+                empty = QuantizedWeight((rows, columns), None, 1.0, steps, grid_of(columns))
+                new = to_twin(module, empty, weight_of(module))
+                if new is not module:
+                    model.set_submodule(name, new)
+            model.register_buffer("ecq_rate", torch.zeros(3, device="meta"))
+            return
+        coded = _coded_places(checkpoint_files)
+        prefix = model.base_model_prefix + "."
+        tied = model.all_tied_weights_keys
+        for name, module in quantizable_layers(model, self.quantization_config).items():
+            key = name + ".weight"
+            names = {key, tied.get(key)} | {other for other, source in tied.items() if source in (key, tied.get(key))}
+            names |= {prefix + n for n in names if n} | {n.removeprefix(prefix) for n in names if n}
+            places = None if coded is None else [coded[n] for n in (key, *names) if n in coded]
+            if places is None or places:
+                new = to_quantized(module, size_only=True)
+                new.place = places[0] if places else None
+                if new is not module:
+                    model.set_submodule(name, new)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if not self.pre_quantized:
+            quantize_data_free(model, self.quantization_config)
+            self.pre_quantized = True
+        elif self.quantization_config.stage == "coded":
+            _decode_model(model)
+        else:
+            for _, twins in groups_of(model, FakeQuantModule):
+                for twin in twins[1:]:
+                    twin.share_twin(twins[0])
+        if self.quantization_config.dequantize:
+            self._dequantize(model, model.dtype)
+        return model
+
+    def _dequantize(self, model, dtype=None):
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+        for names, modules in groups_of(model):
+            weight = None
+            for name, module in zip(names, modules):
+                plain = to_float(module, dtype)
+                if plain is not module:
+                    model.set_submodule(name, plain)
+                if weight is not None:
+                    plain.weight = weight
+                weight = plain.weight
+        return model
+
+    def get_state_dict_and_metadata(self, model):
+        """The tensors of the file: streams for coded weights, bfloat16 for other floats."""
+        if self.quantization_config.stage == "qat":
+            state, seen = {}, set()
+            for key, value in model.state_dict(keep_vars=True).items():
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    state[key] = value.detach()
+            return state, {}
+        groups = groups_of(model)
+        streams = encode_weights([modules[0].quantized() for _, modules in groups])
+        state = {}
+        inner = {f"{name}." for names, _ in groups for name in names}
+        memo = {}
+        for key, value in model.state_dict().items():
+            parent, _, leaf = key.rpartition(".")
+            if parent + "." in inner and leaf != "bias":
+                continue
+            if value.is_floating_point():
+                value = memo.setdefault((value.data_ptr(), value.shape), value.to(torch.bfloat16))
+            state[key] = value
+        for (names, _), stream in zip(groups, streams):
+            state |= {f"{name}.weight": stream for name in names}
+        return state, {}
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.quantization_config.stage == "qat"
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _coded_places(checkpoint_files) -> dict[str, tuple[str, int, int]] | None:
+    """Name to (file, offset, bytes) of the one-dimensional uint8 tensors in safetensors files, from their headers."""
+    if not checkpoint_files:
+        return None
+    places = {}
+    for path in checkpoint_files:
+        if not str(path).endswith(".safetensors"):
+            raise ValueError(f"Coded checkpoints are safetensors files only, got {path}.")
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > 100_000_000:
+                raise ValueError(f"The header of {path} claims {length} bytes; the file is damaged.")
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if entry.get("dtype") == "U8" and len(entry.get("shape", ())) == 1:
+                first, last = entry.get("data_offsets", (0, 0))
+                places[name] = str(path), 8 + length + first, last - first
+    return places
+
+
+def _leave_file(model) -> None:
+    """Let go of the loader's memory map, in which all that was looked at stays: copy small tensors, note the streams.
+
+    A stream becomes its place in the file, where [`_take_stream`] finds it when its turn comes.
+    """
+    for module in model.modules():
+        if isinstance(module, EcqModule):
+            stream, place = module.stream, module.__dict__.pop("place", None)
+            if (
+                stream is not None
+                and stream.numel()
+                and place
+                and stream.device.type == "cpu"
+                and stream.numel() == place[2]
+            ):
+                module.stream = place
+        for value in (*module._parameters.values(), *module._buffers.values()):
+            if value is not None and value.device.type == "cpu" and value.nbytes <= _SMALL:
+                value.data = value.data.clone()
+
+
+def _stream_bytes(module: EcqModule) -> int:
+    stream: Any = module.stream
+    return stream.numel() if isinstance(stream, torch.Tensor) else stream[2]
+
+
+def _take_stream(module: EcqModule) -> torch.Tensor:
+    """The loaded stream, which the module gives away; in a memory map of its own, if it stands in a file."""
+    stream: Any = module.stream
+    module.stream = None
+    if isinstance(stream, torch.Tensor):
+        return stream
+    path, offset, length = stream
+    # copy on write only because PyTorch warns of read-only memory
+    return torch.from_numpy(np.memmap(path, np.uint8, mode="c", offset=offset, shape=length))
+
+
+def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[str], list]]:
+    """Names and modules of the quantized layers (or twins); those of one tied weight together."""
+    groups: dict[int, tuple[list[str], list]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            names, modules = groups.setdefault(id(module.weight), ([], []))
+            names.append(name)
+            modules.append(module)
+    return list(groups.values())
+
+
+def _decode_model(model) -> None:
+    """Turn the loaded streams into codes, some megabytes at a time, freeing each stream as it is done.
+
+    A weight is decoded into the memory that it will stay in. All of that is allocated beforehand, so that what is
+    needed in between leaves no gaps; it takes no room before it is written.
+    """
+    _leave_file(model)
+    jobs = []
+    for names, modules in groups_of(model):
+        owner = next((module for module in modules if module.stream is not None), None)
+        if owner is None:
+            raise ValueError(f"The checkpoint has no coded weight for {names[0]}; it does not fit this architecture.")
+        (rows, columns), held = owner.weight_shape, _stream_bytes(owner)
+        if rows * columns > _MOST_WEIGHTS * held:
+            raise ValueError(
+                f"{held} bytes cannot hold the {rows} x {columns} codes of {names[0]}; check config.json."
+            )
+        jobs.append((names[0], modules, owner, empty_tiles(rows, columns, device="cpu")))
+    jobs.sort(key=lambda job: job[3].numel())
+    # the largest first and the small ones, whose tables take more than their codes, while there is room
+    jobs = jobs[-1:] + jobs[:-1]
+    most = min(max(sum(job[3].numel() for job in jobs) // 32, _LEAST_BATCH), _MOST_BATCH)
+    while jobs:
+        count, size = 0, 0
+        while count < len(jobs) and size < most:
+            size += jobs[count][3].numel()
+            count += 1
+        batch, jobs = jobs[:count], jobs[count:]
+        streams = [(name, _take_stream(owner), owner.weight_shape) for name, _, owner, _ in batch]
+        weights = decode_weights(streams, [tiles for *_, tiles in batch])
+        del streams
+        for _, modules, owner, tiles in batch:
+            owner.set_quantized(weights.pop(0), tiles=tiles)
+            for module in modules:
+                if module is not owner:
+                    module.share_quantized(owner)
+
+
+# Idempotent, unlike `register_quantizer`: the package and a copy of this file from the Hub may live in one process.
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(_METHOD, EcqConfig)
+AUTO_QUANTIZER_MAPPING.setdefault(_METHOD, EcqQuantizer)

@@ -1,0 +1,377 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""The two stacks of Flash-Lite, encoder and decoder, and what every Flash-Lite model shares.
+
+Shapes: B batch, T target columns, S source columns, D hidden size, E embedding size.
+"""
+
+import functools
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache_flashlite import FlashLiteCache, Rows, prepare_cache, rows_of_documents, rows_of_mask
+from .configuration_flashlite import FlashLiteConfig, FlashLiteDecoderConfig, FlashLiteEncoderConfig
+from .layers_flashlite import (
+    DecoderContext,
+    FlashLiteAttention,
+    FlashLiteDecoderAttention,
+    FlashLiteDecoderLayer,
+    FlashLiteEncoderAttention,
+    FlashLiteEncoderLayer,
+    position_angles,
+    product_dtype,
+)
+
+
+@dataclass
+class FlashLiteDecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """What the decoder returns; `memory` is the segment memory after this segment, where one was given."""
+
+    memory: FlashLiteCache | None = None
+
+
+class FlashLitePreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving, common to all Flash-Lite models."""
+
+    config: FlashLiteConfig
+    config_class = FlashLiteConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FlashLiteEncoderLayer", "FlashLiteDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values", "memory", "context"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _supports_context_parallel = False
+
+    def __setattr__(self, name, value):
+        if name == "loss_function" and isinstance(value, nn.Module):
+            raise TypeError(
+                f"`loss_function` is a {type(value).__name__}, an nn.Module: its weights would enter the checkpoint "
+                "and it would be ignored; assign a plain callable such as a function or a dataclass."
+            )
+        super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, FlashLiteAttention):
+            for name in ("position_bias", "content_bias"):
+                if hasattr(module, name):
+                    init.zeros_(getattr(module, name))
+
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+        embeddings = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        decoder = self.get_decoder()
+        if not self.config.tie_word_embeddings and decoder.embed_tokens is not embeddings:
+            size = embeddings.weight.shape[0]
+            decoder.embed_tokens = self._get_resized_embeddings(decoder.embed_tokens, size, None, mean_resizing)
+        return embeddings
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """Resize the vocabulary of encoder, decoder and head; see [`PreTrainedModel.resize_token_embeddings`]."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if isinstance(self.config, FlashLiteConfig):
+            self.config.vocab_size = embeddings.weight.shape[0]
+        return embeddings
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+        """Save as [`PreTrainedModel.save_pretrained`] does, but so that a full disk or a kill costs no older model.
+
+        All files are written into `.incomplete` in the folder first and then take the places of the old ones. A
+        distributed checkpoint, of which each process writes a part, is written in place.
+        """
+        rest = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
+        folder = Path(save_directory)
+        in_place = kwargs.get("distributed_checkpoint") or folder.is_file()
+        if in_place or not self.should_save_on_this_rank(is_main_process):
+            super().save_pretrained(save_directory, **rest)
+        else:
+            if push_to_hub:
+                rest.setdefault("repo_id", folder.name)
+            staging = folder / ".incomplete"
+            _remove(staging)  # of a save that was killed
+            try:
+                super().save_pretrained(staging, **rest)
+                _move_model(staging, folder)
+            finally:
+                _remove(staging)
+        if not in_place:  # other processes may read what one has saved
+            self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+def _move_model(source: Path, target: Path) -> None:
+    """Move the files of a model, weights first, and remove weights that the old model had and the new one has not."""
+
+    def stem(name: str) -> str:
+        return re.sub(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$", "", name)
+
+    new = sorted(os.listdir(source), key=lambda name: (".safetensors" not in name, name))
+    stems = {stem(name) for name in new if ".safetensors" in name}
+    old = {path.name for path in target.iterdir() if ".safetensors" in path.name and stem(path.name) in stems}
+    for name in new:
+        os.replace(source / name, target / name)
+    for name in old - set(new):
+        (target / name).unlink()
+
+
+def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_columns: int = 0) -> None:
+    """Refuse inputs that cannot be meant.
+
+    Raises:
+        ValueError: for none or two inputs, an empty sequence, ids outside the vocabulary, or a mask of a wrong shape.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Got both or neither of `input_ids` and `inputs_embeds`; give exactly one of them.")
+    batch, columns = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+    if columns == 0:
+        raise ValueError("The sequence is empty (0 tokens); give at least one token, such as the start token.")
+    # a look at the values would stall an accelerator, whose embedding kernel checks by itself, and break a graph
+    look = input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if look and input_ids.numel():
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"Token id {low if low < 0 else high} is outside the vocabulary of {config.vocab_size}; use this "
+                "model's tokenizer, or resize the embeddings."
+            )
+    if attention_mask is not None:
+        allowed = (batch, columns), (batch, past_columns + columns)
+        if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) not in allowed:
+            shape = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask)
+            raise ValueError(
+                f"The attention mask has shape {shape}, but {' or '.join(map(str, sorted(set(allowed))))} is needed; "
+                "give one entry per token, 1 for real tokens and 0 for padding."
+            )
+
+
+class FlashLiteStack(FlashLitePreTrainedModel):
+    """Embeddings, layers and final norm, common to both stacks."""
+
+    def __init__(self, config, layer_class):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
+        self.embed_proj = None
+        if config.embedding_size != config.hidden_size:
+            self.embed_proj = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
+        self.layers = nn.ModuleList([layer_class(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.gradient_checkpointing = False
+
+    def embed(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Table rows `[B, T, E]` -> first hidden states `[B, T, D]`."""
+        hidden_states = inputs_embeds * self.config.embedding_size**0.5
+        if self.embed_proj is not None:
+            hidden_states = self.embed_proj(hidden_states)
+        return self.dropout(hidden_states)
+
+
+class FlashLiteEncoder(FlashLiteStack):
+    """The dense bidirectional encoder."""
+
+    config: FlashLiteEncoderConfig
+    config_class = FlashLiteEncoderConfig
+    _can_record_outputs = {"hidden_states": FlashLiteEncoderLayer, "attentions": FlashLiteEncoderAttention}
+
+    def __init__(self, config: FlashLiteEncoderConfig):
+        super().__init__(config, FlashLiteEncoderLayer)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutput:
+        check_inputs(self.config, input_ids, inputs_embeds, attention_mask)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+        )
+        hidden_states = self.embed(inputs_embeds)
+        angles = position_angles(
+            self.config, source_positions(hidden_states, attention_mask), product_dtype(hidden_states)
+        )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, angles, attention_mask=mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.dropout(self.norm(hidden_states)))
+
+
+def source_positions(states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Positions `[B or 1, S]` that count real tokens only, so that padding on any side changes nothing."""
+    if attention_mask is None:
+        return torch.arange(states.shape[1], device=states.device)[None]
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+class FlashLiteDecoder(FlashLiteStack):
+    """The sparse causal decoder, alone or over the states of an encoder."""
+
+    config: FlashLiteDecoderConfig
+    config_class = FlashLiteDecoderConfig
+    _can_record_outputs = {
+        "hidden_states": FlashLiteDecoderLayer,
+        "attentions": OutputRecorder(FlashLiteDecoderAttention, index=1),
+        "cross_attentions": OutputRecorder(FlashLiteDecoderAttention, index=2),
+    }
+
+    def __init__(self, config: FlashLiteDecoderConfig):
+        super().__init__(config, FlashLiteDecoderLayer)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: EncoderDecoderCache | FlashLiteCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        memory: FlashLiteCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | FlashLiteDecoderOutput:
+        r"""Run the decoder over `[B, T]` tokens.
+
+        Args:
+            input_ids, inputs_embeds: tokens `[B, T]` or table rows `[B, T, E]`; exactly one of them.
+            attention_mask: real tokens `[B, T]`, or `[B, past + T]` with the cached columns; padding may stand on any
+                side.
+            position_ids: `[B, T]`. Positions are counted from the mask; given ones tell, by restarting, where the
+                documents of a packed batch begin.
+            past_key_values: cache of the tokens before; it grows in place.
+            use_cache: whether to return (and make) a cache.
+            encoder_hidden_states, encoder_attention_mask: `[B, S, D]` states of the encoder and their mask `[B, S]`.
+            memory: segment memory before this segment, from `new_memory()` or the previous output. The output's
+                `memory` holds the one after it. It works in training too, where nothing flows back into it.
+
+        Raises:
+            ValueError: for inputs that cannot be meant; see `check_inputs`.
+        """
+        if past_key_values is not None and memory is not None:
+            raise ValueError(
+                "Got both `past_key_values` and `memory`; a cache is a memory already, so give one of them."
+            )
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise ValueError(
+                f"`past_key_values` is a {type(past_key_values).__name__}, but must be a cache; pass a "
+                "`FlashLiteCache`, an empty `DynamicCache`, or none."
+            )
+        past_columns = 0 if past_key_values is None else past_key_values.get_seq_length()
+        check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_columns)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        continues = past_key_values is not None or memory is not None
+        rows = None if continues else packed_rows(inputs_embeds, attention_mask, position_ids)
+        if rows is not None and encoder_hidden_states is not None:
+            raise ValueError(
+                "`decoder_position_ids` restart within a row, which means packed documents, but an encoder's states "
+                "belong to whole rows; give each document a row of its own."
+            )
+        # a packed batch has no single end to continue from, and what a cache holds depends on the mask's values
+        use_cache = use_cache and rows is None and not torch.compiler.is_exporting()
+        if use_cache and memory is None or past_key_values is not None:
+            past_key_values = prepare_cache(past_key_values, self.config, encoder_hidden_states is not None)
+        if rows is None:
+            rows = padded_rows(inputs_embeds, attention_mask)
+        hidden_states = self.embed(inputs_embeds)
+        past = memory if past_key_values is None else past_key_values
+        if isinstance(past, EncoderDecoderCache):
+            past = past.self_attention_cache
+        angles = position_angles(
+            self.config, target_positions(hidden_states, rows, past), product_dtype(hidden_states)
+        )
+        context = self._context(rows, memory, encoder_hidden_states, encoder_attention_mask)
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while a draft exits early
+            hidden_states = layer(
+                hidden_states, encoder_hidden_states, angles, context, past_key_values=past_key_values
+            )
+        return FlashLiteDecoderOutput(
+            last_hidden_state=self.dropout(self.norm(hidden_states)),
+            past_key_values=past_key_values if use_cache else None,
+            memory=context.next_memory,
+        )
+
+    def _context(self, rows, memory, encoder_hidden_states, encoder_attention_mask) -> DecoderContext:
+        context = DecoderContext(rows=rows, memory=memory)
+        if memory is not None:
+            if len(memory.layers) != len(self.layers):
+                raise ValueError(
+                    f"The memory has {len(memory.layers)} layers, but the decoder has {len(self.layers)}; start from "
+                    "this model's `new_memory()`."
+                )
+            context.next_memory = FlashLiteCache(self.config)
+        if encoder_hidden_states is not None:
+            mask = encoder_attention_mask
+            if mask is not None and tuple(mask.shape) != tuple(encoder_hidden_states.shape[:2]):
+                raise ValueError(
+                    f"The encoder's attention mask has shape {tuple(mask.shape)}, but its states "
+                    f"{tuple(encoder_hidden_states.shape[:2])}; give one entry per source token."
+                )
+            positions, dtype = source_positions(encoder_hidden_states, mask), product_dtype(encoder_hidden_states)
+            context.encoder_angles = functools.cache(lambda: position_angles(self.config, positions, dtype))
+            context.encoder_mask = None if mask is None else mask.bool()
+        return context
+
+
+def padded_rows(states: torch.Tensor, attention_mask: torch.Tensor | None) -> Rows | None:
+    """How the new columns `[B, T]` map to rows of real tokens; `None` where all are real."""
+    mask = None if attention_mask is None else attention_mask[:, -states.shape[1] :].bool()
+    # an exported graph cannot look at the mask, and does without the shortcut
+    return None if mask is None or not torch.compiler.is_exporting() and mask.all() else rows_of_mask(mask)
+
+
+def packed_rows(states, attention_mask, position_ids) -> Rows | None:
+    """How the columns of packed documents map to rows; `None` where no `position_ids` restart within a row.
+
+    An exported graph cannot look at the positions, and takes each row for one document.
+    """
+    if position_ids is None or states.shape[1] < 2 or torch.compiler.is_exporting():
+        return None
+    if attention_mask is not None and not attention_mask.all():
+        return None
+    jumps = position_ids.diff(dim=-1) != 1
+    if not jumps.any():
+        return None
+    return rows_of_documents(nn.functional.pad(jumps, (1, 0), value=True).expand(states.shape[0], -1))
+
+
+def target_positions(hidden_states: torch.Tensor, rows: Rows | None, past: FlashLiteCache | None) -> torch.Tensor:
+    """Positions `[B or 1, T]` of the new columns: real tokens of the row that came before."""
+    columns = hidden_states.shape[1]
+    if rows is None:
+        positions = torch.arange(columns, device=hidden_states.device)[None]
+    else:
+        positions = rows.slot % rows.source.shape[1]
+    if past is None:
+        return positions
+    first = past.layers[0].base + past.layers[0].fill
+    return positions + (first[:, None] if isinstance(first, torch.Tensor) else first)
