@@ -27,6 +27,7 @@ class PlotArgs:
     key: str = field(default="loss", metadata={"help": "runs: what to draw: loss, eval_loss, kd, agree, ..."})
     x: str = field(default="size.bits_per_weight", metadata={"help": "results: horizontal, a path such as size.bytes"})
     y: str = field(default="metrics.word_perplexity", metadata={"help": "results: vertical, the same"})
+    x_max: float | None = field(default=None, metadata={"help": "results: points beyond are left out"})
 
 
 def read_curve(folder: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +70,8 @@ def draw_results(args: PlotArgs) -> dict:
     groups = defaultdict(list)
     for entry in args.results.split(","):
         for name, x, y in read_points(entry, args.x, args.y):
-            groups[name].append((x, y))
+            if args.x_max is None or x <= args.x_max:
+                groups[name].append((x, y))
     axes = new_axes(args.x, args.y)
     for index, (name, points) in enumerate(groups.items()):
         xs, ys = zip(*sorted(points))

@@ -227,6 +227,8 @@ def test_results_are_drawn_over_each_other(tmp_path):
     argv = [f"--results={tmp_path}/rates.json,qat={tmp_path}/qat.json", "--x=bits", "--y=loss"]
     done = script.main(*parse_args((script.PlotArgs,), [*argv, f"--output={tmp_path}/a.svg"]))
     assert done["points"] == 3 and (tmp_path / "a.svg").read_text().count("ours") == 1
+    few = script.main(*parse_args((script.PlotArgs,), [*argv, f"--output={tmp_path}/a.svg", "--x_max=2.5"]))
+    assert few["points"] == 2
     over_time = [f"--results={tmp_path}/qat.json", "--x=speed.later, b 1", "--y=loss", f"--output={tmp_path}/b.svg"]
     assert script.main(*parse_args((script.PlotArgs,), over_time))["points"] == 1
     with pytest.raises(SystemExit, match="no number at 'bits' and 'perplexity'"):
