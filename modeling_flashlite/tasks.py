@@ -178,11 +178,16 @@ def references_of(value: object) -> list[str]:
     return [str(answer) for answer in value]
 
 
-def label_names(dataset: Dataset, column: str) -> list[str]:
+def label_names(dataset: Dataset | IterableDataset, column: str) -> list[str]:
     """Names of the classes in the order of their ids; strings are sorted, bare integers are named by their number."""
-    feature = dataset.features[column]
+    feature = (dataset.features or {}).get(column)
     if isinstance(feature, ClassLabel):
         return list(feature.names)
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"The classes in column {column!r} of a streamed data set are known only when all of it was read; load it "
+            "without streaming, or cast the column to a ClassLabel."
+        )
     values = set(dataset.unique(column))
     if all(isinstance(value, str) for value in values):
         return sorted(values)

@@ -220,6 +220,13 @@ class TestLengths:
         with pytest.raises(ValueError, match="A conversation has"):
             prepared("chat", tokenizer, too_long="error", **limits)
 
+    def test_classes_of_a_stream_must_be_declared(self, tokenizer):
+        stream = Dataset.from_dict(DATA["classification"]).to_iterable_dataset()
+        with pytest.raises(ValueError, match="column 'label' of a streamed data set"):
+            preprocess(get_task("classification"), stream, tokenizer)
+        declared = stream.cast_column("label", ClassLabel(names=["bad", "good"]))
+        assert [row["labels"] for row in preprocess(get_task("classification"), declared, tokenizer)] == [1, 0]
+
     def test_limits_that_cannot_work(self, tokenizer):
         with pytest.raises(ValueError, match="too_long is 'cut'"):
             prepared("translation", tokenizer, too_long="cut")
