@@ -254,6 +254,12 @@ def make_snippet(card: dict) -> str:
 
     pinned = f'"{card["name"]}", revision="{card["revision"]}"'
     if card["adapter_base"]:
+        answer = "print(model(**inputs)[0])\n"
+        if card["auto_class"].endswith("LM"):
+            answer = (
+                "outputs = model.generate(**inputs, max_new_tokens=40, do_sample=False)\n"
+                "print(tokenizer.decode(outputs[0], skip_special_tokens=True))\n"
+            )
         return (
             "from peft import PeftModel\n"
             f"from transformers import {card['auto_class']}, AutoTokenizer\n\n"
@@ -261,8 +267,7 @@ def make_snippet(card: dict) -> str:
             f'base = {card["auto_class"]}.from_pretrained("{card["adapter_base"]}", trust_remote_code=True)\n'
             f"model = PeftModel.from_pretrained(base, {pinned})\n"
             f'inputs = tokenizer({quote(example)}, return_tensors="pt")\n'
-            "outputs = model.generate(**inputs, max_new_tokens=40, do_sample=False)\n"
-            "print(tokenizer.decode(outputs[0], skip_special_tokens=True))\n"
+            f"{answer}"
         )
     trust = ", trust_remote_code=True" if card["custom_code"] else ""
     task = card["pipeline_tag"]
@@ -275,7 +280,11 @@ def make_snippet(card: dict) -> str:
     elif task == "text-generation":
         call += ", max_new_tokens=40, do_sample=False"
     shape = "print(len(pipe(" + call + ")[0]))" if task == "feature-extraction" else f"print(pipe({call}))"
-    return f"from transformers import pipeline\n\npipe = pipeline({name}model={pinned}{trust})\n{shape}\n"
+    arguments = f"{name}model={pinned}{trust}"
+    made = f"pipe = pipeline({arguments})"
+    if len(made) > 119:
+        made = f"pipe = pipeline(\n    {arguments}\n)"
+    return f"from transformers import pipeline\n\n{made}\n{shape}\n"
 
 
 def run_snippet(card: dict, folder: str | Path, run: str | Path = "", timeout: float = 300.0) -> str:
