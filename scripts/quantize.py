@@ -124,9 +124,8 @@ def add_points(options: QuantizeArgs, model: str, dataset: str, seed: int, point
     write_results(path, metrics, task="quantization", model=model, dataset=dataset, seed=seed, points=points)
 
 
-def file_size(folder: str, parameters: int) -> dict:
-    size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-    return {"file_bytes": size, "bits_per_weight": 8 * size / parameters, "smaller": 4 * parameters / size}
+def file_bytes(folder: str) -> int:
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
 def main(
@@ -156,10 +155,10 @@ def main(
     )
     teacher = copy.deepcopy(model) if options.method != "ptq" else None
     metrics = {"output_dir": args.output_dir, "float_loss": base}
-    callbacks, size = [], None
+    callbacks, packed_bits = [], None
     if options.method == "lsq":
         callbacks = [PlainLSQ(model, [layer.modules for layer in collect_layers(model, config)], options.lsq_bits)]
-        size = callbacks[0].bits_per_weight(model)
+        packed_bits = parameters * callbacks[0].bits_per_weight(model)
         args.save_strategy = SaveStrategy.NO  # parametrized tied weights do not fit a checkpoint
     elif options.method == "qat":
         prepare_qat(model, config, calibration)
@@ -185,9 +184,9 @@ def main(
         metrics |= run(trainer, "quantize")
         model = trainer.model
     loss = mean_loss(model, evaluation)
-    metrics |= {"perplexity_increase": math.exp(loss - base) - 1, **file_size(folder, parameters)}
-    if size is not None:
-        metrics |= {"bits_per_weight": size, "file_bytes": round(size * parameters / 8), "smaller": 32 / size}
+    size = file_bytes(folder) if packed_bits is None else round(packed_bits / 8)
+    metrics |= {"perplexity_increase": math.exp(loss - base) - 1, "file_bytes": size}
+    metrics |= {"bits_per_weight": 8 * size / parameters, "smaller": 4 * parameters / size}
     method = "plain LSQ" if options.method == "lsq" else f"ours, {options.method}"
     point = {"method": method, "bits": metrics["bits_per_weight"], "loss": loss}
     point |= {"increase": metrics["perplexity_increase"], "steps": args.max_steps}

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# what each checkpoint is judged by: key of its metrics, heading of the column
+# what each checkpoint is judged by: key of its metrics, and its name in the table
 HEADLINES = {"translation": ("bleu", "BLEU"), "text-generation": ("word_perplexity", "word perplexity")}
 # folders of results files in the order of the table
 CHECKPOINTS = ("en_de", "multi30k", "lm")
@@ -22,15 +22,18 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
+def sizes(parameters: int, bits_per_weight: float, weight_bytes: int) -> list[str]:
+    """The cells of a model's size."""
+    return [f"{parameters / 1e6:.2f} M", f"{bits_per_weight:.2f}", f"{weight_bytes / 1e6:.2f} MB"]
+
+
 def render_demo(folder: Path) -> str:
     """The stages of the demo, and one line that says where the numbers come from."""
     results = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     rows = [
         [
             row["stage"],
-            f"{row['parameters'] / 1e6:.2f} M",
-            f"{row['bits_per_weight']:.2f}",
-            f"{row['file_bytes'] / 1e6:.2f} MB",
+            *sizes(row["parameters"], row["bits_per_weight"], row["file_bytes"]),
             f"{row['perplexity']:.1f}",
         ]
         for row in results["stages"]
@@ -47,17 +50,15 @@ def render_demo(folder: Path) -> str:
 def render_checkpoints(folder: Path) -> str:
     """The models that were trained, stage by stage, from `en_de/1_teacher.json`, `lm/1_trained.json` and the like."""
     rows = []
-    for path in (path for name in CHECKPOINTS for path in sorted((folder / name).glob("[0-9]_*.json"))):
+    for path in (path for stages in CHECKPOINTS for path in sorted((folder / stages).glob("[0-9]_*.json"))):
         result = json.loads(path.read_text(encoding="utf-8"))
-        key, heading = HEADLINES[result["task"]]
-        low, high = result["intervals"][key]
+        metric, name = HEADLINES[result["task"]]
+        low, high = result["intervals"][metric]
         rows.append(
             [
                 f"{result['dataset']}, {path.stem.partition('_')[2].replace('_', ' ')}",
-                f"{result['size']['parameters'] / 1e6:.2f} M",
-                f"{result['size']['bits_per_weight']:.2f}",
-                f"{result['size']['weight_bytes'] / 1e6:.2f} MB",
-                f"{heading} {result['metrics'][key]:.2f} ({low:.2f} to {high:.2f})",
+                *sizes(*(result["size"][key] for key in ("parameters", "bits_per_weight", "weight_bytes"))),
+                f"{name} {result['metrics'][metric]:.2f} ({low:.2f} to {high:.2f})",
             ]
         )
     lines = table(["data, stage", "parameters", "bits per weight", "weights on disk", "test score"], rows)

@@ -101,10 +101,8 @@ def run_verb(recipe, dataset, output, overrides):
 def test_recipe_trains_for_two_steps(name, ground, capsys):
     folder, dataset = ground
     keys = yaml.safe_load(RECIPES[name].read_text())
-    base = folder / ("causal" if keys["task"] == "text-generation" else "seq2seq")
+    base = folder / ("causal" if keys["task"] in ("text-generation", "classification") else "seq2seq")
     overrides = ["--num_train_epochs=1"]
-    if keys["task"] == "classification":
-        base = folder / "causal"
     if name.startswith("train"):
         overrides += [*TINY_SHAPE, "--vocab_size=300"] + (["--encoder_layers=2"] if "encoder_layers" in keys else [])
         overrides += ["--segment_length=16"] if "segment_length" in keys else []
