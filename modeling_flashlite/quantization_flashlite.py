@@ -410,14 +410,13 @@ def _stream_bytes(module: EcqModule) -> int:
 
 
 def _take_stream(module: EcqModule) -> torch.Tensor:
-    """The loaded stream, which the module gives away; in a memory map of its own, if it stands in a file."""
+    """The loaded stream, which the module gives away; read from its place, if it stands in a file."""
     stream: Any = module.stream
     module.stream = None
     if isinstance(stream, torch.Tensor):
         return stream
     path, offset, length = stream
-    # copy on write only because PyTorch warns of read-only memory
-    return torch.from_numpy(np.memmap(path, np.uint8, mode="c", offset=offset, shape=length))
+    return torch.from_numpy(np.fromfile(path, np.uint8, length, offset=offset))
 
 
 def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[str], list]]:
