@@ -81,7 +81,7 @@ class EcqModule(_Layer):
         super().__setattr__(name, value)
 
     def set_quantized(self, weight: QuantizedWeight, device=None, tiles: torch.Tensor | None = None) -> None:
-        """Take over codes and steps; `tiles` is memory for the codes on the CPU, see `int4_flashlite.tile_codes`."""
+        """Take over codes and steps; `tiles` is memory for the codes on the CPU, see [`QuantizedWeight.tiles`]."""
         device = device or self.weight.device
         if device.type == "meta":
             device = torch.device("cpu")
@@ -90,7 +90,7 @@ class EcqModule(_Layer):
         rows, high = weight.outlier_rows, weight.outlier_packed
         if high is not None:
             high = tile_codes(high.to(device), len(rows), weight.shape[1])
-        tiles = tile_codes(weight.packed, *weight.shape, tiles)
+        tiles = weight.tiles(tiles)
         for name, value in zip(_HELD[1:], (tiles, weight.step(), rows, high)):
             if value is not None:
                 value = nn.Parameter(value.to(device), requires_grad=False)

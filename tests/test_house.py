@@ -26,7 +26,7 @@ EDGES = {
     "attention": {"attention_tiles"},
     "rans": {"huffman"},
     "codec": {"huffman", "rans"},
-    "ecq_stream": {"codec"},
+    "ecq_stream": {"codec", "int4"},
     "ecq_modules": {"ecq_stream", "int4"},
     "ecq_search": {"codec", "ecq_stream"},
     "quantization": {"codec", "ecq_modules", "ecq_search", "ecq_stream", "int4"},

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -29,9 +30,11 @@ from transformers import (
     T5GemmaModuleConfig,
 )
 
+from modeling_flashlite import ecq_stream_flashlite
 from modeling_flashlite.calibration import merge_adapters, quantize
 from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, to_quantized
 from modeling_flashlite.ecq_stream_flashlite import CodecError, QuantizedWeight, decode_weights, encode_weights
+from modeling_flashlite.int4_flashlite import empty_tiles, tile_codes
 from modeling_flashlite.quantization_flashlite import EcqConfig, quantizable_layers
 
 SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -142,13 +145,18 @@ def test_tied_weights_are_stored_and_held_once(tmp_path):
     assert loaded.lm_head.tiles is loaded.model.embed_tokens.tiles
 
 
+def decoded(stream, shape):
+    ((_, weight),) = decode_weights([("w", stream, shape, None)])
+    return weight
+
+
 def test_outlier_rows_keep_their_range():
     torch.manual_seed(0)
     codes = torch.randint(-8, 8, (16, 96))
     codes[3, :5] = torch.tensor([100, -136, 119, -9, 8])
     weight = QuantizedWeight.from_codes(codes, 0.5, torch.arange(16) - 8, 8)
     assert weight.outlier_rows.tolist() == [3]
-    (back,) = decode_weights([("w", encode_weights([weight])[0], (16, 96))])
+    back = decoded(encode_weights([weight])[0], (16, 96))
     assert torch.equal(back.codes(), codes.short()) and torch.equal(back.step(), weight.step())
     for plain in (nn.Linear(96, 16), nn.Embedding(80, 96)):
         rows = plain.weight.shape[0]
@@ -326,16 +334,48 @@ def test_merged_conv1d_adapters_keep_their_effect():
     assert (got - want).square().mean() < 0.5 * (plain - want).square().mean()
 
 
-def _stream() -> torch.Tensor:
+def _weight(shape=(24, 40)) -> QuantizedWeight:
     torch.manual_seed(0)
-    codes = torch.randn(24, 40).mul(2).round().clamp(-8, 7)
+    codes = torch.randn(shape).mul(2).round().clamp(-8, 7)
     codes[5, 0] = 60
-    return encode_weights([QuantizedWeight.from_codes(codes, 0.01, torch.arange(24) % 5, 8)])[0]
+    return QuantizedWeight.from_codes(codes, 1 / 128, torch.arange(shape[0]) % 5, 8)
 
 
-def test_mutated_streams_fail_or_are_exact():
-    stream = _stream()
-    want = decode_weights([("w", stream, (24, 40))])[0]
+def _stream(shape=(24, 40)) -> torch.Tensor:
+    return encode_weights([_weight(shape)])[0]
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("shape", [(64, 32), (128, 96), (131, 64), (24, 40), (64, 40), (9, 32)])
+def test_streams_of_both_orders_are_read(monkeypatch, shape, tiled):
+    """Tile order or row by row, a layer holds the same; tile order needs whole tiles."""
+    weight = _weight(shape)
+    monkeypatch.setattr(ecq_stream_flashlite, "_TILED_COST", math.inf if tiled else 0)
+    stream = encode_weights([weight])[0]
+    back = decoded(stream, shape)
+    assert back.tiled == (tiled and shape in ((64, 32), (128, 96), (131, 64))) and stream[1] == 1 + back.tiled
+    assert torch.equal(back.codes(), weight.codes()) and torch.equal(back.step(), weight.step())
+    assert torch.equal(encode_weights([back])[0], stream)
+    room = empty_tiles(*shape)
+    ((_, placed),) = decode_weights([("w", stream, shape, room)])
+    want = tile_codes(weight.packed, *shape)
+    assert placed.packed.data_ptr() == room.data_ptr() == placed.tiles(room).data_ptr()
+    assert torch.equal(room, want) and torch.equal(back.tiles(), want)
+
+
+def test_rows_of_different_scale_are_not_tiled():
+    """Bytes that pair rows of different scale cost more than bytes of one row; equal rows do not mind."""
+    torch.manual_seed(0)
+    codes, scales = torch.randn(128, 512), torch.where(torch.rand(128, 1) < 0.5, 0.3, 3.0)
+    for scale, version in ((1.0, 2), (scales, 1)):
+        weight = QuantizedWeight.from_codes((codes * scale).round().clamp(-8, 7), 1.0, torch.zeros(128))
+        assert encode_weights([weight])[0][1] == version
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (64, 32)])
+def test_mutated_streams_fail_or_are_exact(shape):
+    stream = _stream(shape)
+    want = decoded(stream, shape)
     generator = torch.Generator().manual_seed(0)
     for trial in range(2000):
         bad = stream.clone()
@@ -349,7 +389,7 @@ def test_mutated_streams_fail_or_are_exact():
             other = int(torch.randint(0, len(bad), (), generator=generator))
             bad = torch.cat([bad[:at], bad[other:]])
         try:
-            got = decode_weights([("w", bad, (24, 40))])[0]
+            got = decoded(bad, shape)
         except CodecError:
             continue
         assert torch.equal(got.codes(), want.codes()) and torch.equal(got.step(), want.step())
@@ -358,7 +398,7 @@ def test_mutated_streams_fail_or_are_exact():
 def test_streams_of_another_shape_fail():
     for shape in ((40, 24), (24, 41), (1, 960), (10**6, 10**4)):
         with pytest.raises(CodecError):
-            decode_weights([("w", _stream(), shape)])
+            decoded(_stream(), shape)
 
 
 def test_damaged_checkpoints_raise(tmp_path):
