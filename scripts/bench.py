@@ -9,6 +9,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -161,18 +162,28 @@ def decode(args) -> list[dict]:
 
 
 def decode_contenders(args, length: int) -> dict:
-    q, k, v = make_inputs(args, 1, length + SPEC.block_size)
-    summaries = summarize_blocks(k, v, SPEC)
-    start = length - SPEC.block_size // 2  # in the middle of a block, as most queries are
-    keys, values = k[:, :, : start + 1], v[:, :, : start + 1]
-    blocks, r = start // SPEC.block_size, SPEC.block_size // SPEC.sub_block_size
-    k_mean, v_mean, boxes = summaries
-    summaries = BlockSummaries(k_mean[:, :, :blocks], v_mean[:, :, :blocks], boxes[..., : blocks * r])
+    """Steps through the tokens of the block before `length`, over and over; its summaries are new at its first."""
+    q, k, v = make_inputs(args, 1, length)
+    b = SPEC.block_size
+    whole = summarize_blocks(k[:, :, : length - b], v[:, :, : length - b], SPEC)
     grouped = q.view(1, KEY_VALUE_HEADS, HEADS // KEY_VALUE_HEADS, HEAD_DIM)
+    pasts = [(start, k[:, :, : start + 1], v[:, :, : start + 1]) for start in range(length - b, length)]
+
+    def stepper(step):
+        places = itertools.cycle(pasts)
+        return lambda: step(*next(places))
+
+    def ours(start, keys, values):
+        nonlocal summaries
+        if start % b == 0:
+            summaries = BlockSummaries(*whole)
+        return multi_axis_attention(q, keys, values, SPEC, start=start, summaries=summaries)
+
+    summaries = whole
     return {
-        DENSE: lambda: F.scaled_dot_product_attention(q, keys, values, enable_gqa=True),
-        GROUPED: lambda: F.scaled_dot_product_attention(grouped, keys, values),
-        OURS: lambda: multi_axis_attention(q, keys, values, SPEC, start=start, summaries=summaries),
+        DENSE: stepper(lambda _, keys, values: F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)),
+        GROUPED: stepper(lambda _, keys, values: F.scaled_dot_product_attention(grouped, keys, values)),
+        OURS: stepper(ours),
     }
 
 

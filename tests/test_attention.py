@@ -79,8 +79,6 @@ def paths_for(spec, queries, start):
     starts = start if isinstance(start, torch.Tensor) else torch.tensor([start])
     if queries <= 5 and int(starts.max() + queries - 1) // spec.block_size >= 2:
         paths["step"] = attention._step_attention
-        if queries == 1 and isinstance(start, int) and start // spec.block_size > spec.relevance_top_k + 1:
-            paths["decode"] = lambda *args: attention._decode_attention(*args[:-1], summarize_blocks(*args[1:4]))
     return paths
 
 
@@ -145,6 +143,66 @@ def test_decoding_step_by_step_and_in_uneven_chunks_equals_one_pass(ragged):
             out = multi_axis_attention(part, k, v, spec, start=start, summaries=summaries)
             right = torch.stack([expected[row, :, at : at + chunk] for row, at in enumerate(rows)])
             assert (out - right).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("memory", [None, 7])
+@pytest.mark.parametrize("kind", [None, "masked"])
+@pytest.mark.parametrize("top", [0, 2])
+@torch.no_grad()
+def test_a_working_set_serves_the_tokens_of_its_block(memory, kind, top):
+    spec, b = AxisSpec(4, 2, top, memory), 4
+    q, k, v = qkv(2, queries=60, dv=6)
+    cross = cross_inputs(kind, 2, 2, 6, grad=False)
+    expected = multi_axis_attention_reference(q, k, v, spec, cross=cross)[0]
+    for begin in range((top + 2) * b, 60, b):
+        summaries = summarize_blocks(k[:, :, :begin], v[:, :, :begin], spec)
+        kept = set()
+        for start in (*range(begin, begin + b), begin + 1):  # and back, as after `crop`
+            own = k[:, :, : start + 1], v[:, :, : start + 1]
+            args = (q[:, :, start : start + 1], *own, spec)
+            out = multi_axis_attention(*args, start=start, cross=cross, summaries=summaries)
+            assert (out - expected[:, :, start : start + 1]).abs().max() < 1e-12
+            kept.add(summaries.working_set)
+        assert len(kept) == 1 and None not in kept
+
+
+@torch.no_grad()
+def test_a_working_set_is_made_anew_for_other_arguments():
+    spec, start = AxisSpec(4, 2, 2, None), 41
+    q, k, v = qkv(queries=1, keys=60)
+    summaries = summarize_blocks(k, v, spec)
+    first = multi_axis_attention(q, k, v, spec, start=start, summaries=summaries)
+    others = (
+        (q, k, v, AxisSpec(4, 2, 3, None), start, None),
+        (q, k, v, spec, start + 4, None),
+        (q, k, v, spec, start, cross_inputs("all", 1, 2, 8, grad=False)),
+        (q, k.clone(), v, spec, start, None),
+        (q.float(), k.float(), v.float(), spec, start, None),
+    )
+    for *args, start, cross in others:
+        before = summaries.working_set
+        out = multi_axis_attention(*args, start=start, cross=cross, summaries=summaries)
+        expected = multi_axis_attention_reference(*args, start=start, cross=cross)[0]
+        assert (out - expected).abs().max() < (1e-12 if out.dtype == torch.float64 else 1e-5)
+        assert summaries.working_set is not before
+    with torch.inference_mode():
+        assert torch.equal(multi_axis_attention(q, k, v, spec, start=41, summaries=summaries), first)
+    assert torch.equal(multi_axis_attention(q, k, v, spec, start=41, summaries=summaries), first)
+
+
+@torch.no_grad()
+def test_a_working_set_takes_bounds_and_blocks_wherever_they_lie():
+    spec, start = AxisSpec(4, 2, 2, 7), 50
+    q, k, v = qkv(2, queries=1, keys=60, dv=6)
+    expected = multi_axis_attention_reference(q, k, v, spec, start=start)[0]
+    summaries = summarize_blocks(k, v, spec)
+    room = BlockSummaries(*(torch.cat([x, torch.full_like(x, math.nan)], -1) for x in summaries))
+    narrowed = BlockSummaries(*(x[..., : y.shape[-1]] for x, y in zip(room, summaries)))
+    turned = BlockSummaries(*(x.mT.contiguous().mT for x in summaries))
+    by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    for mine, (keys, values) in ((narrowed, (k, v)), (turned, (k, v)), (BlockSummaries(*summaries), by_token)):
+        out = multi_axis_attention(q, keys, values, spec, start=start, summaries=mine)
+        assert mine.working_set is not None and (out - expected).abs().max() < 1e-12
 
 
 def test_selection_does_not_flip_between_paths_in_float32():

@@ -1,5 +1,7 @@
 """The model as one function: however its input is cut, padded or packed, the logits are the same."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -11,6 +13,8 @@ from modeling_flashlite import (
     FlashLiteForCausalLM,
     FlashLiteForConditionalGeneration,
 )
+from modeling_flashlite.attention_flashlite import AxisSpec, multi_axis_attention, multi_axis_attention_reference
+from modeling_flashlite.cache_flashlite import FlashLiteCacheLayer
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
 
 
@@ -285,6 +289,29 @@ def test_crop_takes_tokens_back_exactly():
         assert cache.get_seq_length() == 27
         out = model(ids[:, 27:], past_key_values=cache, use_cache=True)
     torch.testing.assert_close(out.logits, truth[:, 27:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory", [None, 9])
+@torch.no_grad()
+def test_decoding_with_crops_and_reorders_equals_attention_over_what_is_left(memory):
+    spec, chance = AxisSpec(4, 2, 2, memory), random.Random(0)
+    layer = FlashLiteCacheLayer(spec)
+    k = v = torch.zeros(2, 2, 0, 8, dtype=torch.float64)
+    for _ in range(250):
+        if k.shape[2] > 60 and chance.random() < 0.1:
+            back = chance.randint(1, 9)
+            layer.crop(-back)
+            k, v = k[:, :, :-back], v[:, :, :-back]
+        if chance.random() < 0.05:
+            layer.reorder_cache(torch.tensor([1, 0]))
+            k, v = k.flip(0), v.flip(0)
+        q, new_k, new_v = (torch.randn(2, heads, 1, 8, dtype=torch.float64) for heads in (4, 2, 2))
+        k, v = torch.cat([k, new_k], 2), torch.cat([v, new_v], 2)
+        own = layer.update(new_k, new_v)
+        out = multi_axis_attention(q, *own, spec, start=layer.start, summaries=layer.summaries)
+        expected = multi_axis_attention_reference(q, k, v, spec, start=k.shape[2] - 1)[0]
+        assert (out - expected).abs().max() < 1e-12
+    assert layer.summaries.working_set is not None
 
 
 def test_crop_beyond_the_window_is_refused():
