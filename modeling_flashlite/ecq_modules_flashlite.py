@@ -7,6 +7,7 @@ only add to `forward` (a scaled or a shifted embedding) keep doing so.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .ecq_stream_flashlite import QuantizedWeight
-from .int4_flashlite import int4_embedding, int4_linear, tile_codes, untile_codes
+from .int4_flashlite import (
+    TILE_ROWS,
+    KernelWeight,
+    int4_embedding,
+    int4_few_rows,
+    int4_linear,
+    is_few_rows,
+    kernel_weight,
+    tile_codes,
+    untile_codes,
+)
 
 # the mixins below are always mixed into a layer
 if TYPE_CHECKING:
@@ -56,7 +67,24 @@ class EcqModule(_Layer):
         tiles (uint8, the layout of `int4_flashlite`), step (float32 `[rows]`): codes and steps.
         outlier_rows (int64 `[R]`), outlier_tiles (uint8): absent without outliers, see `ecq_stream_flashlite`.
         weight (float `[rows, 0]`): has the dtype and device that other code asks a layer for; tied layers share it.
+
+    `kernel` and `joint` are made from the codes when they are first used, see [`EcqLinear`] and [`join`]. They are
+    forgotten whenever codes or steps are set, loaded or moved; so these must not be written to in other ways.
     """
+
+    kernel: KernelWeight | None = None
+    joint: EcqLinear | None = None
+
+    def _forget(self) -> None:
+        self.__dict__.pop("kernel", None)
+        self.__dict__.pop("joint", None)
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key not in ("kernel", "joint")}
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _open(self, dtype: torch.dtype, device, size_only: bool = False) -> None:
         """Replace the float weight by a place for codes; with `size_only` it has their bytes, for device maps."""
@@ -70,6 +98,7 @@ class EcqModule(_Layer):
             weight = nn.Parameter(weight, requires_grad=False)
         self._parameters["weight"] = weight
         self.proxy_dtype, self.stream = dtype, None
+        self._forget()
 
     def __setattr__(self, name, value):
         # The loader assigns the stored stream to `weight`; it waits here until the quantizer decodes all of them.
@@ -97,12 +126,14 @@ class EcqModule(_Layer):
                 value._is_hf_initialized = True
             self._parameters[name] = value
         self.base, self.grid, self.stream = weight.base, weight.grid, None
+        self._forget()
 
     def share_quantized(self, other: EcqModule) -> None:
         """Use the codes of a tied layer."""
         for name in _HELD:
             self._parameters[name] = other._parameters[name]
         self.base, self.grid, self.stream = other.base, other.grid, None
+        self._forget()
 
     def quantized(self) -> QuantizedWeight:
         """The codes and steps as a [`QuantizedWeight`], the same as was set."""
@@ -121,6 +152,7 @@ class EcqModule(_Layer):
     def _apply(self, fn, recurse=True):
         exact = None if self.step is None else self.step.data
         super()._apply(fn, recurse)
+        self._forget()
         # `model.to(bfloat16)` must not round the steps: they are stored exactly.
         if exact is not None and self.step.dtype != torch.float32:
             self.step.data = exact.to(self.step.device, torch.float32)
@@ -136,12 +168,70 @@ class EcqLinear(EcqModule, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x `[..., in_features]` to `[..., out_features]`, in the dtype of x."""
+        held = self._parameters  # reading them as attributes costs as much as a small operation
+        plain = held["outlier_rows"] is None and not held["step"].requires_grad
+        if plain and is_few_rows(input) and input.shape[-1] == self.in_features:
+            output = int4_few_rows(input, self.kernel or self.prepared(), self.out_features)
+            bias = held["bias"]
+            return output if bias is None else (output + bias).to(input.dtype)
         output = int4_linear(input, self.tiles, self.step, self.in_features, self.bias)
         if self.outlier_rows is not None:
             steps = 16 * self.step[self.outlier_rows]
             high = int4_linear(input, self.outlier_tiles, steps, self.in_features)
             output = output.index_add(-1, self.outlier_rows, high)
         return output
+
+    def prepared(self) -> KernelWeight:
+        """The codes and steps for [`int4_few_rows`]; without those of outlier rows, and without the bias."""
+        if self.kernel is None:
+            # past nn.Module, which would look through all kinds of members first
+            self.__dict__["kernel"] = kernel_weight(self.tiles.detach(), self.step)
+        return self.kernel
+
+
+def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
+    """One layer that computes the outputs of several, one after the other, from the same input and the same codes.
+
+    One product is quicker than several small ones. The codes of the layers become neighbours in memory, each layer's
+    own tiles a view of them, so that nothing is held twice and every layer works on as before.
+
+    Args:
+        layers (sequence of `nn.Module`): layers with the same number of input features.
+
+    Returns:
+        [`EcqLinear`] without bias, the same one while none of the layers changes; None if one of them is wrapped, is
+        not quantized, has a bias, outlier rows, or a number of outputs that does not fill its tiles.
+    """
+    joint = getattr(layers[0], "joint", None)
+    if joint is not None and all(getattr(layer, "joint", None) is joint for layer in layers):
+        return joint
+    coded = [layer for layer in layers if type(layer) is EcqLinear and layer.tiles is not None]
+    if len(coded) < len(layers) or not all(
+        layer.in_features == coded[0].in_features
+        and layer.out_features % TILE_ROWS == 0
+        and layer.bias is None
+        and layer.outlier_rows is None
+        for layer in coded
+    ):
+        return None
+    tiles = torch.cat([layer.tiles.detach() for layer in coded])
+    step = torch.cat([layer.step.detach() for layer in coded])
+    sizes = [layer.out_features for layer in coded]
+    with torch.device("meta"):
+        joint = EcqLinear(coded[0].in_features, sum(sizes), bias=False)
+    joint._open(coded[0].weight.dtype, tiles.device)
+    _hold(joint, tiles, step)
+    parts = tiles.split([size // TILE_ROWS for size in sizes]), step.split(sizes)
+    for layer, own_tiles, own_step in zip(coded, *parts):
+        _hold(layer, own_tiles, own_step)
+        layer._forget()
+        layer.__dict__["joint"] = joint
+    return joint
+
+
+def _hold(layer: EcqLinear, tiles: torch.Tensor, step: torch.Tensor) -> None:
+    layer._parameters["tiles"] = nn.Parameter(tiles, requires_grad=False)
+    layer._parameters["step"] = nn.Parameter(step, requires_grad=False)
 
 
 class EcqEmbedding(EcqModule, nn.Embedding):
@@ -298,6 +388,7 @@ def to_quantized(module: nn.Module, size_only: bool = False) -> nn.Module:
 def to_twin(module: nn.Module, weight: QuantizedWeight, master: torch.Tensor) -> nn.Module:
     """Turn a layer into its fake-quantized twin with the float weight `master` `[rows, columns]`."""
     if isinstance(module, EcqModule):
+        module._forget()
         for name in _HELD[1:]:
             module._parameters.pop(name, None)
     module = _retype(module, FakeQuantLinear, FakeQuantEmbedding)
@@ -308,6 +399,7 @@ def to_twin(module: nn.Module, weight: QuantizedWeight, master: torch.Tensor) ->
 def to_float(module: EcqModule, dtype: torch.dtype) -> nn.Module:
     """Turn a quantized layer back into the layer that it was, with the dequantized weight."""
     weight, plain = module.dequantize(dtype), module.plain_class
+    module._forget()
     for name in _HELD[1:]:
         module._parameters.pop(name, None)
     if plain is Conv1D:

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from modeling_flashlite.calibration import merge_adapters, quantize
-from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, to_quantized
+from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, join, to_quantized
 from modeling_flashlite.ecq_stream_flashlite import CodecError, QuantizedWeight, decode_weights, encode_weights
 from modeling_flashlite.quantization_flashlite import EcqConfig, quantizable_layers
 
@@ -388,3 +388,78 @@ def test_a_copy_and_a_pickle_compute_the_same():
     model = quantize(build("llama"), EcqConfig(target_bits=4))
     assert torch.equal(logits_of(copy.deepcopy(model)), logits_of(model))
     assert torch.equal(logits_of(pickle.loads(pickle.dumps(model))), logits_of(model))
+
+
+def projections(model) -> list[nn.Module]:
+    attention = model.model.layers[0].self_attn
+    return [attention.q_proj, attention.v_proj]
+
+
+def tile_filling(seed: int = 0):
+    """A Llama whose attention layers fill their tiles."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{**SMALL, "hidden_size": 128}, intermediate_size=96, num_key_value_heads=2)
+    return quantize(AutoModelForCausalLM.from_config(config).eval(), EcqConfig())
+
+
+@torch.no_grad()
+def test_joined_layers_compute_what_each_computes(tmp_path):
+    model, other = tile_filling(), tile_filling(1)
+    layers = projections(model)
+    before, bits = logits_of(model), [layer.quantized().packed for layer in layers]
+    names, footprint = model.state_dict().keys(), model.get_memory_footprint()
+    joint = join(layers)
+    assert joint is join(layers) and joint.out_features == sum(layer.out_features for layer in layers)
+    for layer, packed in zip(layers, bits):
+        assert torch.equal(layer.quantized().packed, packed)
+    # nothing is held twice, and the model is the same to everybody else
+    addresses = [layer.tiles.data_ptr() for layer in layers]
+    assert addresses == [joint.tiles.data_ptr(), joint.tiles.data_ptr() + layers[0].tiles.numel()]
+    assert model.state_dict().keys() == names and model.get_memory_footprint() == footprint
+    assert torch.equal(logits_of(model), before)
+    for rows in (1, 5, 40):
+        x = torch.randn(rows, layers[0].in_features)
+        want = torch.cat([layer(x) for layer in layers], -1)
+        torch.testing.assert_close(joint(x), want, atol=1e-2, rtol=1e-2)
+    # what changes a layer parts it from the others, and the next joint follows
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(logits_of(model), logits_of(other))
+    assert join(projections(model)) is not joint
+    joint = join(projections(model))
+    assert "joint" not in copy.deepcopy(layers[0]).__dict__
+    assert torch.equal(logits_of(copy.deepcopy(model)), logits_of(other))
+    model.to(torch.bfloat16)
+    assert join(projections(model)) is not joint
+    model.to(torch.float32)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), logits_of(other))
+
+
+@torch.no_grad()
+def test_layers_that_cannot_be_joined():
+    model = tile_filling()
+    first, second = projections(model)
+    assert join([first, nn.Linear(128, 64)]) is None and join([nn.Linear(128, 64), first]) is None
+    mlp = model.model.layers[0].mlp
+    assert join([mlp.gate_proj, mlp.up_proj]) is None  # 96 rows do not fill their tiles
+    second.bias = nn.Parameter(torch.zeros(second.out_features))
+    assert join([first, second]) is None
+
+
+@torch.no_grad()
+def test_a_layer_follows_its_codes():
+    """What was prepared for the kernel is forgotten when codes or steps are set, loaded, shared or moved."""
+    first, second = (projections(tile_filling(seed))[0] for seed in (0, 1))
+    x = torch.randn(1, 128)
+    wanted = second(x)
+    assert not torch.equal(first(x), wanted)
+    before = copy.deepcopy(first)
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(x), wanted)
+    before(x)
+    before.set_quantized(second.quantized())
+    assert torch.equal(before(x), wanted)
+    before.set_quantized(tile_filling().model.layers[0].self_attn.q_proj.quantized())
+    before(x)
+    before.share_quantized(second)
+    assert torch.equal(before(x), wanted)
