@@ -6,6 +6,7 @@ only add to `forward` (a scaled or a shifted embedding) keep doing so.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from .int4_flashlite import (
     int4_few_rows,
     int4_linear,
     is_few_rows,
+    is_plain,
     kernel_weight,
     tile_codes,
     untile_codes,
@@ -34,6 +36,7 @@ else:
     _Layer = object
 
 _HELD = ("weight", "tiles", "step", "outlier_rows", "outlier_tiles")
+_DERIVED = "kernel", "whole", "joint"
 
 
 class CodedWeight(nn.Parameter):
@@ -68,19 +71,21 @@ class EcqModule(_Layer):
         outlier_rows (int64 `[R]`), outlier_tiles (uint8): absent without outliers, see `ecq_stream_flashlite`.
         weight (float `[rows, 0]`): has the dtype and device that other code asks a layer for; tied layers share it.
 
-    `kernel` and `joint` are made from the codes when they are first used, see [`EcqLinear`] and [`join`]. They are
-    forgotten whenever codes or steps are set, loaded or moved; so these must not be written to in other ways.
+    `kernel`, `whole` (tiles and steps, the outlier rows' behind the others) and `joint` are made from the codes when
+    they are first used, see [`EcqLinear`] and [`join`]. They are forgotten whenever codes or steps are set, loaded or
+    moved; so these must not be written to in other ways.
     """
 
     kernel: KernelWeight | None = None
+    whole: tuple[torch.Tensor, torch.Tensor] | None = None
     joint: EcqLinear | None = None
 
     def _forget(self) -> None:
-        self.__dict__.pop("kernel", None)
-        self.__dict__.pop("joint", None)
+        for name in _DERIVED:
+            self.__dict__.pop(name, None)
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key not in ("kernel", "joint")}
+        return {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
 
     def _load_from_state_dict(self, *args, **kwargs):
         self._forget()
@@ -169,10 +174,18 @@ class EcqLinear(EcqModule, nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x `[..., in_features]` to `[..., out_features]`, in the dtype of x."""
         held = self._parameters  # reading them as attributes costs as much as a small operation
-        plain = held["outlier_rows"] is None and not held["step"].requires_grad
-        if plain and is_few_rows(input) and input.shape[-1] == self.in_features:
+        rows, bias = held["outlier_rows"], held["bias"]
+        plain = is_plain(input) and not held["step"].requires_grad and input.shape[-1] == self.in_features
+        if plain and rows is None and is_few_rows(input):
             output = int4_few_rows(input, self.kernel or self.prepared(), self.out_features)
-            bias = held["bias"]
+            return output if bias is None else (output + bias).to(input.dtype)
+        if plain and rows is not None and self.joint is None:
+            kernel, start = self.kernel or self.prepared(), len(held["tiles"]) * TILE_ROWS
+            if is_few_rows(input):
+                output = int4_few_rows(input, kernel, start + len(rows))
+            else:
+                output = int4_linear(input, *self.whole, self.in_features)
+            output = output[..., : self.out_features].index_add(-1, rows, output[..., start:])
             return output if bias is None else (output + bias).to(input.dtype)
         output = int4_linear(input, self.tiles, self.step, self.in_features, self.bias)
         if self.outlier_rows is not None:
@@ -182,25 +195,47 @@ class EcqLinear(EcqModule, nn.Linear):
         return output
 
     def prepared(self) -> KernelWeight:
-        """The codes and steps for [`int4_few_rows`]; without those of outlier rows, and without the bias."""
+        """The codes and steps for [`int4_few_rows`], the high parts of outlier rows behind the last tile; no bias."""
         if self.kernel is None:
+            tiles, step, rows = self.tiles.detach(), self.step.detach(), self.outlier_rows
+            if rows is not None:
+                step = torch.cat([nn.functional.pad(step, (0, -len(step) % TILE_ROWS)), 16 * step[rows]])
+                tiles = _neighbours([self.tiles, self.outlier_tiles])
+                self.__dict__["whole"] = tiles, step
             # past nn.Module, which would look through all kinds of members first
-            self.__dict__["kernel"] = kernel_weight(self.tiles.detach(), self.step)
+            self.__dict__["kernel"] = kernel_weight(tiles, step)
         return self.kernel
+
+
+def _neighbours(parts: Sequence[nn.Parameter]) -> torch.Tensor:
+    """All parts as one tensor, along the first axis; each becomes a view of it, if they are not neighbours already."""
+    place, length = parts[0].data_ptr(), sum(len(part) for part in parts)
+    shape, stride = (length, *parts[0].shape[1:]), parts[0].stride()
+    ends = [place]
+    for part in parts:
+        ends.append(ends[-1] + part.numel() * part.element_size())
+    if [part.data_ptr() for part in parts] == ends[:-1]:
+        storage = parts[0].untyped_storage()
+        if ends[-1] <= storage.data_ptr() + storage.nbytes():
+            return parts[0].detach().as_strided(shape, stride)
+    whole = torch.cat([part.detach() for part in parts])
+    for part, own in zip(parts, whole.split([len(part) for part in parts])):
+        part.data = own  # the parameter stays the same, since layers may share it
+    return whole
 
 
 def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
     """One layer that computes the outputs of several, one after the other, from the same input and the same codes.
 
     One product is quicker than several small ones. The codes of the layers become neighbours in memory, each layer's
-    own tiles a view of them, so that nothing is held twice and every layer works on as before.
+    own tiles a view of them, so that nothing but outlier rows is held twice and every layer works on as before.
 
     Args:
         layers (sequence of `nn.Module`): layers with the same number of input features.
 
     Returns:
         [`EcqLinear`] without bias, the same one while none of the layers changes; None if one of them is wrapped, is
-        not quantized, has a bias, outlier rows, or a number of outputs that does not fill its tiles.
+        not quantized, has a bias, or sizes that do not fill whole tiles and bytes.
     """
     joint = getattr(layers[0], "joint", None)
     if joint is not None and all(getattr(layer, "joint", None) is joint for layer in layers):
@@ -208,30 +243,33 @@ def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
     coded = [layer for layer in layers if type(layer) is EcqLinear and layer.tiles is not None]
     if len(coded) < len(layers) or not all(
         layer.in_features == coded[0].in_features
+        and layer.in_features % 2 == 0
         and layer.out_features % TILE_ROWS == 0
         and layer.bias is None
-        and layer.outlier_rows is None
         for layer in coded
     ):
         return None
-    tiles = torch.cat([layer.tiles.detach() for layer in coded])
-    step = torch.cat([layer.step.detach() for layer in coded])
-    sizes = [layer.out_features for layer in coded]
+    sizes, columns = [layer.out_features for layer in coded], coded[0].in_features
     with torch.device("meta"):
-        joint = EcqLinear(coded[0].in_features, sum(sizes), bias=False)
-    joint._open(coded[0].weight.dtype, tiles.device)
-    _hold(joint, tiles, step)
-    parts = tiles.split([size // TILE_ROWS for size in sizes]), step.split(sizes)
-    for layer, own_tiles, own_step in zip(coded, *parts):
-        _hold(layer, own_tiles, own_step)
+        joint = EcqLinear(columns, sum(sizes), bias=False)
+    joint._open(coded[0].weight.dtype, coded[0].tiles.device)
+    parts, starts = [layer.tiles for layer in coded], itertools.accumulate(sizes, initial=0)
+    outliers = [(layer, start) for layer, start in zip(coded, starts) if layer.outlier_rows is not None]
+    if outliers:
+        rows = torch.cat([layer.outlier_rows + start for layer, start in outliers])
+        high = [untile_codes(layer.outlier_tiles, len(layer.outlier_rows), columns) for layer, _ in outliers]
+        joint._parameters["outlier_rows"] = nn.Parameter(rows, requires_grad=False)
+        high_tiles = nn.Parameter(tile_codes(torch.cat(high), len(rows), columns), requires_grad=False)
+        joint._parameters["outlier_tiles"] = high_tiles
+        parts.append(high_tiles)
+    tiles, step = _neighbours(parts), _neighbours([layer.step for layer in coded])
+    tiles = tiles[: sum(sizes) // TILE_ROWS]
+    for name, value in (("tiles", tiles), ("step", step)):
+        joint._parameters[name] = nn.Parameter(value, requires_grad=False)
+    for layer in coded:
         layer._forget()
         layer.__dict__["joint"] = joint
     return joint
-
-
-def _hold(layer: EcqLinear, tiles: torch.Tensor, step: torch.Tensor) -> None:
-    layer._parameters["tiles"] = nn.Parameter(tiles, requires_grad=False)
-    layer._parameters["step"] = nn.Parameter(step, requires_grad=False)
 
 
 class EcqEmbedding(EcqModule, nn.Embedding):

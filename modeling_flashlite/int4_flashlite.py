@@ -5,28 +5,34 @@ A weight is w[n, k] = code[n, k] * step[n] with codes -8..7 and one float32 step
 and of row 64 b + j + 32 in its high nibble; padding is code 0. That is what PyTorch's AVX-512 int4 kernel reads, so
 half a byte per weight is all there is: nothing is kept twice, and the same tiles serve products, look-ups and saving.
 
-`int4_linear` picks a way by the number of activation rows M; microseconds on one thread of an AVX-512 core with VNNI
-and BF16, weights not in the cache (PyTorch 2.13, minima, interleaved). "int4" is the default, "exact" has
-`int8_activations=False`:
+`int4_linear` picks a way by the number of activation rows M. Microseconds of a layer with bfloat16 activations, one
+thread of an AVX-512 core with VNNI and BF16, weights as far in the cache as they fit, minima (PyTorch 2.13). "held" is
+int4 within [`int8_codes`]:
 
-    ===========  ===  =====  =====  =====  =====  ===============================================
-    size           M   bf16   fp32   int4  exact  int4 runs
-    ===========  ===  =====  =====  =====  =====  ===============================================
-    1024 x 1024    1    110     80     95     78  PyTorch's int4 kernel up to M = 16 (exact: 36)
-    1024 x 1024   64    773   1626   1049   1511  codes and activations as int8, `_int_mm`
-    1024 x 1024  256   2729   5773   2620   3657
-    2048 x 2048    1    668    998    275    239
-    2048 x 2048   16   1227   2750   1797   1574
-    2048 x 2048   64   2964   6736   3238   4677  (exact: codes unpacked to bfloat16)
-    2048 x 2048  256   9986  22846   7633  12143
-    4096 x 4096    1   3224   3973   1133    870
-    4096 x 4096   64  11925  32050  10709  19280
-    4096 x 4096  256  39657  97897  28331  48339
-    ===========  ===  =====  =====  =====  =====  ===============================================
+    ===========  ===  =====  =====  =====  ======================================================
+    N x K          M   bf16   int4   held  int4 runs
+    ===========  ===  =====  =====  =====  ======================================================
+    512 x 512      1     25     13         PyTorch's int4 kernel up to M = 32, within `int8_codes`
+    512 x 512     32     53    103     76  up to 16; held: activations as int8, oneDNN
+    512 x 512     64     86    141    102  codes and activations as int8, `_int_mm`
+    1024 x 1024    1     71     32
+    1024 x 1024   16    119    198
+    1024 x 1024   32    192    381    142
+    1024 x 1024   64    321    367    232
+    32000 x 512    1   1801    425
+    32000 x 512   16   2654   2971
+    32000 x 512   32   3698   5990   1576
+    32000 x 512   64   5614   7864   2878
+    ===========  ===  =====  =====  =====  ======================================================
 
-Everything is computed in bfloat16 with exact integer codes and float32 accumulation, and scaled by the float32 step
-afterwards, whatever the caller's dtype: the kernel's float32 and float16 versions are scalar loops, 27 to 55 times
-slower.
+With two threads the kernel is the better choice up to about 40 rows and unpacking up to three times slower than it; with
+one thread unpacking wins from about 24 rows of a wide layer, so that 32 is between. An earlier run with weights that
+were not in the cache had int4 at 2620 us against 2729 of bfloat16 for 1024 x 1024 and M = 256, and at 28 331 against
+39 657 for 4096 x 4096.
+
+Everything is computed in bfloat16 with exact integer codes and float32 accumulation, whatever the caller's dtype: the
+kernel's float32 and float16 versions are scalar loops, 27 to 55 times slower. Steps are applied afterwards in float32;
+in [`int4_few_rows`] the kernel applies them, rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -231,15 +237,20 @@ def kernel_weight(tiles: torch.Tensor, step: torch.Tensor) -> KernelWeight:
     return KernelWeight(_kernel_form(tiles), group, scales.contiguous())
 
 
-def is_few_rows(x: torch.Tensor) -> bool:
-    """Whether [`int4_few_rows`] may and should serve x: plain eager inference on a CPU, few rows."""
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether products with x are plain eager inference on a CPU, free to run what knows no gradient."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is torch.Tensor
         and x.is_cpu
-        and 0 < x.numel() <= (_KERNEL_ROWS if _int8_held.get() is None else _KERNEL_ROWS_HELD) * x.shape[-1]
         and not (torch.is_grad_enabled() and x.requires_grad)
     )
+
+
+def is_few_rows(x: torch.Tensor) -> bool:
+    """Whether [`int4_few_rows`] is the way for so many rows, if x is plain."""
+    most = _KERNEL_ROWS if _int8_held.get() is None else _KERNEL_ROWS_HELD
+    return 0 < x.numel() <= most * x.shape[-1]
 
 
 def int4_few_rows(x: torch.Tensor, weight: KernelWeight, out_features: int) -> torch.Tensor:

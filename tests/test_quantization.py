@@ -32,6 +32,7 @@ from transformers import (
 from modeling_flashlite.calibration import merge_adapters, quantize
 from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, join, to_quantized
 from modeling_flashlite.ecq_stream_flashlite import CodecError, QuantizedWeight, decode_weights, encode_weights
+from modeling_flashlite.int4_flashlite import int8_codes
 from modeling_flashlite.quantization_flashlite import EcqConfig, quantizable_layers
 
 SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -403,12 +404,15 @@ def tile_filling(seed: int = 0):
 
 
 @torch.no_grad()
-def test_joined_layers_compute_what_each_computes(tmp_path):
-    model, other = tile_filling(), tile_filling(1)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_joined_layers_compute_what_each_computes(seed, tmp_path):
+    """Seed 1 has outlier rows."""
+    model, other = tile_filling(seed), tile_filling(1 - seed)
     layers = projections(model)
     before, bits = logits_of(model), [layer.quantized().packed for layer in layers]
     names, footprint = model.state_dict().keys(), model.get_memory_footprint()
     joint = join(layers)
+    assert (joint.outlier_rows is not None) == seed
     assert joint is join(layers) and joint.out_features == sum(layer.out_features for layer in layers)
     for layer, packed in zip(layers, bits):
         assert torch.equal(layer.quantized().packed, packed)
@@ -416,23 +420,28 @@ def test_joined_layers_compute_what_each_computes(tmp_path):
     addresses = [layer.tiles.data_ptr() for layer in layers]
     assert addresses == [joint.tiles.data_ptr(), joint.tiles.data_ptr() + layers[0].tiles.numel()]
     assert model.state_dict().keys() == names and model.get_memory_footprint() == footprint
-    assert torch.equal(logits_of(model), before)
+    torch.testing.assert_close(logits_of(model), before, atol=0.02, rtol=0.02)
     for rows in (1, 5, 40):
         x = torch.randn(rows, layers[0].in_features)
         want = torch.cat([layer(x) for layer in layers], -1)
-        torch.testing.assert_close(joint(x), want, atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(joint(x), want, atol=2e-2, rtol=2e-2)
+        with int8_codes():
+            torch.testing.assert_close(joint(x), want, atol=6e-2, rtol=2e-2)
     # what changes a layer parts it from the others, and the next joint follows
-    model.load_state_dict(other.state_dict())
-    assert torch.equal(logits_of(model), logits_of(other))
-    assert join(projections(model)) is not joint
-    joint = join(projections(model))
+    for layer, from_layer in zip(layers, projections(other)):
+        layer.set_quantized(from_layer.quantized())
+    assert join(layers) is not joint
+    joint, x = join(layers), torch.randn(1, layers[0].in_features)
+    want = torch.cat([layer(x) for layer in projections(other)], -1)
+    torch.testing.assert_close(joint(x), want, atol=1e-2, rtol=1e-2)
     assert "joint" not in copy.deepcopy(layers[0]).__dict__
-    assert torch.equal(logits_of(copy.deepcopy(model)), logits_of(other))
-    model.to(torch.bfloat16)
-    assert join(projections(model)) is not joint
-    model.to(torch.float32)
+    want = logits_of(model)
+    near = {"atol": 0.02, "rtol": 0.02}  # outlier rows of layers that are not joined are rounded at another place
+    torch.testing.assert_close(logits_of(copy.deepcopy(model)), want, **near)
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), logits_of(other))
+    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), want, **near)
+    model.to(torch.bfloat16)
+    assert join(layers) is not joint
 
 
 @torch.no_grad()
@@ -449,7 +458,7 @@ def test_layers_that_cannot_be_joined():
 @torch.no_grad()
 def test_a_layer_follows_its_codes():
     """What was prepared for the kernel is forgotten when codes or steps are set, loaded, shared or moved."""
-    first, second = (projections(tile_filling(seed))[0] for seed in (0, 1))
+    first, second = (projections(tile_filling(seed))[1] for seed in (0, 1))
     x = torch.randn(1, 128)
     wanted = second(x)
     assert not torch.equal(first(x), wanted)
@@ -459,7 +468,7 @@ def test_a_layer_follows_its_codes():
     before(x)
     before.set_quantized(second.quantized())
     assert torch.equal(before(x), wanted)
-    before.set_quantized(tile_filling().model.layers[0].self_attn.q_proj.quantized())
+    before.set_quantized(projections(tile_filling())[1].quantized())
     before(x)
     before.share_quantized(second)
     assert torch.equal(before(x), wanted)
