@@ -20,8 +20,11 @@ from modeling_flashlite.int4_flashlite import (
     empty_tiles,
     int4_embedding,
     int4_embedding_reference,
+    int4_few_rows,
     int4_linear,
     int4_linear_reference,
+    int8_codes,
+    kernel_weight,
     tile_codes,
     untile_codes,
 )
@@ -73,7 +76,7 @@ def test_linear_values(shape, dtype):
     """Every branch (kernel, int8, unpacked; bias or none) stays within its precision of the float32 reference."""
     _, _, tiles, step = make(*shape)
     bias = torch.randn(shape[0]).mul(0.01).to(dtype)
-    for rows in (0, 1, 3, int4._KERNEL_ROWS + 1, int4._KERNEL_ROWS_EXACT + 5):
+    for rows in (0, 1, 3, int4._KERNEL_ROWS + 1, 50):
         x = torch.randn(rows, shape[1]).to(dtype)
         reference = int4_linear_reference(x.float(), tiles, step, shape[1])
         with torch.no_grad():
@@ -119,6 +122,62 @@ def test_linear_gradients(shape, rows):
     for a, e in zip(actual, expected):
         assert a.dtype == e.dtype and a.shape == e.shape
         assert relative_error(a, e) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_few_rows_in_one_call(shape, dtype):
+    """The kernel that applies the steps is as exact as the one that leaves them to a second operation."""
+    _, _, tiles, step = make(*shape)
+    weight = kernel_weight(tiles, step)
+    for batch in [(1,), (2, 3), (32,)]:
+        x = torch.randn(*batch, shape[1]).to(dtype)
+        value = int4_few_rows(x, weight, shape[0])
+        assert value.dtype == dtype and value.shape == (*batch, shape[0]) and value.is_contiguous()
+        assert relative_error(value, int4_linear_reference(x.float(), tiles, step, shape[1])) < 6e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_held_int8_weights(shape, dtype):
+    """Held, followed after a change, let go of; values to the precision of int8 activations, x left as it was."""
+    _, _, tiles, step = make(*shape)
+    bias = torch.randn(shape[0]).mul(0.01).to(dtype)
+    with torch.no_grad(), int8_codes() as held:
+        for seed in (0, 1):
+            tiles.copy_(make(*shape, seed=seed)[2])
+            for rows in (17, 70):
+                x = torch.randn(rows, shape[1]).to(dtype)
+                before = x.clone()
+                value = int4_linear(x, tiles, step, shape[1], bias)
+                reference = int4_linear_reference(before.float(), tiles, step, shape[1]) + bias
+                assert value.dtype == dtype and torch.equal(x, before)
+                assert relative_error(value, reference) < 3e-2
+        assert int4_linear(x[:16], tiles, step, shape[1]).shape == (16, shape[0])
+        capable = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        assert len(held) == capable
+        del tiles
+        assert len(held) == 0
+
+
+def test_held_int8_weights_leave_outliers_and_gradients_alone():
+    _, _, tiles, step = make(64, 256)
+    x = torch.randn(100, 256)
+    x[:, 0] = 300.0
+    with int8_codes():
+        assert relative_error(int4_linear(x, tiles, step, 256), int4_linear_reference(x, tiles, step, 256)) < 6e-3
+        x[3, 1] = float("nan")
+        assert not int4_linear(x, tiles, step, 256)[3].isfinite().any()
+        x = torch.randn(40, 256, requires_grad=True)
+        step.requires_grad_()
+        for gradient in torch.autograd.grad(int4_linear(x, tiles, step, 256).sum(), (x, step)):
+            assert gradient.any()
+        (gradient,) = torch.autograd.grad(int4_linear(x.detach(), tiles, step, 256).sum(), step)
+        assert gradient.any()
+    with torch.inference_mode():  # tensors without a version
+        tiles = make(64, 256)[2]
+        with int8_codes():
+            assert int4_linear(x.detach(), tiles, step, 256).shape == (40, 64)
 
 
 def test_several_groups_equal_one(monkeypatch):

@@ -32,9 +32,9 @@ from transformers import (
 
 from modeling_flashlite import ecq_stream_flashlite
 from modeling_flashlite.calibration import merge_adapters, quantize
-from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, to_quantized
+from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, join, to_quantized
 from modeling_flashlite.ecq_stream_flashlite import CodecError, QuantizedWeight, decode_weights, encode_weights
-from modeling_flashlite.int4_flashlite import empty_tiles, tile_codes
+from modeling_flashlite.int4_flashlite import empty_tiles, int8_codes, tile_codes
 from modeling_flashlite.quantization_flashlite import EcqConfig, quantizable_layers
 
 SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -428,3 +428,86 @@ def test_a_copy_and_a_pickle_compute_the_same():
     model = quantize(build("llama"), EcqConfig(target_bits=4))
     assert torch.equal(logits_of(copy.deepcopy(model)), logits_of(model))
     assert torch.equal(logits_of(pickle.loads(pickle.dumps(model))), logits_of(model))
+
+
+def projections(model) -> list[nn.Module]:
+    attention = model.model.layers[0].self_attn
+    return [attention.q_proj, attention.v_proj]
+
+
+def tile_filling(seed: int = 0):
+    """A Llama whose attention layers fill their tiles."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{**SMALL, "hidden_size": 128}, intermediate_size=96, num_key_value_heads=2)
+    return quantize(AutoModelForCausalLM.from_config(config).eval(), EcqConfig())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [0, 1])
+def test_joined_layers_compute_what_each_computes(seed, tmp_path):
+    """Seed 1 has outlier rows."""
+    model, other = tile_filling(seed), tile_filling(1 - seed)
+    layers = projections(model)
+    before, bits = logits_of(model), [layer.quantized().packed for layer in layers]
+    names, footprint = model.state_dict().keys(), model.get_memory_footprint()
+    joint = join(layers)
+    assert (joint.outlier_rows is not None) == seed
+    assert joint is join(layers) and joint.out_features == sum(layer.out_features for layer in layers)
+    for layer, packed in zip(layers, bits):
+        assert torch.equal(layer.quantized().packed, packed)
+    # nothing is held twice, and the model is the same to everybody else
+    addresses = [layer.tiles.data_ptr() for layer in layers]
+    assert addresses == [joint.tiles.data_ptr(), joint.tiles.data_ptr() + layers[0].tiles.numel()]
+    assert model.state_dict().keys() == names and model.get_memory_footprint() == footprint
+    torch.testing.assert_close(logits_of(model), before, atol=0.02, rtol=0.02)
+    for rows in (1, 5, 40):
+        x = torch.randn(rows, layers[0].in_features)
+        want = torch.cat([layer(x) for layer in layers], -1)
+        torch.testing.assert_close(joint(x), want, atol=2e-2, rtol=2e-2)
+        with int8_codes():
+            torch.testing.assert_close(joint(x), want, atol=6e-2, rtol=2e-2)
+    # what changes a layer parts it from the others, and the next joint follows
+    for layer, from_layer in zip(layers, projections(other)):
+        layer.set_quantized(from_layer.quantized())
+    assert join(layers) is not joint
+    joint, x = join(layers), torch.randn(1, layers[0].in_features)
+    want = torch.cat([layer(x) for layer in projections(other)], -1)
+    torch.testing.assert_close(joint(x), want, atol=1e-2, rtol=1e-2)
+    assert "joint" not in copy.deepcopy(layers[0]).__dict__
+    want = logits_of(model)
+    near = {"atol": 0.02, "rtol": 0.02}  # outlier rows of layers that are not joined are rounded at another place
+    torch.testing.assert_close(logits_of(copy.deepcopy(model)), want, **near)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), want, **near)
+    model.to(torch.bfloat16)
+    assert join(layers) is not joint
+
+
+@torch.no_grad()
+def test_layers_that_cannot_be_joined():
+    model = tile_filling()
+    first, second = projections(model)
+    assert join([first, nn.Linear(128, 64)]) is None and join([nn.Linear(128, 64), first]) is None
+    mlp = model.model.layers[0].mlp
+    assert join([mlp.gate_proj, mlp.up_proj]) is None  # 96 rows do not fill their tiles
+    second.bias = nn.Parameter(torch.zeros(second.out_features))
+    assert join([first, second]) is None
+
+
+@torch.no_grad()
+def test_a_layer_follows_its_codes():
+    """What was prepared for the kernel is forgotten when codes or steps are set, loaded, shared or moved."""
+    first, second = (projections(tile_filling(seed))[1] for seed in (0, 1))
+    x = torch.randn(1, 128)
+    wanted = second(x)
+    assert not torch.equal(first(x), wanted)
+    before = copy.deepcopy(first)
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(x), wanted)
+    before(x)
+    before.set_quantized(second.quantized())
+    assert torch.equal(before(x), wanted)
+    before.set_quantized(projections(tile_filling())[1].quantized())
+    before(x)
+    before.share_quantized(second)
+    assert torch.equal(before(x), wanted)
