@@ -225,17 +225,18 @@ def _neighbours(parts: Sequence[nn.Parameter]) -> torch.Tensor:
 
 
 def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
-    """One layer that computes the outputs of several, one after the other, from the same input and the same codes.
+    """One layer that computes the outputs of several from the same input and the same codes, in one product.
 
     One product is quicker than several small ones. The codes of the layers become neighbours in memory, each layer's
-    own tiles a view of them, so that nothing but outlier rows is held twice and every layer works on as before.
+    own tiles a view of them, so that nothing but steps and outlier rows is held twice and every layer works on as
+    before.
 
     Args:
         layers (sequence of `nn.Module`): layers with the same number of input features.
 
     Returns:
-        [`EcqLinear`] without bias, the same one while none of the layers changes; None if one of them is wrapped, is
-        not quantized, has a bias, or sizes that do not fill whole tiles and bytes.
+        [`EcqLinear`] without bias, the same one while none of the layers changes; the outputs of each layer begin at
+        the next multiple of 64. None if one of the layers is wrapped or not quantized, has a bias or trains its steps.
     """
     joint = getattr(layers[0], "joint", None)
     if joint is not None and all(getattr(layer, "joint", None) is joint for layer in layers):
@@ -244,12 +245,12 @@ def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
     if len(coded) < len(layers) or not all(
         layer.in_features == coded[0].in_features
         and layer.in_features % 2 == 0
-        and layer.out_features % TILE_ROWS == 0
         and layer.bias is None
+        and not layer.step.requires_grad
         for layer in coded
     ):
         return None
-    sizes, columns = [layer.out_features for layer in coded], coded[0].in_features
+    columns, sizes = coded[0].in_features, [len(layer.tiles) * TILE_ROWS for layer in coded]
     with torch.device("meta"):
         joint = EcqLinear(columns, sum(sizes), bias=False)
     joint._open(coded[0].weight.dtype, coded[0].tiles.device)
@@ -262,8 +263,8 @@ def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
         high_tiles = nn.Parameter(tile_codes(torch.cat(high), len(rows), columns), requires_grad=False)
         joint._parameters["outlier_tiles"] = high_tiles
         parts.append(high_tiles)
-    tiles, step = _neighbours(parts), _neighbours([layer.step for layer in coded])
-    tiles = tiles[: sum(sizes) // TILE_ROWS]
+    tiles = _neighbours(parts)[: sum(sizes) // TILE_ROWS]
+    step = torch.cat([nn.functional.pad(layer.step, (0, size - len(layer.step))) for layer, size in zip(coded, sizes)])
     for name, value in (("tiles", tiles), ("step", step)):
         joint._parameters[name] = nn.Parameter(value, requires_grad=False)
     for layer in coded:

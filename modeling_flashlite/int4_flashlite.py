@@ -25,8 +25,8 @@ int4 within [`int8_codes`]:
     32000 x 512   64   5614   7864   2878
     ===========  ===  =====  =====  =====  ======================================================
 
-With two threads the kernel is the better choice up to about 40 rows and unpacking up to three times slower than it; with
-one thread unpacking wins from about 24 rows of a wide layer, so that 32 is between. An earlier run with weights that
+With two threads the kernel is the better choice up to about 40 rows and unpacking up to three times slower; with one
+thread unpacking wins from about 24 rows of a wide layer, so that 32 is between. An earlier run with weights that
 were not in the cache had int4 at 2620 us against 2729 of bfloat16 for 1024 x 1024 and M = 256, and at 28 331 against
 39 657 for 4096 x 4096.
 

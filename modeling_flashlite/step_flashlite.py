@@ -9,7 +9,9 @@ out of the ordinary.
 Shapes: B batch, N query heads, M key-value heads, G = N / M, H head size, D hidden size, S key slots.
 """
 
+import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,8 @@ from transformers.cache_utils import DynamicCache
 
 from .attention_flashlite import multi_axis_attention
 from .cache_flashlite import FlashLiteCacheLayer
+from .ecq_modules_flashlite import join
+from .int4_flashlite import TILE_ROWS
 from .layers_flashlite import (
     FlashLiteDecoderAttention,
     FlashLiteDecoderLayer,
@@ -158,10 +162,9 @@ class LayerStep:
         attention = layer.self_attn
         self.attention, self.spec = attention, attention.spec
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
-        self.q, self.k, self.v, self.o = map(
-            _call, (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        )
-        self.gate, self.up, self.down = map(_call, (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj))
+        self.query_key_value = _together([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.gate_up = _together([layer.mlp.gate_proj, layer.mlp.up_proj])
+        self.o, self.down = _call(attention.o_proj), _call(layer.mlp.down_proj)
         self.act = _call(layer.mlp.act_fn)
         self.norms = [_norm_weight(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         self.groups, self.is_rotary = attention.num_key_value_groups, attention.is_rotary
@@ -198,9 +201,10 @@ class LayerStep:
     def __call__(self, states, cache, angles: Angles, encoder: "EncoderKeys | None") -> torch.Tensor:
         """States `[B, D]` -> `[B, D]`."""
         normed = _norm(states, self.norms[0])
-        query = self._query(self.q(normed), angles)
-        key = self.k(normed).view(len(states), -1, 1, self.head_dim)
-        value = self.v(normed).view(key.shape)
+        query, key, value = self.query_key_value(normed)
+        query = self._query(query, angles)
+        key = key.view(len(states), -1, 1, self.head_dim)
+        value = value.view(key.shape)
         if self.is_rotary:
             key = rotate(key, angles.cos, angles.sin)
         else:
@@ -209,7 +213,8 @@ class LayerStep:
         attended = self._attend(query, keys, values, cache, encoder).reshape(len(states), -1)
         states = states + self.o(attended.to(states.dtype))
         normed = _norm(states, self.norms[1])
-        return states + self.down(self.act(self.gate(normed)) * self.up(normed))
+        gate, up = self.gate_up(normed)
+        return states + self.down(self.act(gate) * up)
 
     def _query(self, projected: torch.Tensor, angles: Angles) -> torch.Tensor:
         """Scaled queries with their positions, `[B, N H]` -> `[B M, G, H or 2 H]`."""
@@ -241,6 +246,22 @@ class LayerStep:
         own = logits.shape[2]
         weights = torch.cat([logits, encoder.logits(query)], 2).softmax(2)
         return torch.baddbmm(torch.bmm(weights[..., :own], values), weights[..., own:], encoder.values)
+
+
+def _together(layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    """A function that gives the outputs of several layers of the same input: by one product, where they are codes."""
+    joint = None if any(map(_is_hooked, layers)) else join(layers)
+    if joint is None:
+        calls = list(map(_call, layers))
+        return lambda states: [call(states) for call in calls]
+    starts = itertools.accumulate((len(layer.tiles) * TILE_ROWS for layer in layers), initial=0)
+    places = [slice(start, start + layer.out_features) for start, layer in zip(starts, layers)]
+
+    def product(states: torch.Tensor) -> list[torch.Tensor]:
+        output = joint.forward(states)
+        return [output[:, place] for place in places]
+
+    return product
 
 
 class EncoderKeys:

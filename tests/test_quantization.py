@@ -484,12 +484,22 @@ def test_joined_layers_compute_what_each_computes(seed, tmp_path):
 
 
 @torch.no_grad()
+def test_joined_layers_that_do_not_fill_their_tiles():
+    mlp = tile_filling(1).model.layers[0].mlp
+    joint, x = join([mlp.gate_proj, mlp.up_proj]), torch.randn(3, 128)
+    gate, up = joint(x).split(128, dim=-1)  # 96 rows take two tiles of 64
+    torch.testing.assert_close(gate[:, :96], mlp.gate_proj(x), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(up[:, :96], mlp.up_proj(x), atol=1e-2, rtol=1e-2)
+
+
+@torch.no_grad()
 def test_layers_that_cannot_be_joined():
     model = tile_filling()
     first, second = projections(model)
     assert join([first, nn.Linear(128, 64)]) is None and join([nn.Linear(128, 64), first]) is None
-    mlp = model.model.layers[0].mlp
-    assert join([mlp.gate_proj, mlp.up_proj]) is None  # 96 rows do not fill their tiles
+    first.step.requires_grad_()
+    assert join([first, second]) is None
+    first.step.requires_grad_(False)
     second.bias = nn.Parameter(torch.zeros(second.out_features))
     assert join([first, second]) is None
 

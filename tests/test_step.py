@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from test_modeling import causal_model, tokens
 
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
+from modeling_flashlite.modeling_flashlite import _INT8_CODES
 from modeling_flashlite.quantization_flashlite import EcqConfig, quantize_data_free
 from modeling_flashlite.step_flashlite import DecoderStep
 
@@ -139,6 +140,24 @@ def test_adapters_and_codes_count(steps, monkeypatch):
     with model.disable_adapter():
         without = one_by_one(model, ids)[0]
     assert (short - without).norm() > 0.1 * long.norm()
+
+
+def test_large_batches_hold_their_codes_as_long_as_the_model(steps):
+    torch.manual_seed(0)
+    model = causal_model(dtype=torch.float32, hidden_size=64, num_attention_heads=2, head_dim=32)
+    quantize_data_free(model, EcqConfig())
+    prompt, settings = tokens(20, 3), {"max_new_tokens": 6, "min_new_tokens": 6, "output_logits": True}
+    settings |= {"attention_mask": torch.ones_like(prompt), "return_dict_in_generate": True, "do_sample": False}
+    few = model.generate(prompt[:1], **{**settings, "attention_mask": settings["attention_mask"][:1]}).logits
+    before = len(_INT8_CODES[model])
+    many = model.generate(prompt, **settings).logits
+    assert (many[1][0] - few[1][0]).norm() < 0.05 * few[1][0].norm()
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        held = dict(_INT8_CODES[model].items())
+        assert len(held) > before
+        model.generate(prompt, **settings)
+        assert all(_INT8_CODES[model][tiles] is codes for tiles, codes in held.items())
+    assert copy.deepcopy(model) not in _INT8_CODES
 
 
 def test_generation_by_steps_gives_the_same_tokens(steps, monkeypatch):
