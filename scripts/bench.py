@@ -11,17 +11,13 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
-
-# Threads that wait for each other in a loop stand still for whole time slices where another process wants their core;
-# on a machine with nothing else to do, OMP_WAIT_POLICY=active saves the wake-up of every operation.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +54,7 @@ SPEC = AxisSpec(block_size=64, sub_block_size=16, relevance_top_k=8, memory_bloc
 # 8192 tokens, which models with a bounded memory see: its time is linear in the length
 WINDOW = dataclasses.replace(SPEC, memory_blocks=128)
 OURS, DENSE, GROUPED = "multi-axis", "SDPA causal", "SDPA, group as rows"
+FLEX, FLEX_LENGTHS = "FlexAttention causal, compiled", (4096, 16384)
 OUR_MODEL, BART, T5GEMMA, LLAMA = "Flash-Lite", "BART", "T5Gemma", "Llama"
 OUR_BFLOAT16 = f"{OUR_MODEL} bfloat16"
 OUR_INT4 = "Flash-Lite int4"
@@ -118,6 +115,15 @@ def windowed(q, k, v):
 ATTENTIONS = {DENSE: sdpa, OURS: multi_axis}
 
 
+def flex_attention(length: int):
+    """FlexAttention with a causal block mask, compiled for this length when it is first called."""
+    from torch.nn.attention import flex_attention as flex
+
+    mask = flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cpu")
+    compiled = torch.compile(flex.flex_attention)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True)
+
+
 def workload(args, function, length: int, work: str):
     """A function without arguments that does `work` of an attention over `length` tokens."""
     backward = work == "forward+backward"
@@ -132,6 +138,9 @@ def whole_sequences(args, verb: str, work: str) -> list[dict]:
     rows = []
     for length in tqdm(args.lengths or LENGTHS[verb], desc=verb):
         functions = ATTENTIONS | ({f"{OURS}, 8k window": windowed} if length >= SPARSE_LENGTH else {})
+        # on a CPU it has no backward, and its mask is made from all pairs of tokens
+        if work == "forward" and args.device == "cpu" and length in FLEX_LENGTHS and shutil.which("c++"):
+            functions[FLEX] = flex_attention(length)
         contenders = {name: workload(args, function, length, work) for name, function in functions.items()}
         # a round that takes many seconds is its own warm-up
         times = race(contenders, repeats=args.repeats, seconds=args.seconds if length < 16384 else 5)
