@@ -32,8 +32,9 @@ EDGES = {
     "quantization": {"codec", "ecq_modules", "ecq_search", "ecq_stream", "int4"},
     "cache": {"attention"},
     "layers": {"attention", "cache", "configuration"},
-    "stacks": {"cache", "configuration", "layers"},
-    "modeling": {"cache", "configuration", "loss", "quantization", "stacks"},
+    "step": {"attention", "cache", "ecq_modules", "int4", "layers"},
+    "stacks": {"cache", "configuration", "layers", "step"},
+    "modeling": {"cache", "configuration", "int4", "loss", "quantization", "stacks"},
 }
 # floor 2, the workshop: it stands on everything that travels, and on these of its own floor
 WORKSHOP_EDGES = {
