@@ -12,23 +12,22 @@ int4 within [`int8_codes`]:
     ===========  ===  =====  =====  =====  ======================================================
     N x K          M   bf16   int4   held  int4 runs
     ===========  ===  =====  =====  =====  ======================================================
-    512 x 512      1     25     13         PyTorch's int4 kernel up to M = 32, within `int8_codes`
-    512 x 512     32     53    103     76  up to 16; held: activations as int8, oneDNN
-    512 x 512     64     86    141    102  codes and activations as int8, `_int_mm`
+    512 x 512      1     25     13         PyTorch's int4 kernel up to M = 16
+    512 x 512     32     53    114     76  codes and activations as int8, `_int_mm`
+    512 x 512     64     86    141    102  (held: oneDNN, codes unpacked once)
     1024 x 1024    1     71     32
     1024 x 1024   16    119    198
-    1024 x 1024   32    192    381    142
+    1024 x 1024   32    192    284    142
     1024 x 1024   64    321    367    232
     32000 x 512    1   1801    425
     32000 x 512   16   2654   2971
-    32000 x 512   32   3698   5990   1576
+    32000 x 512   32   3698   4958   1576
     32000 x 512   64   5614   7864   2878
     ===========  ===  =====  =====  =====  ======================================================
 
-With two threads the kernel is the better choice up to about 40 rows and unpacking up to three times slower; with one
-thread unpacking wins from about 24 rows of a wide layer, so that 32 is between. An earlier run with weights that
-were not in the cache had int4 at 2620 us against 2729 of bfloat16 for 1024 x 1024 and M = 256, and at 28 331 against
-39 657 for 4096 x 4096.
+With two threads the kernel would beat unpacking up to about 40 rows, but its sums are rounded to bfloat16.
+An earlier run with weights that were not in the cache had int4 at 2620 us against 2729 of bfloat16 for
+1024 x 1024 and M = 256, and at 28 331 against 39 657 for 4096 x 4096.
 
 Everything is computed in bfloat16 with exact integer codes and float32 accumulation, whatever the caller's dtype: the
 kernel's float32 and float16 versions are scalar loops, 27 to 55 times slower. Steps are applied afterwards in float32;
@@ -49,8 +48,8 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 TILE_ROWS = 64
-_KERNEL_ROWS = 32  # M up to which the int4 kernel beats unpacking
-_KERNEL_ROWS_HELD = 16  # ... and codes that are held as int8
+_KERNEL_ROWS = 16  # M up to which the int4 kernel beats unpacking to int8
+_KERNEL_ROWS_EXACT = 36  # ... and unpacking to bfloat16
 _INT8_ERROR = 0.015  # relative error of the output that int8 activations may cost
 _GROUP_WEIGHTS = 1 << 20  # weights unpacked at a time, to stay in the cache
 
@@ -249,15 +248,14 @@ def is_plain(x: torch.Tensor) -> bool:
 
 def is_few_rows(x: torch.Tensor) -> bool:
     """Whether [`int4_few_rows`] is the way for so many rows, if x is plain."""
-    most = _KERNEL_ROWS if _int8_held.get() is None else _KERNEL_ROWS_HELD
-    return 0 < x.numel() <= most * x.shape[-1]
+    return 0 < x.numel() <= _KERNEL_ROWS * x.shape[-1]
 
 
 def int4_few_rows(x: torch.Tensor, weight: KernelWeight, out_features: int) -> torch.Tensor:
     """[`int4_linear`] for few rows, without gradient, in one call of the kernel, which also applies the steps.
 
-    The steps lose at most 2^-9 of their value in bfloat16; sums are rounded once instead of twice, so that the error
-    of the whole is no larger.
+    The steps lose up to 2^-9 of their value in bfloat16. Bfloat16 callers save a rounding for it: the same error
+    (0.3% of the output's root mean square on random values); float32 callers have 0.3 instead of 0.23%.
 
     Args:
         x (`torch.Tensor` `[..., K]`): activations on the CPU, any floating dtype.
@@ -370,7 +368,7 @@ def _matmul(x: torch.Tensor, tiles: torch.Tensor, out_features: int, int8: bool)
         x = F.pad(x, (0, tiles.shape[1] - in_features))
     if x.device.type != "cpu" or rows == 0:
         out = _exact_matmul(x, tiles)
-    elif rows <= _KERNEL_ROWS:
+    elif rows <= (_KERNEL_ROWS if int8 else _KERNEL_ROWS_EXACT):
         out = _kernel_matmul(x.contiguous(), tiles)
     else:
         out = _int8_matmul(x, tiles) if int8 else None
@@ -455,7 +453,7 @@ def int4_linear(
         out = int4_matmul(rows, tiles, out_features, int8) * step
     else:  # plain eager inference: the op's wrapper costs as much as a small product
         held = _int8_held.get()
-        if held is not None and int8 and x.is_cpu and len(rows) > _KERNEL_ROWS_HELD and not step.requires_grad:
+        if held is not None and int8 and x.is_cpu and len(rows) > _KERNEL_ROWS and not step.requires_grad:
             out = _held_linear(rows, tiles, step, held)
         if out is None:
             out = _matmul(rows, tiles, out_features, int8) * step
