@@ -1,7 +1,7 @@
 """Flash-Lite against BART and T5 of transformers: equal parameters, depth, tokenizer, data, steps, schedule and beams.
 
-python scripts/compare_models.py --config scripts/recipes/train_captions.yaml --num_train_epochs 8 --warmup_steps 0.1 \\
-    --dataset train=train.jsonl.xz,validation=valid.jsonl.xz,test=test_2016_flickr.jsonl.xz
+python scripts/compare_models.py --config scripts/recipes/train_captions.yaml --num_train_epochs 4 --warmup_steps 0.1
+python scripts/compare_models.py --config recipe.yaml --dataset train=a.jsonl.xz,validation=b.jsonl.xz,test=c.jsonl.xz
 
 A recipe of `train.py` describes everything but the peers. Each model first trains briefly at every learning rate and
 then fully at its best one. Models that are finished in `output_dir` are kept, so that a second call measures the speed
@@ -44,9 +44,7 @@ FEED_FORWARD = ("intermediate_size", "encoder_ffn_dim", "d_ff")
 
 @dataclass
 class CompareArgs:
-    peer_width: int = field(
-        default=144, metadata={"help": "width of the peers; feed-forward networks fill up the rest"}
-    )
+    peer_width: int = field(default=144, metadata={"help": "of the peers; their feed-forward networks fill up"})
     peer_heads: int = field(default=4, metadata={"help": "attention heads of the peers"})
     learning_rates: str = field(default="1e-3,2e-3", metadata={"help": "peaks to choose from, for each model"})
     sweep_steps: int = field(default=300, metadata={"help": "steps of a training that tries a learning rate"})
@@ -73,12 +71,8 @@ class Arena:
         ours = load_model(self.model_args, self.shape, self.tokenizer, self.data, self.splits)
         if name == OURS:
             return ours
-        shape = (
-            self.compare.peer_width,
-            self.shape.num_hidden_layers,
-            self.compare.peer_heads,
-            len(self.tokenizer),
-        )
+        width, heads = self.compare.peer_width, self.compare.peer_heads
+        shape = (width, self.shape.num_hidden_layers, heads, len(self.tokenizer))
         return make_peer(name, shape, count_parameters(ours), self.shape.dropout_rate or 0.0)
 
     def trainer(self, name: str, model, learning_rate: float, steps: int | None = None) -> CarefulTrainer:
