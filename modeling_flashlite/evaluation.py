@@ -83,6 +83,8 @@ def evaluate_task(
     scores = {}
     for group in task.metrics:
         scores |= METRICS[group](found, references, resamples)
+    if task.name == "chat":  # a good answer is seldom the one that was given, so its likelihood counts too
+        scores |= _label_scores(task, model, tokenizer, rows, columns, batch_size, max_source_length)[0]
     predictions = [
         {"input": given, "prediction": answer, "references": accepted}
         for given, answer, accepted in zip(inputs, found, references, strict=True)
@@ -94,9 +96,17 @@ def _likelihood(task, model, tokenizer, rows, columns, batch_size, max_source_le
     """Likelihood of plain text; an encoder-decoder has none, so it is judged on how it continues pieces of text."""
     if not model.config.is_encoder_decoder:
         return text_likelihood(model, tokenizer, [row[columns["text"]] for row in rows], **options)
+    return _label_scores(task, model, tokenizer, rows, columns, batch_size, max_source_length)
+
+
+def _label_scores(task, model, tokenizer, rows, columns, batch_size, max_source_length) -> tuple[dict, dict]:
+    """Loss of what the model would learn from these rows, and how long they may be."""
     limits = {"max_source_length": max_source_length, "max_target_length": max(2, max_source_length // 4)}
-    pieces = preprocess(task, Dataset.from_list(rows), tokenizer, columns=columns, **limits)
-    batches = DataLoader(pieces, batch_size=batch_size, collate_fn=PaddingCollator(tokenizer))
+    encoder_decoder = model.config.is_encoder_decoder
+    examples = preprocess(
+        task, Dataset.from_list(rows), tokenizer, columns=columns, encoder_decoder=encoder_decoder, **limits
+    )
+    batches = DataLoader(examples, batch_size, collate_fn=PaddingCollator(tokenizer))
     return label_likelihood(model, batches), limits
 
 

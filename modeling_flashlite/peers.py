@@ -15,6 +15,8 @@ from transformers import (
     BartForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     T5GemmaConfig,
     T5GemmaForConditionalGeneration,
     T5GemmaModuleConfig,
@@ -24,7 +26,7 @@ from transformers import (
 from .configuration_flashlite import FlashLiteConfig
 from .modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 
-__all__ = ["CTranslate2Bart", "PlainLSQ", "four_bit_linear", "installed", "make_models"]
+__all__ = ["CTranslate2Bart", "PlainLSQ", "four_bit_linear", "installed", "make_models", "make_peer"]
 
 
 def installed(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -82,6 +84,45 @@ def make_models(names: Sequence[str], shape: tuple[int, int, int, int]) -> dict[
         else lambda: FlashLiteForConditionalGeneration(FlashLiteConfig(**ours)),
     }
     return {name: make[name]() for name in names}
+
+
+def make_peer(
+    name: str, shape: tuple[int, int, int, int], parameters: int, dropout: float = 0.0
+) -> BartForConditionalGeneration | T5ForConditionalGeneration:
+    """A new encoder-decoder of transformers with a given number of parameters: its feed-forward network gives way.
+
+    Args:
+        name: "BART", or "T5" as of version 1.1, gated, with one table for encoder, decoder and head.
+        shape: width, layers of each stack, heads, vocabulary.
+        parameters: how many it shall have; the nearest width of the feed-forward network is taken.
+        dropout: wherever the family drops; T5 does it within attention and feed-forward networks too.
+
+    Raises:
+        ValueError: what is not feed-forward network has more parameters already.
+    """
+    width, layers, heads, vocabulary = shape
+    tokens = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    shared = {**tokens, "d_model": width, "decoder_start_token_id": 1}
+    both = {f"{s}_{k}": v for s in ("encoder", "decoder") for k, v in (("layers", layers), ("attention_heads", heads))}
+
+    def make(ffn: int):
+        if name == "BART":
+            # a learned row for each place: no more of them than short sentences need
+            own = {**both, "encoder_ffn_dim": ffn, "decoder_ffn_dim": ffn, "max_position_embeddings": 128}
+            return BartForConditionalGeneration(BartConfig(**shared, **own, dropout=dropout, forced_eos_token_id=None))
+        own = {"d_kv": width // heads, "d_ff": ffn, "num_layers": layers, "num_heads": heads}
+        gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": True, "dropout_rate": dropout}
+        return T5ForConditionalGeneration(T5Config(**shared, **own, **gated))
+
+    with torch.device("meta"):
+        few, many = (sum(parameter.numel() for parameter in make(ffn).parameters()) for ffn in (64, 128))
+    ffn = round(64 + 64 * (parameters - few) / (many - few))
+    if ffn < 1:
+        raise ValueError(
+            f"{name} of width {width} with {layers} layers has {few} parameters with a feed-forward network of 64, so "
+            f"{parameters} leave none; lower its width."
+        )
+    return make(ffn)
 
 
 class CTranslate2Bart:

@@ -20,7 +20,7 @@ from .cli import banner
 from .configuration_flashlite import FlashLiteConfig
 from .data import PaddingCollator, load_data, pick_split, segment_streams, tokenize_texts
 from .preprocessing import preprocess
-from .tasks import get_task, label_names, resolve_columns
+from .tasks import get_task, label_names, resolve_columns, texts_of
 from .tokenization import train_tokenizer
 from .training import CarefulTrainer, last_checkpoint, plot_losses
 
@@ -130,7 +130,7 @@ def load_tokenizer(model: ModelArgs, data: DataArgs, output_dir: str, splits) ->
     if not (folder / "tokenizer.json").is_file():
         rows = pick_split(splits, "train")
         columns = resolve_columns(get_task(data.task), rows, data.columns).values()
-        texts = (str(row[column]) for row in rows for column in columns)
+        texts = ("\n".join(texts_of(row[column])) for row in rows for column in columns)
         total = len(rows) * len(columns) if isinstance(rows, Dataset) else None
         tokenizer = train_tokenizer(
             texts, model.vocab_size, add_eos_token=is_encoder_decoder(data, model), total=total

@@ -1,7 +1,7 @@
 """The tasks by name: what each reads, how it is put to a model, how it is generated and how it is judged."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from datasets import ClassLabel, Dataset, IterableDataset
@@ -176,6 +176,17 @@ def references_of(value: object) -> list[str]:
     if isinstance(value, str):
         return [value]
     return [str(answer) for answer in value]
+
+
+def texts_of(value: object) -> list[str]:
+    """What is written in a cell of any usual form: a string, a list, messages, SQuAD's answers; nothing in numbers."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return texts_of(value["content"] if "content" in value else value["text"])
+    if isinstance(value, Sequence):
+        return [text for part in value for text in texts_of(part)]
+    return []
 
 
 def label_names(dataset: Dataset | IterableDataset, column: str) -> list[str]:

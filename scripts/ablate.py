@@ -2,6 +2,7 @@
 
     python scripts/ablate.py --dataset python --study positions
     python scripts/ablate.py --dataset train=a.jsonl.xz,validation=b.jsonl.xz --seeds 0 1 2 --steps 600
+    python scripts/ablate.py --study axes --only dense multi-axis --length 4096 --block-size 64 --relevance-top-k 8
 
 Each run trains a small decoder-only model from scratch; the results file keeps every evaluation with the processor
 time of the training up to it, so that the choices can be compared at equal steps and at equal time. Runs that the
@@ -10,6 +11,7 @@ results file already holds are not repeated.
 
 import argparse
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -59,7 +61,7 @@ def run(overrides: dict, seed: int, args, tokenizer, train, validation) -> list[
         "num_hidden_layers": args.layers,
         "num_attention_heads": args.hidden_size // 32,
         "block_size": args.block_size,
-        "relevance_top_k": 4,
+        "relevance_top_k": args.relevance_top_k,
         "is_encoder_decoder": False,
     }
     model = FlashLiteForCausalLM(FlashLiteConfig(**{**shape, **overrides}))
@@ -67,7 +69,8 @@ def run(overrides: dict, seed: int, args, tokenizer, train, validation) -> list[
         output_dir=f"runs/ablation_{args.study}",
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=16,
+        per_device_eval_batch_size=args.batch_size,
+        bf16=args.bf16,
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=args.steps // 10,
@@ -109,9 +112,13 @@ def loss_at(curve: list[dict], seconds: float) -> float:
 
 
 def summarise(runs: list[dict]) -> list[dict]:
-    """One row per choice: mean and spread at equal steps, and at the time that the quickest choice needed."""
+    """One row per choice: mean and spread at equal steps, and at the time that the quickest choice needed.
+
+    `relative_perplexity` is to the first choice.
+    """
     choices = list(dict.fromkeys(entry["choice"] for entry in runs))
     by_choice = {choice: [entry["curve"] for entry in runs if entry["choice"] == choice] for choice in choices}
+    first = statistics.mean(curve[-1]["loss"] for curve in by_choice[choices[0]])
     quickest = min(statistics.mean(c[-1]["train_seconds"] for c in curves) for curves in by_choice.values())
     rows = []
     for choice, curves in by_choice.items():
@@ -123,7 +130,9 @@ def summarise(runs: list[dict]) -> list[dict]:
                 "seeds": len(curves),
                 "loss_equal_steps": statistics.mean(final),
                 "loss_sd": statistics.stdev(final) if len(final) > 1 else None,
+                "relative_perplexity": math.exp(statistics.mean(final) - first),
                 "loss_equal_time": statistics.mean(loss_at(curve, quickest) for curve in curves),
+                "processor_seconds_per_step": seconds / curves[0][-1]["step"],
                 "relative_time": seconds / quickest,
             }
         )
@@ -157,11 +166,15 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=384, help="tokens per row")
     parser.add_argument("--batch-size", type=int, default=6)
     parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument(
+        "--relevance-top-k", type=int, default=4, help="blocks that multi-axis attention reads in full"
+    )
     parser.add_argument("--hidden-size", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rows", type=int, default=96, help="validation rows")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
     parser.add_argument("--only", nargs="+", help="choices of the study to run; all by default")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -363,6 +363,7 @@ def test_every_task_is_evaluated(name, encoder_decoder, make, tokenizer):
         resamples=20,
     )
     assert found["examples"] == 3 and found["metrics"]
+    assert ("token_perplexity" in found["metrics"]) == (name in ("chat", "text-generation"))
     # the continuations of an encoder-decoder have no interval
     assert set(found["intervals"]) == set(found["metrics"]) - {"loss"} or "loss" in found["metrics"]
     assert len(found["predictions"]) == (0 if name == "text-generation" else 3)

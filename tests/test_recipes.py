@@ -73,6 +73,10 @@ def write_corpus(folder):
             "question": "What is small?",
             "context": f"the number {i} is small",
             "answers": {"text": [f"number {i}"], "answer_start": [4]},
+            "messages": [
+                {"role": "user", "content": f"say {i}"},
+                {"role": "assistant", "content": f"{i}"},
+            ],
         }
         for i in range(24)
     ]
@@ -186,6 +190,40 @@ def test_dropout_of_a_loaded_model_changes_only_when_asked(tmp_path, tiny_config
         shape, data = ArchitectureArgs(dropout_rate=asked), DataArgs(task="translation")
         model = load_model(ModelArgs(model=str(tmp_path)), shape, None, data, None)
         assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {expected}
+
+
+def test_models_of_equal_size_are_compared(ground, tmp_path):
+    _, dataset = ground
+    script = load_script("compare_models")
+    argv = [f"--config={RECIPES['train_captions']}", f"--dataset={dataset}", f"--output_dir={tmp_path / 'runs'}"]
+    argv += [*TINY_RUN, *TINY_SHAPE, "--hidden_size=64", "--num_key_value_heads=4", "--vocab_size=300"]
+    own = ["--peer_width=48", "--peer_heads=4", "--sweep_steps=1", "--test_split=validation", "--repeats=1"]
+    given = [*argv, *own, "--speed_rows=2", f"--output={tmp_path / 'peers.json'}"]
+    script.main(*parse_args(argument_classes(script), given))
+    written = json.loads((tmp_path / "peers.json").read_text())
+    ours, *peers = written["points"]
+    assert [row["method"] for row in peers] == ["BART", "T5"] and ours["steps"] == 2
+    assert all(row["parameters"] == pytest.approx(ours["parameters"], rel=0.01) for row in peers)
+    assert {row["work"].partition(",")[0] for row in written["race"]} == {"training step", "generation"}
+    with pytest.raises(ValueError, match="lower its width"):
+        script.make_peer("BART", (256, 4, 4, 300), ours["parameters"])
+
+
+def test_ablation_trains_each_choice_once(tmp_path, monkeypatch, capsys):
+    script = load_script("ablate")
+    text = "".join(json.dumps({"text": f"number {i} and number {i + 1} " * 40}) + "\n" for i in range(8))
+    (tmp_path / "a.jsonl").write_text(text)
+    argv = ["ablate.py", "--study", "axes", "--only", "dense", "multi-axis", "--steps", "2", "--length", "64"]
+    argv += ["--block-size", "8", "--relevance-top-k", "1", "--hidden-size", "32", "--layers", "1", "--seeds", "0"]
+    argv += ["--dataset", f"train={tmp_path}/a.jsonl,validation={tmp_path}/a.jsonl", "--vocab-size", "300"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*argv, "--rows", "2", "--out", "out.json"])
+    script.main()
+    dense, sparse = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (dense["choice"], dense["relative_perplexity"], sparse["choice"]) == ("dense", 1.0, "multi-axis")
+    # the same weights and rows, and rows long enough that the choice matters
+    assert sparse["loss_equal_steps"] != dense["loss_equal_steps"]
+    assert sparse["relative_perplexity"] == pytest.approx(1, abs=0.01)
 
 
 def test_missing_teacher_or_model_is_one_sentence(ground):

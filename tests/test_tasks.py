@@ -22,6 +22,7 @@ from modeling_flashlite.tasks import (
     prompts_and_references,
     references_of,
     resolve_columns,
+    texts_of,
 )
 from modeling_flashlite.tokenization import train_tokenizer
 
@@ -68,6 +69,12 @@ def prepared(name, tokenizer, **options):
 
 def shown(tokenizer, labels):
     return tokenizer.decode([label for label in labels if label != -100])
+
+
+def test_texts_are_read_out_of_any_cell():
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    assert texts_of(messages) == ["one", "two"] and texts_of("a") == ["a"] and texts_of(3) == []
+    assert texts_of({"text": ["1889"], "answer_start": [23]}) == ["1889"]
 
 
 @pytest.mark.parametrize("name", TASKS)

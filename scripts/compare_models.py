@@ -1,0 +1,201 @@
+"""Flash-Lite against BART and T5 of transformers: equal parameters, depth, tokenizer, data, steps, schedule and beams.
+
+python scripts/compare_models.py --config scripts/recipes/train_captions.yaml --num_train_epochs 4 --warmup_steps 0.1
+python scripts/compare_models.py --config recipe.yaml --dataset train=a.jsonl.xz,validation=b.jsonl.xz,test=c.jsonl.xz
+
+A recipe of `train.py` describes everything but the peers. Each model first trains briefly at every learning rate and
+then fully at its best one. Models that are finished in `output_dir` are kept, so that a second call measures the speed
+anew, on a quiet machine; step and generation are timed in turn.
+"""
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, set_seed
+
+from modeling_flashlite.benchmarking import race, summarize_race
+from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.data import pick_split
+from modeling_flashlite.evaluation import evaluate_task, generate_texts, label_likelihood
+from modeling_flashlite.measurement import count_parameters
+from modeling_flashlite.peers import make_peer
+from modeling_flashlite.results import write_json, write_results
+from modeling_flashlite.runs import (
+    ArchitectureArgs,
+    DataArgs,
+    ModelArgs,
+    TrainArgs,
+    load_model,
+    load_rows,
+    load_splits,
+    load_tokenizer,
+)
+from modeling_flashlite.tasks import get_task, prompts_and_references, resolve_columns
+from modeling_flashlite.training import CarefulTrainer
+
+OURS, PEERS = "Flash-Lite", ("BART", "T5")
+STEP = "training step"
+# what the families call the width inside their feed-forward networks
+FEED_FORWARD = ("intermediate_size", "encoder_ffn_dim", "d_ff")
+
+
+@dataclass
+class CompareArgs:
+    peer_width: int = field(default=144, metadata={"help": "of the peers; their feed-forward networks fill up"})
+    peer_heads: int = field(default=4, metadata={"help": "attention heads of the peers"})
+    learning_rates: str = field(default="1e-3,2e-3", metadata={"help": "peaks to choose from, for each model"})
+    sweep_steps: int = field(default=300, metadata={"help": "steps of a training that tries a learning rate"})
+    test_split: str = field(default="test", metadata={"help": "split for the final scores"})
+    label: str | None = field(default=None, metadata={"help": "name of the data set in tables; as given if unset"})
+    speed_rows: int = field(default=32, metadata={"help": "test rows generated when timed"})
+    repeats: int = field(default=5, metadata={"help": "rounds of the timing"})
+    output: str = field(default="model_cards/results/peers.json", metadata={"help": "results file"})
+
+
+class Arena:
+    """What all contenders share: data, tokenizer, settings; and how one of them is made, trained and judged."""
+
+    def __init__(self, compare: CompareArgs, model_args, shape, data, args):
+        self.compare, self.model_args, self.shape, self.data, self.args = compare, model_args, shape, data, args
+        self.splits, self.task = load_splits(data), get_task(data.task)
+        self.tokenizer = load_tokenizer(model_args, data, args.output_dir, self.splits)
+        self.train_rows, self.validation_rows = load_rows(data, args, self.tokenizer, self.splits, True)
+        self.test_rows = pick_split(self.splits, compare.test_split)
+
+    def make(self, name: str):
+        """A new model; the peers are as large as ours, and as deep."""
+        set_seed(self.args.seed)
+        ours = load_model(self.model_args, self.shape, self.tokenizer, self.data, self.splits)
+        if name == OURS:
+            return ours
+        width, heads = self.compare.peer_width, self.compare.peer_heads
+        shape = (width, self.shape.num_hidden_layers, heads, len(self.tokenizer))
+        return make_peer(name, shape, count_parameters(ours), self.shape.dropout_rate or 0.0)
+
+    def trainer(self, name: str, model, learning_rate: float, steps: int | None = None) -> CarefulTrainer:
+        """The same trainer for all; a peer's collator makes its decoder inputs, which label smoothing asks for."""
+        settings = copy.copy(self.args)
+        settings.learning_rate, settings.max_steps = learning_rate, steps or settings.max_steps
+        settings.output_dir = str(Path(self.args.output_dir) / name)
+        settings.eval_strategy = settings.save_strategy = "no"
+        collator = DataCollatorForSeq2Seq(self.tokenizer, model=model)
+        return CarefulTrainer(model, settings, train_dataset=self.train_rows, data_collator=collator)
+
+    def validation_loss(self, model) -> float:
+        """Nats per token without smoothing, the same measure for all."""
+        collator = DataCollatorForSeq2Seq(self.tokenizer, model=model)
+        batches = DataLoader(self.validation_rows, self.args.per_device_eval_batch_size, collate_fn=collator)
+        return label_likelihood(model, batches)["loss"]
+
+    def train(self, name: str) -> dict:
+        """Choose the learning rate, train, keep the model, judge it on the test split; one row of the table."""
+        rates = [float(rate) for rate in self.compare.learning_rates.split(",")]
+        tried = {}
+        for rate in rates if len(rates) > 1 else []:
+            model = self.make(name)
+            self.trainer(name, model, rate, self.compare.sweep_steps).train()
+            tried[rate] = self.validation_loss(model)
+        rate = min(tried, key=tried.get) if tried else rates[0]
+        model = self.make(name)
+        trainer = self.trainer(name, model, rate)
+        trainer.train()
+        model.save_pretrained(trainer.args.output_dir)
+        scores = evaluate_task(
+            self.task,
+            model,
+            self.tokenizer,
+            self.test_rows,
+            columns=self.data.columns,
+            batch_size=self.args.per_device_eval_batch_size,
+            max_source_length=self.data.max_source_length,
+        )
+        return {
+            "method": name,
+            "parameters": count_parameters(model),
+            "feed_forward": next(getattr(model.config, key) for key in FEED_FORWARD if hasattr(model.config, key)),
+            "learning_rate": rate,
+            "validation_loss_by_learning_rate": {f"{tested:g}": loss for tested, loss in tried.items()},
+            "steps": trainer.state.global_step,
+            "validation_loss": self.validation_loss(model),
+            **scores["metrics"],
+            "intervals": scores["intervals"],
+            "details": scores["details"],
+        }
+
+    def race(self, rows: list[dict]) -> list[dict]:
+        """Training steps and generation of all models in turn."""
+        columns = resolve_columns(self.task, self.test_rows, self.data.columns)
+        prompts = [
+            prompts_and_references(self.task, row, columns, self.tokenizer, True)[0][0]
+            for row in self.test_rows.select(range(min(self.compare.speed_rows, len(self.test_rows))))
+        ]
+        steps, beams, single = {}, {}, {}
+        for row in rows:
+            name = row["method"]
+            model = AutoModelForSeq2SeqLM.from_pretrained(Path(self.args.output_dir) / name)
+            trainer = self.trainer(name, model, row["learning_rate"])
+            picked = self.train_rows.select(range(min(self.args.per_device_train_batch_size, len(self.train_rows))))
+            batch = trainer.data_collator([{key: line[key] for key in ("input_ids", "labels")} for line in picked])
+            steps[name] = lambda trainer=trainer, model=model, batch=batch: self.step(trainer, model, batch)
+            many = {"batch_size": len(prompts), **self.task.generation}
+            beams[name] = lambda model=model, many=many: generate_texts(model, self.tokenizer, prompts, **many)
+            one = {"batch_size": 1, "max_new_tokens": 64}
+            single[name] = lambda model=model, one=one: generate_texts(model, self.tokenizer, prompts[:4], **one)
+        options = {"repeats": self.compare.repeats, "seconds": 20.0}
+        found = []
+        for work, contenders, count, unit in (
+            (STEP, steps, len(picked), "rows/s"),
+            (f"generation, {self.task.generation.get('num_beams', 1)} beams", beams, len(prompts), "rows/s"),
+            ("generation, greedy, one at a time", single, len(prompts[:4]), "rows/s"),
+        ):
+            for result in summarize_race(race(contenders, name=work, **options), PEERS, work=work):
+                found.append({**result, unit: round(1e3 * count / result["ms"], 2)})
+        return found
+
+    def step(self, trainer, model, batch) -> None:
+        """Forward and backward as the trainer does them."""
+        model.train()
+        with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=self.args.bf16):
+            loss = trainer.compute_loss(model, dict(batch))
+        loss.backward()
+        model.zero_grad()
+
+
+def main(compare: CompareArgs, model: ModelArgs, shape: ArchitectureArgs, data: DataArgs, args: TrainArgs) -> dict:
+    arena = Arena(compare, model, shape, data, args)
+    rows = []
+    for name in (OURS, *PEERS):
+        path = Path(args.output_dir) / name / "row.json"
+        if not path.is_file():
+            write_json(path, arena.train(name))
+        rows.append(json.loads(path.read_text(encoding="utf-8")))
+    speed = arena.race(rows)
+    step_ms = {row["name"]: row["ms"] for row in speed if row["work"] == STEP}
+    for row in rows:  # one after another, the trainings had more or less of the machine: steps timed in turn compare
+        row["train_seconds"] = round(row["steps"] * step_ms[row["method"]] / 1e3, 1)
+    headline = next(key for key in rows[0] if key in arena.task.metrics or key == "rouge1")
+    settings = {**vars(compare), **vars(model), **vars(shape), **vars(data)}
+    recipe = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "warmup_steps", "lr_scheduler_type")
+    recipe += ("adam_beta2", "weight_decay", "label_smoothing_factor", "max_grad_norm", "bf16")
+    metrics = {f"{row['method']} {headline}": row[headline] for row in rows}
+    write_results(
+        compare.output,
+        metrics,
+        task=data.task,
+        dataset=compare.label or data.dataset,
+        split=compare.test_split,
+        config={**settings, **{key: getattr(args, key) for key in recipe}},
+        seed=args.seed,
+        protocol={"generation": dict(arena.task.generation)},
+        points=rows,
+        race=speed,
+    )
+    return finish({"output": compare.output, **metrics})
+
+
+if __name__ == "__main__":
+    main(*parse_args((CompareArgs, ModelArgs, ArchitectureArgs, DataArgs, TrainArgs), description=__doc__))
