@@ -11,9 +11,58 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # what each checkpoint is judged by: key of its metrics, and its name in the table
-HEADLINES = {"translation": ("bleu", "BLEU"), "text-generation": ("word_perplexity", "word perplexity")}
-# folders of results files in the order of the table
-CHECKPOINTS = ("en_de", "multi30k", "lm")
+HEADLINES = {
+    "translation": ("bleu", "BLEU"),
+    "text-generation": ("word_perplexity", "word perplexity"),
+    "classification": ("accuracy", "accuracy"),
+    "extractive-qa": ("f1", "F1"),
+    "summarization": ("rougeL", "ROUGE-L"),
+    "chat": ("bleu", "BLEU"),
+}
+# folders of results files in the order of the table, and of those that a sentence below it names
+CHECKPOINTS, OTHERS = ("en_de", "multi30k", "lm"), ("trec", "sst2", "squad", "dialogsum", "sgd")
+OURS, INT4, PAIRS = "multi-axis", "Flash-Lite int4", "30 tokens, sequence to sequence"
+# lines of the table of speed: words, peer, and for each number a file, what its row is and which column counts
+SPEEDS = (
+    (
+        "attention of a token after 4k / 16k / 64k",
+        "SDPA",
+        [("decode", {"name": OURS, "peer": "SDPA causal", "length": n}, "times_faster") for n in (4096, 16384, 65536)],
+    ),
+    (
+        "attention forward, 4k / 16k / 64k tokens",
+        "causal SDPA",
+        [("prefill", {"name": OURS, "length": n}, "times_faster") for n in (4096, 16384, 65536)],
+    ),
+    (
+        "attention forward and backward, 4k / 16k",
+        "causal SDPA",
+        [("attention", {"name": OURS, "length": n}, "times_faster") for n in (4096, 16384)],
+    ),
+    (
+        "30 tokens by 60 M parameters, 4 bits, batch 1 / 32",
+        "BART float32",
+        [("generate", {"name": INT4, "work": PAIRS, "batch": n}, "times_faster") for n in (1, 32)],
+    ),
+    (
+        "the same",
+        "CTranslate2 int8",
+        [("generate", {"name": INT4, "work": PAIRS, "batch": n}, "than_CTranslate2_int8") for n in (1, 32)],
+    ),
+    (
+        "30 tokens by 75 M parameters, 4 bits",
+        "itself in bfloat16 / float32",
+        [("quant", {"name": "int4", "work": "30 tokens"}, column) for column in ("times_faster", "than_float32")],
+    ),
+    (
+        "loading the file and one token",
+        "itself in bfloat16",
+        [("load", {"name": "coded", "work": "load, 1 token"}, "times_faster")],
+    ),
+)
+
+
+FILES = tuple(dict.fromkeys(name for _, _, numbers in SPEEDS for name, _, _ in numbers))
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -47,18 +96,26 @@ def render_demo(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def render_checkpoints(folder: Path) -> str:
-    """The models that were trained, stage by stage, from `en_de/1_teacher.json`, `lm/1_trained.json` and the like."""
-    rows = []
-    for path in (path for stages in CHECKPOINTS for path in sorted((folder / stages).glob("[0-9]_*.json"))):
+def scores(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, dict, str]]:
+    """Each results file of the folders `names`, its content, and its headline with the interval."""
+    found = []
+    for path in (path for name in names for path in sorted((folder / name).glob("[0-9]_*.json"))):
         result = json.loads(path.read_text(encoding="utf-8"))
         metric, name = HEADLINES[result["task"]]
         low, high = result["intervals"][metric]
+        found.append((path, result, f"{name} {result['metrics'][metric]:.2f} ({low:.2f} to {high:.2f})"))
+    return found
+
+
+def render_checkpoints(folder: Path) -> str:
+    """The models that were trained, stage by stage, from `en_de/1_teacher.json`, `lm/1_trained.json` and the like."""
+    rows = []
+    for path, result, score in scores(folder, CHECKPOINTS):
         rows.append(
             [
                 f"{result['dataset']}, {path.stem.partition('_')[2].replace('_', ' ')}",
                 *sizes(*(result["size"][key] for key in ("parameters", "bits_per_weight", "weight_bytes"))),
-                f"{name} {result['metrics'][metric]:.2f} ({low:.2f} to {high:.2f})",
+                score,
             ]
         )
     lines = table(["data, stage", "parameters", "bits per weight", "weights on disk", "test score"], rows)
@@ -67,6 +124,25 @@ def render_checkpoints(folder: Path) -> str:
         "With 95% intervals by bootstrap; one training seed, on two CPU cores; `model_cards/results/`, which "
         "`scripts/evaluate.py` made.",
     ]
+    others = [f"{result['dataset']} {score}" for _, result, score in scores(folder, OTHERS)]
+    if others:
+        lines.append(f"Small models trained from nothing in minutes, on one core: {'; '.join(others)}.")
+    return "\n".join(lines)
+
+
+def render_speed(folder: Path) -> str:
+    """How many times as quick as its peers Flash-Lite was, lost races included."""
+    results = {name: json.loads((folder / f"bench-{name}.json").read_text(encoding="utf-8")) for name in FILES}
+    rows = []
+    for words, peer, numbers in SPEEDS:
+        cells = []
+        for name, wanted, column in numbers:
+            (row,) = [row for row in results[name]["rows"] if wanted.items() <= row.items() and column in row]
+            cells.append(f"{row[column]:.2g}" if row[column] < 10 else f"{row[column]:.0f}")
+        rows.append([words, peer, " / ".join(cells)])
+    lines = table(["work", "against", "times as quick"], rows)
+    threads = sorted({results[name]["hardware"] for name in FILES})
+    lines += ["", f"{'; '.join(threads)}; `model_cards/results/bench-*.json`, by `scripts/bench.py`."]
     return "\n".join(lines)
 
 
@@ -104,6 +180,7 @@ def render_scale(folder: Path) -> str:
 SECTIONS = {
     "demo results": render_demo,
     "results": render_checkpoints,
+    "speed": render_speed,
     "scale": render_scale,
 }
 
