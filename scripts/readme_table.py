@@ -41,7 +41,7 @@ SPEEDS = (
     ),
     (
         "30 tokens by 60 M parameters, 4 bits, batch 1 / 32",
-        "BART float32",
+        "BART, T5Gemma, float32",
         [("generate", {"name": INT4, "work": PAIRS, "batch": n}, "times_faster") for n in (1, 32)],
     ),
     (

@@ -28,6 +28,8 @@ from .attention_tiles_flashlite import TileAttention, TileSizes, box_features, t
 _FEW_QUERIES = 16
 # Up to this many weights of all heads together are written out where keys and values differ in width.
 _FEW_WEIGHTS = 1 << 23
+# Up to this many key-value heads of all rows decode by a working set, whose chosen blocks come on one thread.
+_FEW_HEADS = 16
 
 Cross = tuple[Tensor, Tensor, Tensor | None]
 
@@ -60,17 +62,23 @@ class AxisSpec:
                 raise ValueError(f"{name}={value} is below 0; use 0 or more, or None for no limit.")
 
 
-class BlockSummaries(NamedTuple):
+class _Summaries(NamedTuple):
+    keys: Tensor
+    values: Tensor
+    boxes: Tensor
+
+
+class BlockSummaries(_Summaries):
     """Summaries of the first `n` blocks of a key buffer, `r = b / c` sub-blocks each.
 
     `keys` [B, Hkv, n, dk] and `values` [B, Hkv, n, dv] are block means, `boxes` [B, Hkv, 2 dk, n*r] the upper and
     below them the lower bounds of the keys of each sub-block: one product with `box_features` gives all scores, and
     reads its rows in order.
+
+    Decoding keeps its `working_set` here: who passes the same object for the tokens of a block has it made once.
     """
 
-    keys: Tensor
-    values: Tensor
-    boxes: Tensor
+    working_set: "WorkingSet | None" = None
 
 
 def summarize_blocks(k: Tensor, v: Tensor, spec: AxisSpec) -> BlockSummaries:
@@ -226,6 +234,9 @@ def multi_axis_attention(
     Returns:
         out [B, H, T, dv].
     """
+    keeps = summaries is not None and q.shape[2] == 1 and not (_needs_grad(q, k, v) or torch.compiler.is_compiling())
+    if keeps and (kept := summaries.working_set) is not None and kept.fits(q, k, v, spec, start, cross):
+        return kept.attend(q, k, v, start, scaling, cross)
     _check(q, k, v, start, cross)
     b, length = spec.block_size, q.shape[2]
     starts = start.tolist() if isinstance(start, Tensor) else [start]
@@ -238,15 +249,20 @@ def multi_axis_attention(
         return _dense_attention(q, k, v, start, scaling, cross)
     if top >= memory - 1 or top == math.inf:
         return _window_attention(q, k, v, b, memory, start, scaling, cross)
-    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+    if keeps and low == high and k.shape[:2].numel() <= _FEW_HEADS:
+        summaries.working_set = WorkingSet(q, k, v, spec, low // b, cross, summaries)
+        return summaries.working_set.attend(q, k, v, low, scaling, cross)
+    if _needs_grad(k, v):
         summaries = None
-    elif length == 1 and low == high and summaries is not None and not (torch.is_grad_enabled() and q.requires_grad):
-        return _decode_attention(q, k, v, spec, start, scaling, cross, summaries)
     if length <= _FEW_QUERIES:
         return _step_attention(q, k, v, spec, start, scaling, cross, summaries)
     # not a decorator: importing the compiler takes a second, which eager calls need not wait for
     tiles = torch.compiler.disable(_tile_attention) if torch.compiler.is_compiling() else _tile_attention
     return tiles(q, k, v, spec, start, scaling, cross, summaries)
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _rows(q: Tensor, hkv: int) -> Tensor:
@@ -357,43 +373,117 @@ def _step_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
     return out.transpose(2, 3).flatten(1, 2).to(v.dtype)
 
 
-def _decode_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
-    """One query per row, all in the slot `start`: `_step_attention` with as few operations as there can be.
+class WorkingSet:
+    """The keys and values that the queries of one block can attend to, side by side: a step is then two products.
 
-    A token costs about as many microseconds as operations, so the heads are one batch and nothing is built twice.
+    Per row and key-value head, in the type of the computation: the grid slots of all candidates, the encoder's keys,
+    room for the `K` chosen blocks, the previous block, the own block. A token costs about as many microseconds as
+    operations, so all that only changes when a block closes is made here, once for its `b` tokens. What closed blocks
+    hold must not change meanwhile; the own block may.
+
+    Args:
+        q, k, v, spec, cross, summaries: as in `multi_axis_attention`, for any query of the block.
+        block: the block of the queries; it has more than `relevance_top_k` candidates.
     """
-    b, top, (batch, heads, _, _), hkv = spec.block_size, spec.relevance_top_k, q.shape, k.shape[1]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    first = 0 if spec.memory_blocks is None else max(start // b - spec.memory_blocks, 0)
-    origin, r = (start // b - 1) * b, b // spec.sub_block_size
-    count = start // b - 1 - first
 
-    def part(x: Tensor, begin: int, size: int, dim: int = 1) -> Tensor:
-        x = x.flatten(0, 1).narrow(dim, begin, size)
-        return x if x.dtype == wide else x.to(wide)
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, spec: AxisSpec, block: int, cross, summaries: BlockSummaries):
+        b, top = spec.block_size, spec.relevance_top_k or 0
+        self.spec, self.top, self.begin, self.end = spec, top, block * b, (block + 1) * b
+        self.dtype, self.is_inference = q.dtype, torch.is_inference_mode_enabled()
+        # held, so that no other tensor can come to lie at these addresses
+        self.sources = k, v, *(cross[:2] if cross is not None else ())
+        self.places = [x.data_ptr() for x in self.sources]
+        first = 0 if spec.memory_blocks is None else max(block - spec.memory_blocks, 0)
+        self.count, self.extra = block - 1 - first, 0 if cross is None else cross[0].shape[2]
+        room = self.count + self.extra
+        self.size = room + (top + 1) * b
 
-    rows = q.reshape(batch * hkv, heads // hkv, -1).to(wide)
-    bias = rows.new_full((batch * hkv, 1, count), math.log(b))
-    keys, values = [part(k, origin, start + 1 - origin)], [part(v, origin, start + 1 - origin)]
-    if top:
-        features = box_features(rows.sum(1, keepdim=True))  # the mean times G: the same order
-        bounds = torch.bmm(features, part(summaries.boxes, first * r, count * r, dim=2))
-        chosen = top_blocks(bounds.view(-1, count, r).amax(2), top)
-        bias.scatter_(2, chosen[:, None], -math.inf)
-        picked = _take_blocks(k, v, (chosen + first if first else chosen).view(batch, hkv, top), b)
-        keys.append(part(picked[0], 0, top * b))
-        values.append(part(picked[1], 0, top * b))
+        wide, heads = torch.promote_types(q.dtype, torch.float32), k.shape[0] * k.shape[1]
+        buffers, moves = [], []
+        for x, means, other in zip((k, v), summaries, cross[:2] if cross is not None else (None, None)):
+            whole = x.new_zeros(*x.shape[:2], self.size + b, x.shape[3], dtype=wide)
+            whole[:, :, : self.count] = means[:, :, first : first + self.count]
+            if other is not None:
+                whole[:, :, self.count : room] = other
+            whole[:, :, self.size - b : self.size] = x[:, :, self.begin - b : self.begin]
+            buffers.append(whole)
+            blocks = x[:, :, first * b : self.begin - b].unflatten(2, (self.count, b)).flatten(0, 1)
+            chosen = whole[:, :, room : room + top * b].unflatten(2, (top, b)).flatten(0, 1)
+            moves.append(list(zip(blocks, chosen)))
+        self.is_wide = k.dtype == v.dtype == wide
+        self.moves = list(zip(*moves))
+        self.own_keys, self.own_values = (x[:, :, self.size :] for x in buffers)
+        self.keys, self.values = buffers[0].flatten(0, 1).mT, buffers[1].flatten(0, 1)
+        self.bias = self.values.new_zeros(heads, 1, self.size + b)
+        self.bias[..., : self.count] = math.log(b)
+        if top:
+            self._take_boxes(summaries.boxes, first, wide)
 
-    rows = rows * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    if cross is not None:
-        keys.append(part(cross[0], 0, cross[0].shape[2]))
-        values.append(part(cross[1], 0, cross[0].shape[2]))
-    logits = [torch.bmm(rows, x.mT) for x in keys]
-    if cross is not None and cross[2] is not None:
-        logits[-1].view(batch, -1, cross[0].shape[2]).masked_fill_(~cross[2].bool()[:, None], -math.inf)
-    logits.append(torch.baddbmm(bias, rows, part(summaries.keys, first, count).mT))
-    values.append(part(summaries.values, first, count))
-    return _joint(logits, values).view(batch, heads, 1, -1).to(v.dtype)
+    def _take_boxes(self, boxes: Tensor, first: int, wide: torch.dtype) -> None:
+        """The bounds as one table [B Hkv 2 dk, n r] without a copy where its rows lie at even distances."""
+        batch, hkv, rows, columns = boxes.shape
+        pitch, r = boxes.stride(2), self.spec.block_size // self.spec.sub_block_size
+        begin, lines = boxes.storage_offset(), batch * hkv * rows
+        room = boxes.untyped_storage().nbytes() // boxes.element_size() - begin
+        even = boxes.stride() == (hkv * rows * pitch, rows * pitch, pitch, 1) and lines * pitch <= room
+        if boxes.dtype != wide or not even:
+            boxes = boxes[..., first * r : (first + self.count) * r].to(wide).contiguous()
+            pitch, first, begin = boxes.shape[3], 0, 0
+        self.boxes = boxes.as_strided((lines, pitch), (pitch, 1), begin)
+        self.columns = first * r, self.count * r
+        width = rows // 2
+        line = torch.arange(lines, device=boxes.device).view(-1, 2, width)
+        self.upper, self.lower = (line[:, i].contiguous() for i in (0, 1))
+        self.bags = torch.arange(0, batch * hkv * width, width, device=boxes.device)
+
+    def fits(self, q: Tensor, k: Tensor, v: Tensor, spec: AxisSpec, start: int, cross) -> bool:
+        """Whether these arguments are those of a later query of the same block."""
+        sources = (k, v) if cross is None else (k, v, cross[0], cross[1])
+        return (
+            isinstance(start, int)
+            and self.begin <= start < self.end
+            and [x.data_ptr() for x in sources] == self.places
+            and q.dtype is self.dtype
+            and (spec is self.spec or spec == self.spec)
+            and torch.is_inference_mode_enabled() == self.is_inference
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, scaling: float | None, cross) -> Tensor:
+        """The output [B, H, 1, dv] of the queries [B, H, 1, dk] in slot `start`."""
+        begin, used, size = self.begin, start + 1 - self.begin, self.size + start + 1 - self.begin
+        self.own_keys.narrow(2, 0, used).copy_(k.narrow(2, begin, used))
+        self.own_values.narrow(2, 0, used).copy_(v.narrow(2, begin, used))
+        width = q.shape[3]
+        rows = q.reshape(len(self.values), -1, width).to(self.values.dtype)
+        bias = self.bias.narrow(2, 0, size)
+        if self.top:
+            chosen = self._choose(rows)
+            for index, moves in zip(chosen.unbind(0), self.moves):
+                for source, target in moves:
+                    if self.is_wide:
+                        torch.index_select(source, 0, index, out=target)
+                    else:
+                        target.copy_(source.index_select(0, index))
+            bias = bias.scatter(2, chosen.unsqueeze(1), -math.inf)
+        if cross is not None and cross[2] is not None:
+            dark = ~cross[2].bool().repeat_interleave(k.shape[1], dim=0)[:, None]
+            hidden = F.pad(dark, (self.count, size - self.count - self.extra))
+            bias = bias.masked_fill(hidden, -math.inf)
+        scaling = width**-0.5 if scaling is None else scaling
+        logits = torch.baddbmm(bias, rows, self.keys.narrow(2, 0, size), alpha=scaling)
+        out = torch.bmm(logits.softmax(2), self.values.narrow(1, 0, size))
+        return out.view(*q.shape[:3], -1).to(v.dtype)
+
+    def _choose(self, rows: Tensor) -> Tensor:
+        """The chosen candidates [B Hkv, K] of the queries [B Hkv, G, dk].
+
+        Only one bound of each dimension counts, by the sign of the query: a sum over such rows reads half the table.
+        """
+        total = rows.sum(1)  # the mean times G: the same order
+        lines = torch.where(total.signbit(), self.lower, self.upper)
+        bounds = torch.embedding_bag(self.boxes, lines.view(-1), self.bags, False, 0, False, total.view(-1))[0]
+        bounds = bounds.narrow(1, *self.columns).view(len(rows), self.count, -1)
+        return top_blocks(bounds.amax(2), self.top)
 
 
 def _dense_attention(q, k, v, start, scaling, cross) -> Tensor:

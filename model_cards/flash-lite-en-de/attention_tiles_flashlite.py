@@ -77,7 +77,7 @@ def top_blocks(scores: Tensor, k: int) -> Tensor:
     else:
         edge = values[..., k - 1 :]
         tied = bool(((edge[..., 0] == edge[..., 1]) & (edge[..., 1] > -math.inf)).any())
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k] if tied else index[..., :k]
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k] if tied else index.narrow(-1, 0, k)
 
 
 class TileSizes(NamedTuple):

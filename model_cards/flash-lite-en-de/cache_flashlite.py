@@ -123,6 +123,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         self._keys: Any = None
         self._values: Any = None
         self._summaries: Any = None
+        self._closed: Any = None, 0, None
         self.mask: Any = None
         self.fill: Any = 0
         self.start: Any = 0
@@ -177,10 +178,15 @@ class FlashLiteCacheLayer(DynamicLayer):
 
     @property
     def summaries(self) -> BlockSummaries | None:
-        """Summaries of the blocks that lie entirely in the slots in use."""
-        if self._summaries is None:
-            return None
-        return _slice_summaries(self._summaries, self.spec, 0, self.summarized)
+        """Summaries of the blocks that lie entirely in the slots in use.
+
+        The same object until these blocks change, since decoding keeps there what it makes once per block.
+        """
+        whole, count, closed = self._closed
+        if whole is not self._summaries or count != self.summarized:
+            closed = _slice_summaries(self._summaries, self.spec, 0, self.summarized)
+            self._closed = self._summaries, self.summarized, closed
+        return closed
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included."""
@@ -257,6 +263,7 @@ class FlashLiteCacheLayer(DynamicLayer):
     def _summarize(self, first: int, last: int) -> None:
         """Refresh the summaries of the blocks `first` to `last`; blocks close in all rows at once or row by row."""
         if last > first:
+            self._closed = None, 0, None
             block = self.spec.block_size
             fresh = summarize_blocks(
                 self._keys[:, :, first * block : last * block],
@@ -362,6 +369,8 @@ class FlashLiteCacheLayer(DynamicLayer):
                 f"`crop` cannot take back {count} tokens: the window of {window} blocks has moved past them; "
                 f"remove at most {_SPARE_BLOCKS * self.spec.block_size} tokens at a time, or raise `memory_blocks`."
             )
+        # what was made for a closed block must not outlive it: other tokens may close it again
+        self._closed = None, 0, None
         self.fill, self.columns = fill, self.columns - count
         self.mask = None if self.mask is None else self.mask[:, :-count]
         self.summarized = min(self.summarized, self._used // self.spec.block_size)
@@ -406,6 +415,7 @@ class FlashLiteCacheLayer(DynamicLayer):
 
     def _move(self, device) -> None:
         if self.is_initialized and self._keys.device != torch.device(device):
+            self._closed = None, 0, None
             self._keys = self._keys.to(device, non_blocking=True)
             self._values = self._values.to(device, non_blocking=True)
             self._summaries = BlockSummaries(*(part.to(device, non_blocking=True) for part in self._summaries))

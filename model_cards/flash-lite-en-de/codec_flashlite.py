@@ -51,11 +51,13 @@ memory are bounded by the count, so it cannot hang. Every failure is a `CodecErr
 
 from __future__ import annotations
 
+import collections
+import itertools
 import os
 import struct
 import zlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -65,8 +67,10 @@ from .rans_flashlite import Lanes, Rans, rans_batches, rans_decode, rans_encode
 RAW, DEFLATE, RANS = 0, 1, 2
 _MAGIC, _VERSION = 0xEC, 1
 _LOG2_CHUNK, _LOG2_CHUNKS = 21, range(12, 23)  # what the encoder writes, what a decoder accepts
-_BIG_CHUNK = 1 << 17  # packed bytes
+_BIG_CHUNK = 1 << 15  # packed bytes
 _RANS_MARGINS = (0.004, 0.0125)  # inflate is faster, so rANS has to save this share of a small and of a big chunk
+_AHEAD = 1 << 20  # bytes of streams that are decoded or wait for it, per worker
+_RANS_AHEAD = 1 << 22  # bytes that rANS chunks will have before they are decoded together
 
 
 def pack_codes(codes: np.ndarray) -> np.ndarray:
@@ -180,9 +184,9 @@ def _bytes(stream) -> memoryview:
 
 
 class _Stream:
-    """A code stream with its directory read and every length checked against `count`; nothing decoded yet."""
+    """A code stream with its directory read and every length checked against `count`, decoded chunk by chunk."""
 
-    def __init__(self, stream, count: int):
+    def __init__(self, stream, count: int, output: np.ndarray | None = None):
         view = _bytes(stream)
         if count < 0 or len(view) < 8:
             raise CodecError(f"A code stream has at least 8 bytes, got {len(view)}; fetch the file again.")
@@ -212,70 +216,95 @@ class _Stream:
             at += length
         if at != len(view):
             raise CodecError(f"The stream has {len(view) - at} bytes too many; fetch the file again.")
+        self.size, self.crcs = len(view), [0] * chunks
+        self.packed = np.empty(size, dtype=np.uint8) if output is None else output
 
-    def verify(self, packed: np.ndarray, crcs: Sequence[int]) -> None:
-        if _checksum(self.head, self.count, self.directory, crcs) != self.check:
+    def lanes(self, i: int) -> Lanes:
+        _, payload, _, held = self.parts[i]
+        return Lanes(payload, held)
+
+    def put(self, i: int, data: np.ndarray | None = None) -> None:
+        """Put chunk i, or `data` where it was decoded elsewhere, into its place."""
+        codec, payload, first, held = self.parts[i]
+        out = self.packed[first : first + held]
+        if codec == DEFLATE:
+            inflate(payload, out)
+        else:
+            out[:] = np.frombuffer(payload, np.uint8) if data is None else data
+        self.crcs[i] = zlib.crc32(out)
+
+    def verified(self) -> np.ndarray:
+        """The packed codes, once all chunks are there."""
+        if _checksum(self.head, self.count, self.directory, self.crcs) != self.check:
             raise CodecError("The checksum of the decoded codes is wrong; fetch the file again.")
-        if self.count % 2 and packed[-1] >> 4 != 8:
+        if self.count % 2 and self.packed[-1] >> 4 != 8:
             raise CodecError("The padding nibble is not code 0; fetch the file again.")
+        return self.packed
 
 
-def decode_many(
-    streams: Sequence[tuple[object, int]],
-    threads: int | None = None,
-    outputs: Sequence[np.ndarray | None] | None = None,
-) -> list[np.ndarray]:
-    """Decode several code streams at once; far faster than one by one when many of them are small.
+def decode_groups(
+    groups: Iterable[Sequence[tuple[object, int, np.ndarray | None]]], threads: int | None = None
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Decode groups of code streams, several at a time, and hand each over as soon as it is done.
+
+    A group is taken from `groups` shortly before its turn, so a generator may open what it reads late and find it
+    unneeded early. Groups with rANS chunks wait for one another, since many lanes take no longer than few.
 
     Args:
-        streams (sequence of `(stream, count)`): uint8 array, bytes or memoryview, and the number of codes it holds.
-        threads (`int`, *optional*): workers for the deflate chunks; as many as there are processors by default.
-        outputs (sequence of `np.ndarray`, *optional*): memory to decode to, uint8 `[ceil(count / 2)]`; where it is
-            `None`, it is made here.
+        groups (iterable of sequences of `(stream, count, output)`): uint8 array, bytes or memoryview; the number of
+            codes it holds; memory to decode to, uint8 `[ceil(count / 2)]`, made here where it is `None`.
+        threads (`int`, *optional*): workers; as many as there are processors by default.
 
-    Returns:
-        list of `np.ndarray` uint8 `[ceil(count / 2)]`.
+    Yields:
+        `(position of the group, list of np.ndarray uint8 [ceil(count / 2)])`, not in order.
 
     Raises:
         CodecError: on anything but exactly what an encoder wrote for that count.
     """
-    parsed = [_Stream(stream, count) for stream, count in streams]
-    outputs = [None] * len(parsed) if outputs is None else outputs
-    outputs = [
-        np.empty((stream.count + 1) // 2, dtype=np.uint8) if output is None else output
-        for stream, output in zip(parsed, outputs, strict=True)
-    ]
-    crcs = [[0] * len(stream.parts) for stream in parsed]
+    workers = threads or os.cpu_count() or 1
+    running = collections.deque[tuple[int, list[_Stream], list[Future]]]()
+    waiting: list[tuple[int, list[_Stream], list[Future]]] = []
+    lanes: list[tuple[Lanes, _Stream, int]] = []
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for position, group in enumerate(groups):
+            streams = [_Stream(*item) for item in group]
+            chunks = [(stream, i) for stream in streams for i in range(len(stream.parts))]
+            plain = [chunk for chunk in chunks if chunk[0].parts[chunk[1]][0] != RANS]
+            tasks = [pool.submit(stream.put, i) for stream, i in plain]
+            own = [(stream.lanes(i), stream, i) for stream, i in chunks if stream.parts[i][0] == RANS]
+            (waiting if own else running).append((position, streams, tasks))
+            del group
+            lanes += own
+            if sum(job.size for job, *_ in lanes) > _RANS_AHEAD:
+                batches, lanes = [pool.submit(_decode_rans, batch) for batch in rans_batches(lanes)], []
+                yield from (_finished(*held, batches) for held in waiting)
+                waiting = []
+            while sum(stream.size for _, held, _ in running for stream in held) > workers * _AHEAD:
+                yield _finished(*running.popleft())
+        batches = [pool.submit(_decode_rans, batch) for batch in rans_batches(lanes)]
+        while running:
+            yield _finished(*running.popleft())
+        yield from (_finished(*held, batches) for held in waiting)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    def place(i: int, j: int) -> np.ndarray:
-        _, _, first, held = parsed[i].parts[j]
-        return outputs[i][first : first + held]
 
-    def plain(key: tuple[int, int]) -> None:
-        (codec, payload, *_), out = parsed[key[0]].parts[key[1]], place(*key)
-        if codec == RAW:
-            out[:] = np.frombuffer(payload, np.uint8)
-        else:
-            inflate(payload, out)
-        crcs[key[0]][key[1]] = zlib.crc32(out)
+def _decode_rans(batch: list[tuple[Lanes, _Stream, int]]) -> None:
+    for (_, stream, i), data in zip(batch, rans_decode([job[0] for job in batch])):
+        stream.put(i, data)
 
-    keys = [(i, j) for i, stream in enumerate(parsed) for j in range(len(stream.parts))]
-    rans = [(i, j) for i, j in keys if parsed[i].parts[j][0] == RANS]
-    others = [(i, j) for i, j in keys if parsed[i].parts[j][0] != RANS]
-    workers = min(threads or os.cpu_count() or 1, len(others))
-    if workers > 1:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(plain, others))
-    else:
-        for key in others:
-            plain(key)
-    for batch in rans_batches([(Lanes(parsed[i].parts[j][1], parsed[i].parts[j][3]), i, j) for i, j in rans]):
-        for (_, i, j), data in zip(batch, rans_decode([job[0] for job in batch])):
-            place(i, j)[:] = data
-            crcs[i][j] = zlib.crc32(place(i, j))
-    for stream, output, checks in zip(parsed, outputs, crcs):
-        stream.verify(output, checks)
-    return outputs
+
+def _finished(position: int, streams: list[_Stream], *tasks: list[Future]) -> tuple[int, list[np.ndarray]]:
+    for task in itertools.chain(*tasks):
+        task.result()
+    return position, [stream.verified() for stream in streams]
+
+
+def decode_many(streams: Sequence[tuple[object, int]], threads: int | None = None) -> list[np.ndarray]:
+    """Decode several code streams, `(stream, count)`, at once; see [`decode_groups`]."""
+    decoded = dict(decode_groups(([(stream, count, None)] for stream, count in streams), threads))
+    return [decoded[i][0] for i in range(len(decoded))]
 
 
 def decode_codes(stream, count: int, threads: int | None = None) -> np.ndarray:

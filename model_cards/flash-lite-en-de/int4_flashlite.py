@@ -5,34 +5,43 @@ A weight is w[n, k] = code[n, k] * step[n] with codes -8..7 and one float32 step
 and of row 64 b + j + 32 in its high nibble; padding is code 0. That is what PyTorch's AVX-512 int4 kernel reads, so
 half a byte per weight is all there is: nothing is kept twice, and the same tiles serve products, look-ups and saving.
 
-`int4_linear` picks a way by the number of activation rows M; microseconds on one thread of an AVX-512 core with VNNI
-and BF16, weights not in the cache (PyTorch 2.13, minima, interleaved). "int4" is the default, "exact" has
-`int8_activations=False`:
+`int4_linear` picks a way by the number of activation rows M. Microseconds of a layer with bfloat16 activations, one
+thread of an AVX-512 core with VNNI and BF16, weights as far in the cache as they fit, minima (PyTorch 2.13). "held" is
+int4 within [`int8_codes`]:
 
-    ===========  ===  =====  =====  =====  =====  ===============================================
-    size           M   bf16   fp32   int4  exact  int4 runs
-    ===========  ===  =====  =====  =====  =====  ===============================================
-    1024 x 1024    1    110     80     95     78  PyTorch's int4 kernel up to M = 16 (exact: 36)
-    1024 x 1024   64    773   1626   1049   1511  codes and activations as int8, `_int_mm`
-    1024 x 1024  256   2729   5773   2620   3657
-    2048 x 2048    1    668    998    275    239
-    2048 x 2048   16   1227   2750   1797   1574
-    2048 x 2048   64   2964   6736   3238   4677  (exact: codes unpacked to bfloat16)
-    2048 x 2048  256   9986  22846   7633  12143
-    4096 x 4096    1   3224   3973   1133    870
-    4096 x 4096   64  11925  32050  10709  19280
-    4096 x 4096  256  39657  97897  28331  48339
-    ===========  ===  =====  =====  =====  =====  ===============================================
+    ===========  ===  =====  =====  =====  ======================================================
+    N x K          M   bf16   int4   held  int4 runs
+    ===========  ===  =====  =====  =====  ======================================================
+    512 x 512      1     25     13         PyTorch's int4 kernel up to M = 16
+    512 x 512     32     53    114     76  codes and activations as int8, `_int_mm`
+    512 x 512     64     86    141    102  (held: oneDNN, codes unpacked once)
+    1024 x 1024    1     71     32
+    1024 x 1024   16    119    198
+    1024 x 1024   32    192    284    142
+    1024 x 1024   64    321    367    232
+    32000 x 512    1   1801    425
+    32000 x 512   16   2654   2971
+    32000 x 512   32   3698   4958   1576
+    32000 x 512   64   5614   7864   2878
+    ===========  ===  =====  =====  =====  ======================================================
 
-Everything is computed in bfloat16 with exact integer codes and float32 accumulation, and scaled by the float32 step
-afterwards, whatever the caller's dtype: the kernel's float32 and float16 versions are scalar loops, 27 to 55 times
-slower.
+With two threads the kernel would beat unpacking up to about 40 rows, but its sums are rounded to bfloat16.
+An earlier run with weights that were not in the cache had int4 at 2620 us against 2729 of bfloat16 for
+1024 x 1024 and M = 256, and at 28 331 against 39 657 for 4096 x 4096.
+
+Everything is computed in bfloat16 with exact integer codes and float32 accumulation, whatever the caller's dtype: the
+kernel's float32 and float16 versions are scalar loops, 27 to 55 times slower. Steps are applied afterwards in float32;
+in [`int4_few_rows`] the kernel applies them, rounded to bfloat16.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -162,19 +171,28 @@ def _tiles_fit_kernel() -> bool:
 _kernel_forms = WeakIdKeyDictionary()
 
 
+def _derived(held: WeakIdKeyDictionary, tiles: torch.Tensor, make: Callable[[torch.Tensor], Any]) -> Any:
+    """What `make` makes of the tiles: made once, made again after they changed, held while they live."""
+    version = None if tiles.is_inference() else tiles._version
+    entry = held.get(tiles)
+    if entry is None or entry[0] != version:
+        entry = held[tiles] = version, make(tiles)
+    return entry[1]
+
+
+def _reordered(tiles: torch.Tensor) -> torch.Tensor:
+    parts = []
+    for tile in tiles:  # one tile at a time, since the packing op takes 4 bytes per weight
+        nibbles = torch.stack([tile & 15, tile >> 4]).transpose(1, 2).reshape(TILE_ROWS, -1)
+        parts.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.to(torch.int32), 1))
+    return torch.cat(parts).view(tiles.shape[0] * TILE_ROWS, -1)
+
+
 def _kernel_form(tiles: torch.Tensor) -> torch.Tensor:
     """Weights as the kernel wants them: the tiles' own memory, or a copy made once and kept while they live."""
-    shape = tiles.shape[0] * TILE_ROWS, tiles.shape[1] // 2
     if _tiles_fit_kernel():
-        return tiles.view(shape)
-    held = _kernel_forms.get(tiles)
-    if held is None or held[0] != tiles._version:
-        parts = []
-        for tile in tiles:  # one tile at a time, since the packing op takes 4 bytes per weight
-            nibbles = torch.stack([tile & 15, tile >> 4]).transpose(1, 2).reshape(TILE_ROWS, -1)
-            parts.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.to(torch.int32), 1))
-        held = _kernel_forms[tiles] = tiles._version, torch.cat(parts).view(shape)
-    return held[1]
+        return tiles.view(tiles.shape[0] * TILE_ROWS, tiles.shape[1] // 2)
+    return _derived(_kernel_forms, tiles, _reordered)
 
 
 @functools.lru_cache(maxsize=64)
@@ -185,21 +203,147 @@ def _unit_scales(groups: int, rows: int) -> torch.Tensor:
         return torch.stack([ones, torch.zeros_like(ones)], -1)
 
 
+def _kernel_group(padded: int) -> int:
+    """How many columns share a scale, the kernel's largest choice that divides Kp."""
+    return min(256, padded & -padded)
+
+
 def _kernel_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
-    group = min(256, tiles.shape[1] & -tiles.shape[1])
+    group = _kernel_group(tiles.shape[1])
     scales = _unit_scales(tiles.shape[1] // group, tiles.shape[0] * TILE_ROWS)
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, _kernel_form(tiles), group, scales)
 
 
+class KernelWeight(NamedTuple):
+    """A weight with its steps as PyTorch's kernel takes them, behind the activations and in this order.
+
+    Attributes:
+        packed (`torch.Tensor` uint8 `[64 * tiles, Kp / 2]`): the tiles' own memory where their order fits.
+        group (`int`): columns that share a scale.
+        scales (`torch.Tensor` bfloat16 `[Kp / group, 64 * tiles, 2]`): steps rounded to bfloat16, and zeros.
+    """
+
+    packed: torch.Tensor
+    group: int
+    scales: torch.Tensor
+
+
+def kernel_weight(tiles: torch.Tensor, step: torch.Tensor) -> KernelWeight:
+    """Tiles and steps made ready for [`int4_few_rows`]: one byte more for every 64 weights, at best."""
+    group = _kernel_group(tiles.shape[1])
+    steps = F.pad(step.detach().to(torch.bfloat16), (0, len(tiles) * TILE_ROWS - len(step)))
+    scales = torch.stack([steps, torch.zeros_like(steps)], -1).expand(tiles.shape[1] // group, -1, -1)
+    return KernelWeight(_kernel_form(tiles), group, scales.contiguous())
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether products with x are plain eager inference on a CPU, free to run what knows no gradient."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is torch.Tensor
+        and x.is_cpu
+        and not (torch.is_grad_enabled() and x.requires_grad)
+    )
+
+
+def is_few_rows(x: torch.Tensor) -> bool:
+    """Whether [`int4_few_rows`] is the way for so many rows, if x is plain."""
+    return 0 < x.numel() <= _KERNEL_ROWS * x.shape[-1]
+
+
+def int4_few_rows(x: torch.Tensor, weight: KernelWeight, out_features: int) -> torch.Tensor:
+    """[`int4_linear`] for few rows, without gradient, in one call of the kernel, which also applies the steps.
+
+    The steps lose up to 2^-9 of their value in bfloat16. Bfloat16 callers save a rounding for it: the same error
+    (0.3% of the output's root mean square on random values); float32 callers have 0.3 instead of 0.23%.
+
+    Args:
+        x (`torch.Tensor` `[..., K]`): activations on the CPU, any floating dtype.
+        weight ([`KernelWeight`]): see [`kernel_weight`].
+        out_features (`int`): N.
+
+    Returns:
+        `torch.Tensor` `[..., N]` in x's dtype.
+    """
+    *batch, in_features = x.shape
+    rows, padded = x.reshape(-1, in_features).to(torch.bfloat16), 2 * weight.packed.shape[1]
+    if padded != in_features:
+        rows = F.pad(rows, (0, padded - in_features))
+    out = torch.ops.aten._weight_int4pack_mm_for_cpu.default(rows.contiguous(), *weight)
+    if out.shape[1] != out_features:
+        out = out[:, :out_features].contiguous()
+    return out.to(x.dtype).view(*batch, out_features)
+
+
+_int8_held: ContextVar[WeakIdKeyDictionary | None] = ContextVar("int8_codes", default=None)
+
+
+@contextlib.contextmanager
+def int8_codes(held: WeakIdKeyDictionary | None = None) -> Iterator[WeakIdKeyDictionary]:
+    """Within it, weights of products of more than 16 rows are held as int8 for oneDNN, one byte more per weight.
+
+    For decoding in large batches, which multiplies by every weight for each token: unpacking is then most of the work.
+    Making them ready takes as long as unpacking them twenty times. It changes nothing on processors other than x86.
+
+    Args:
+        held (`WeakIdKeyDictionary`, *optional*): what an earlier region held, to go on with; entries live no longer
+            than their tiles. By default all is let go of at the end.
+
+    Yields:
+        `WeakIdKeyDictionary` of what is held, by tiles.
+    """
+    held = WeakIdKeyDictionary() if held is None else held
+    capable = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    token = _int8_held.set(held if capable else None)
+    try:
+        yield held
+    finally:
+        _int8_held.reset(token)
+
+
+def _int8_scale(x: torch.Tensor) -> torch.Tensor | None:
+    """Scales `[M, 1]` that bring the rows of float32 x into int8, or None if outliers forbid it."""
+    peak = x.abs().amax(-1, keepdim=True)
+    # rounding to a quantum q has variance q^2 / 12, against the mean square of x
+    noise = float(torch.linalg.vector_norm(peak)) / 127 * math.sqrt(x.shape[1] / 12)
+    if not noise <= _INT8_ERROR * float(torch.linalg.vector_norm(x)):
+        return None
+    return peak.clamp_(min=torch.finfo(torch.float32).tiny * 127).div_(127)
+
+
+def _held_linear(
+    x: torch.Tensor, tiles: torch.Tensor, step: torch.Tensor, held: WeakIdKeyDictionary
+) -> torch.Tensor | None:
+    """x `[M, K]` times the weights that are held as int8: `[M, N]` in x's dtype, or None if outliers forbid it."""
+    out_features, in_features = len(step), x.shape[1]
+
+    def pack(tiles):
+        codes = _codes(tiles)[:in_features, :out_features].t().contiguous()
+        return torch.ops.onednn.qlinear_prepack(codes, None), torch.zeros(out_features, dtype=torch.long, device="cpu")
+
+    states = x.to(torch.float32, copy=True)
+    scale = _int8_scale(states)
+    if scale is None:
+        return None
+    # a scale of few bits, so that a product with bfloat16 sums is one operation and exact in the scale
+    scale = scale.bfloat16()
+    # oneDNN wants activations without sign: the sign bit flipped adds 128
+    states = states.div_(scale).round_().to(torch.int8).view(torch.uint8).bitwise_xor(128)
+    packed, zeros = _derived(held, tiles, pack)
+    dtype = x.dtype if x.dtype in (torch.bfloat16, torch.float32) else torch.float32
+    out = torch.ops.onednn.qlinear_pointwise.default(
+        states, 1.0, 128, packed, step.detach(), zeros, None, 1.0, 0, dtype, "none", [], ""
+    )
+    return out.mul_(scale).to(x.dtype)
+
+
 def _int8_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor | None:
     """x `[M, Kp]` times codes, x rounded to int8 with a scale per row: float32, or None if outliers forbid it."""
-    peak = x.abs().amax(-1, keepdim=True).float()
-    # rounding to a quantum q has variance q^2 / 12, against the mean square of x
-    noise = (peak / 127).square().sum() / 12 * x.shape[1]
-    if not noise <= (_INT8_ERROR * torch.linalg.vector_norm(x, dtype=torch.float32)) ** 2:
+    x = x.float()
+    scale = _int8_scale(x)
+    if scale is None:
         return None
-    scale = peak.clamp_(min=torch.finfo(torch.float32).tiny * 127) / 127
-    quantized = (x / scale).round_().to(torch.int8)
+    quantized = x.div(scale).round_().to(torch.int8)
     group = _group(TILE_ROWS * tiles.shape[1], x.device)
     return _join([torch._int_mm(quantized, _codes(part)) * scale for part in tiles.split(group)])
 
@@ -304,12 +448,15 @@ def int4_linear(
         )
     rows, out_features = x.reshape(-1, in_features), step.numel()
     needs_grad = torch.is_grad_enabled() and x.requires_grad
-    int8 = int8_activations and not needs_grad
+    int8, out = int8_activations and not needs_grad, None
     if needs_grad or torch.compiler.is_compiling() or type(rows) is not torch.Tensor:
-        out = int4_matmul(rows, tiles, out_features, int8)
+        out = int4_matmul(rows, tiles, out_features, int8) * step
     else:  # plain eager inference: the op's wrapper costs as much as a small product
-        out = _matmul(rows, tiles, out_features, int8)
-    out = out * step
+        held = _int8_held.get()
+        if held is not None and int8 and x.is_cpu and len(rows) > _KERNEL_ROWS and not step.requires_grad:
+            out = _held_linear(rows, tiles, step, held)
+        if out is None:
+            out = _matmul(rows, tiles, out_features, int8) * step
     if bias is not None:
         out = out + bias
     return out.to(x.dtype).view(*x.shape[:-1], out_features)

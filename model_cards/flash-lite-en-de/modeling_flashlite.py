@@ -5,12 +5,15 @@ Shapes: B batch, T target columns, S source columns or key slots, N query heads,
 D hidden size, E embedding size, V vocabulary.
 """
 
+import contextlib
 import copy
 import inspect
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
@@ -30,6 +33,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache_flashlite import FlashLiteCache
 from .configuration_flashlite import FlashLiteConfig
+from .int4_flashlite import int8_codes
 from .loss_flashlite import chunked_cross_entropy
 
 # imported to be registered: with it, coded checkpoints load wherever this file does
@@ -38,6 +42,8 @@ from .stacks_flashlite import FlashLiteDecoder, FlashLiteDecoderOutput, FlashLit
 
 # training logits of more elements than this are never built: the loss then runs chunk by chunk over the tokens
 _MAX_TRAINING_LOGITS = 2**20
+# per model, what decoding in batches of more than 16 rows holds of its 4-bit layers: one byte a weight, while it lives
+_INT8_CODES: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @dataclass
@@ -206,6 +212,12 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
     def new_memory(self) -> FlashLiteCache:
         """An empty segment memory, to be passed as `memory` with the first segment."""
         return self.model.new_memory()
+
+    @contextlib.contextmanager
+    def _optimize_model_for_decode(self):
+        # large batches of a quantized model unpack its codes once instead of for every token
+        with super()._optimize_model_for_decode(), int8_codes(_INT8_CODES.setdefault(self, WeakIdKeyDictionary())):
+            yield
 
     def _head(self, hidden_states, labels, logits_to_keep, **kwargs):
         """Loss and logits of the decoder's states `[B, T, D]`; `labels` `[B, T]` are aligned with them.

@@ -29,7 +29,6 @@ from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weight
 from .int4_flashlite import empty_tiles
 
 _METHOD = "ecq"
-_LEAST_BATCH, _MOST_BATCH = 2 << 20, 64 << 20  # bytes of codes that are decoded at a time
 _MOST_WEIGHTS = 4096  # in a byte of a stream; deflate and rANS reach 2064 and 2730
 _SMALL = 1 << 20  # bytes of a tensor that is copied rather than left in the memory map of its file
 _TRAINING_STATE = ("log_step", "log_base", "exponents", "code_lengths", "ecq_rate")
@@ -411,14 +410,13 @@ def _stream_bytes(module: EcqModule) -> int:
 
 
 def _take_stream(module: EcqModule) -> torch.Tensor:
-    """The loaded stream, which the module gives away; in a memory map of its own, if it stands in a file."""
+    """The loaded stream, which the module gives away; read from its place, if it stands in a file."""
     stream: Any = module.stream
     module.stream = None
     if isinstance(stream, torch.Tensor):
         return stream
     path, offset, length = stream
-    # copy on write only because PyTorch warns of read-only memory
-    return torch.from_numpy(np.memmap(path, np.uint8, mode="c", offset=offset, shape=length))
+    return torch.from_numpy(np.fromfile(path, np.uint8, length, offset=offset))
 
 
 def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[str], list]]:
@@ -433,7 +431,7 @@ def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[
 
 
 def _decode_model(model) -> None:
-    """Turn the loaded streams into codes, some megabytes at a time, freeing each stream as it is done.
+    """Turn the loaded streams into codes, some of them at a time, freeing each as it is done.
 
     A weight is decoded into the memory that it will stay in. All of that is allocated beforehand, so that what is
     needed in between leaves no gaps; it takes no room before it is written.
@@ -450,24 +448,16 @@ def _decode_model(model) -> None:
                 f"{held} bytes cannot hold the {rows} x {columns} codes of {names[0]}; check config.json."
             )
         jobs.append((names[0], modules, owner, empty_tiles(rows, columns, device="cpu")))
+    # the largest first, so that no thread is left alone with it; then the small ones, which wait for one another
     jobs.sort(key=lambda job: job[3].numel())
-    # the largest first and the small ones, whose tables take more than their codes, while there is room
     jobs = jobs[-1:] + jobs[:-1]
-    most = min(max(sum(job[3].numel() for job in jobs) // 32, _LEAST_BATCH), _MOST_BATCH)
-    while jobs:
-        count, size = 0, 0
-        while count < len(jobs) and size < most:
-            size += jobs[count][3].numel()
-            count += 1
-        batch, jobs = jobs[:count], jobs[count:]
-        streams = [(name, _take_stream(owner), owner.weight_shape) for name, _, owner, _ in batch]
-        weights = decode_weights(streams, [tiles for *_, tiles in batch])
-        del streams
-        for _, modules, owner, tiles in batch:
-            owner.set_quantized(weights.pop(0), tiles=tiles)
-            for module in modules:
-                if module is not owner:
-                    module.share_quantized(owner)
+    streams = ((name, _take_stream(owner), owner.weight_shape, tiles) for name, _, owner, tiles in jobs)
+    for position, weight in decode_weights(streams):
+        _, modules, owner, tiles = jobs[position]
+        owner.set_quantized(weight, tiles=tiles)
+        for module in modules:
+            if module is not owner:
+                module.share_quantized(owner)
 
 
 # Idempotent, unlike `register_quantizer`: the package and a copy of this file from the Hub may live in one process.

@@ -34,6 +34,7 @@ from .layers_flashlite import (
     position_angles,
     product_dtype,
 )
+from .step_flashlite import DecoderStep
 
 
 @dataclass
@@ -303,22 +304,32 @@ class FlashLiteDecoder(FlashLiteStack):
         if rows is None:
             rows = padded_rows(inputs_embeds, attention_mask)
         hidden_states = self.embed(inputs_embeds)
-        past = memory if past_key_values is None else past_key_values
+        make_context = functools.partial(self._context, rows, memory, encoder_hidden_states, encoder_attention_mask)
+        step = None if rows is not None else DecoderStep.of(self, past_key_values, hidden_states, **kwargs)
+        next_memory = None
+        if step is not None:
+            hidden_states = step(hidden_states, past_key_values, encoder_attention_mask, make_context)
+        else:
+            context = make_context()
+            hidden_states = self._run_layers(hidden_states, encoder_hidden_states, context, past_key_values)
+            next_memory = context.next_memory
+        return FlashLiteDecoderOutput(
+            last_hidden_state=self.dropout(self.norm(hidden_states)),
+            past_key_values=past_key_values if use_cache else None,
+            memory=next_memory,
+        )
+
+    def _run_layers(self, hidden_states, encoder_hidden_states, context, past_key_values) -> torch.Tensor:
+        past = context.memory if past_key_values is None else past_key_values
         if isinstance(past, EncoderDecoderCache):
             past = past.self_attention_cache
-        angles = position_angles(
-            self.config, target_positions(hidden_states, rows, past), product_dtype(hidden_states)
-        )
-        context = self._context(rows, memory, encoder_hidden_states, encoder_attention_mask)
+        positions = target_positions(hidden_states, context.rows, past)
+        angles = position_angles(self.config, positions, product_dtype(hidden_states))
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while a draft exits early
             hidden_states = layer(
                 hidden_states, encoder_hidden_states, angles, context, past_key_values=past_key_values
             )
-        return FlashLiteDecoderOutput(
-            last_hidden_state=self.dropout(self.norm(hidden_states)),
-            past_key_values=past_key_values if use_cache else None,
-            memory=context.next_memory,
-        )
+        return hidden_states
 
     def _context(self, rows, memory, encoder_hidden_states, encoder_attention_mask) -> DecoderContext:
         context = DecoderContext(rows=rows, memory=memory)

@@ -6,7 +6,9 @@ only add to `forward` (a scaled or a shifted embedding) keep doing so.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +16,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .ecq_stream_flashlite import QuantizedWeight
-from .int4_flashlite import int4_embedding, int4_linear, tile_codes, untile_codes
+from .int4_flashlite import (
+    TILE_ROWS,
+    KernelWeight,
+    int4_embedding,
+    int4_few_rows,
+    int4_linear,
+    is_few_rows,
+    is_plain,
+    kernel_weight,
+    tile_codes,
+    untile_codes,
+)
 
 # the mixins below are always mixed into a layer
 if TYPE_CHECKING:
@@ -23,6 +36,7 @@ else:
     _Layer = object
 
 _HELD = ("weight", "tiles", "step", "outlier_rows", "outlier_tiles")
+_DERIVED = "kernel", "whole", "joint"
 
 
 class CodedWeight(nn.Parameter):
@@ -56,7 +70,26 @@ class EcqModule(_Layer):
         tiles (uint8, the layout of `int4_flashlite`), step (float32 `[rows]`): codes and steps.
         outlier_rows (int64 `[R]`), outlier_tiles (uint8): absent without outliers, see `ecq_stream_flashlite`.
         weight (float `[rows, 0]`): has the dtype and device that other code asks a layer for; tied layers share it.
+
+    `kernel`, `whole` (tiles and steps, the outlier rows' behind the others) and `joint` are made from the codes when
+    they are first used, see [`EcqLinear`] and [`join`]. They are forgotten whenever codes or steps are set, loaded or
+    moved; so these must not be written to in other ways.
     """
+
+    kernel: KernelWeight | None = None
+    whole: tuple[torch.Tensor, torch.Tensor] | None = None
+    joint: EcqLinear | None = None
+
+    def _forget(self) -> None:
+        for name in _DERIVED:
+            self.__dict__.pop(name, None)
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _open(self, dtype: torch.dtype, device, size_only: bool = False) -> None:
         """Replace the float weight by a place for codes; with `size_only` it has their bytes, for device maps."""
@@ -70,6 +103,7 @@ class EcqModule(_Layer):
             weight = nn.Parameter(weight, requires_grad=False)
         self._parameters["weight"] = weight
         self.proxy_dtype, self.stream = dtype, None
+        self._forget()
 
     def __setattr__(self, name, value):
         # The loader assigns the stored stream to `weight`; it waits here until the quantizer decodes all of them.
@@ -81,7 +115,7 @@ class EcqModule(_Layer):
         super().__setattr__(name, value)
 
     def set_quantized(self, weight: QuantizedWeight, device=None, tiles: torch.Tensor | None = None) -> None:
-        """Take over codes and steps; `tiles` is memory for the codes on the CPU, see `int4_flashlite.tile_codes`."""
+        """Take over codes and steps; `tiles` is memory for the codes on the CPU, see [`QuantizedWeight.tiles`]."""
         device = device or self.weight.device
         if device.type == "meta":
             device = torch.device("cpu")
@@ -90,19 +124,21 @@ class EcqModule(_Layer):
         rows, high = weight.outlier_rows, weight.outlier_packed
         if high is not None:
             high = tile_codes(high.to(device), len(rows), weight.shape[1])
-        tiles = tile_codes(weight.packed, *weight.shape, tiles)
+        tiles = weight.tiles(tiles)
         for name, value in zip(_HELD[1:], (tiles, weight.step(), rows, high)):
             if value is not None:
                 value = nn.Parameter(value.to(device), requires_grad=False)
                 value._is_hf_initialized = True
             self._parameters[name] = value
         self.base, self.grid, self.stream = weight.base, weight.grid, None
+        self._forget()
 
     def share_quantized(self, other: EcqModule) -> None:
         """Use the codes of a tied layer."""
         for name in _HELD:
             self._parameters[name] = other._parameters[name]
         self.base, self.grid, self.stream = other.base, other.grid, None
+        self._forget()
 
     def quantized(self) -> QuantizedWeight:
         """The codes and steps as a [`QuantizedWeight`], the same as was set."""
@@ -121,6 +157,7 @@ class EcqModule(_Layer):
     def _apply(self, fn, recurse=True):
         exact = None if self.step is None else self.step.data
         super()._apply(fn, recurse)
+        self._forget()
         # `model.to(bfloat16)` must not round the steps: they are stored exactly.
         if exact is not None and self.step.dtype != torch.float32:
             self.step.data = exact.to(self.step.device, torch.float32)
@@ -136,12 +173,104 @@ class EcqLinear(EcqModule, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x `[..., in_features]` to `[..., out_features]`, in the dtype of x."""
+        held = self._parameters  # reading them as attributes costs as much as a small operation
+        rows, bias = held["outlier_rows"], held["bias"]
+        plain = is_plain(input) and not held["step"].requires_grad and input.shape[-1] == self.in_features
+        if plain and rows is None and is_few_rows(input):
+            output = int4_few_rows(input, self.kernel or self.prepared(), self.out_features)
+            return output if bias is None else (output + bias).to(input.dtype)
+        if plain and rows is not None and self.joint is None:
+            kernel, start = self.kernel or self.prepared(), len(held["tiles"]) * TILE_ROWS
+            if is_few_rows(input):
+                output = int4_few_rows(input, kernel, start + len(rows))
+            else:
+                output = int4_linear(input, *self.whole, self.in_features)
+            output = output[..., : self.out_features].index_add(-1, rows, output[..., start:])
+            return output if bias is None else (output + bias).to(input.dtype)
         output = int4_linear(input, self.tiles, self.step, self.in_features, self.bias)
         if self.outlier_rows is not None:
             steps = 16 * self.step[self.outlier_rows]
             high = int4_linear(input, self.outlier_tiles, steps, self.in_features)
             output = output.index_add(-1, self.outlier_rows, high)
         return output
+
+    def prepared(self) -> KernelWeight:
+        """The codes and steps for [`int4_few_rows`], the high parts of outlier rows behind the last tile; no bias."""
+        if self.kernel is None:
+            tiles, step, rows = self.tiles.detach(), self.step.detach(), self.outlier_rows
+            if rows is not None:
+                step = torch.cat([nn.functional.pad(step, (0, -len(step) % TILE_ROWS)), 16 * step[rows]])
+                tiles = _neighbours([self.tiles, self.outlier_tiles])
+                self.__dict__["whole"] = tiles, step
+            # past nn.Module, which would look through all kinds of members first
+            self.__dict__["kernel"] = kernel_weight(tiles, step)
+        return self.kernel
+
+
+def _neighbours(parts: Sequence[nn.Parameter]) -> torch.Tensor:
+    """All parts as one tensor, along the first axis; each becomes a view of it, if they are not neighbours already."""
+    place, length = parts[0].data_ptr(), sum(len(part) for part in parts)
+    shape, stride = (length, *parts[0].shape[1:]), parts[0].stride()
+    ends = [place]
+    for part in parts:
+        ends.append(ends[-1] + part.numel() * part.element_size())
+    if [part.data_ptr() for part in parts] == ends[:-1]:
+        storage = parts[0].untyped_storage()
+        if ends[-1] <= storage.data_ptr() + storage.nbytes():
+            return parts[0].detach().as_strided(shape, stride)
+    whole = torch.cat([part.detach() for part in parts])
+    for part, own in zip(parts, whole.split([len(part) for part in parts])):
+        part.data = own  # the parameter stays the same, since layers may share it
+    return whole
+
+
+def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
+    """One layer that computes the outputs of several from the same input and the same codes, in one product.
+
+    One product is quicker than several small ones. The codes of the layers become neighbours in memory, each layer's
+    own tiles a view of them, so that nothing but steps and outlier rows is held twice and every layer works on as
+    before.
+
+    Args:
+        layers (sequence of `nn.Module`): layers with the same number of input features.
+
+    Returns:
+        [`EcqLinear`] without bias, the same one while none of the layers changes; the outputs of each layer begin at
+        the next multiple of 64. None if one of the layers is wrapped or not quantized, has a bias or trains its steps.
+    """
+    joint = getattr(layers[0], "joint", None)
+    if joint is not None and all(getattr(layer, "joint", None) is joint for layer in layers):
+        return joint
+    coded = [layer for layer in layers if type(layer) is EcqLinear and layer.tiles is not None]
+    if len(coded) < len(layers) or not all(
+        layer.in_features == coded[0].in_features
+        and layer.in_features % 2 == 0
+        and layer.bias is None
+        and not layer.step.requires_grad
+        for layer in coded
+    ):
+        return None
+    columns, sizes = coded[0].in_features, [len(layer.tiles) * TILE_ROWS for layer in coded]
+    with torch.device("meta"):
+        joint = EcqLinear(columns, sum(sizes), bias=False)
+    joint._open(coded[0].weight.dtype, coded[0].tiles.device)
+    parts, starts = [layer.tiles for layer in coded], itertools.accumulate(sizes, initial=0)
+    outliers = [(layer, start) for layer, start in zip(coded, starts) if layer.outlier_rows is not None]
+    if outliers:
+        rows = torch.cat([layer.outlier_rows + start for layer, start in outliers])
+        high = [untile_codes(layer.outlier_tiles, len(layer.outlier_rows), columns) for layer, _ in outliers]
+        joint._parameters["outlier_rows"] = nn.Parameter(rows, requires_grad=False)
+        high_tiles = nn.Parameter(tile_codes(torch.cat(high), len(rows), columns), requires_grad=False)
+        joint._parameters["outlier_tiles"] = high_tiles
+        parts.append(high_tiles)
+    tiles = _neighbours(parts)[: sum(sizes) // TILE_ROWS]
+    step = torch.cat([nn.functional.pad(layer.step, (0, size - len(layer.step))) for layer, size in zip(coded, sizes)])
+    for name, value in (("tiles", tiles), ("step", step)):
+        joint._parameters[name] = nn.Parameter(value, requires_grad=False)
+    for layer in coded:
+        layer._forget()
+        layer.__dict__["joint"] = joint
+    return joint
 
 
 class EcqEmbedding(EcqModule, nn.Embedding):
@@ -298,6 +427,7 @@ def to_quantized(module: nn.Module, size_only: bool = False) -> nn.Module:
 def to_twin(module: nn.Module, weight: QuantizedWeight, master: torch.Tensor) -> nn.Module:
     """Turn a layer into its fake-quantized twin with the float weight `master` `[rows, columns]`."""
     if isinstance(module, EcqModule):
+        module._forget()
         for name in _HELD[1:]:
             module._parameters.pop(name, None)
     module = _retype(module, FakeQuantLinear, FakeQuantEmbedding)
@@ -308,6 +438,7 @@ def to_twin(module: nn.Module, weight: QuantizedWeight, master: torch.Tensor) ->
 def to_float(module: EcqModule, dtype: torch.dtype) -> nn.Module:
     """Turn a quantized layer back into the layer that it was, with the dequantized weight."""
     weight, plain = module.dequantize(dtype), module.plain_class
+    module._forget()
     for name in _HELD[1:]:
         module._parameters.pop(name, None)
     if plain is Conv1D:

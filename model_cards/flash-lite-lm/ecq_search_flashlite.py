@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .codec_flashlite import coded_size, encode_bytes
-from .ecq_stream_flashlite import QuantizedWeight
+from .ecq_stream_flashlite import QuantizedWeight, stored_codes
 
 logger = logging.getLogger(__name__)
 _MIN_STEP, _MAX_STEP = 0.28, 3.0  # in standard deviations of the row: what 16 levels can serve
@@ -152,7 +152,7 @@ def _gain(layer: Layer, weight: torch.Tensor, rounded: torch.Tensor) -> float:
 
 def weight_bytes(weight: QuantizedWeight) -> int:
     """Bytes of the coded stream, without writing its codes."""
-    size = 12 + coded_size(weight.packed.numpy(), weight.shape[0] * weight.shape[1])
+    size = 12 + coded_size(stored_codes(weight)[0], weight.shape[0] * weight.shape[1])
     if weight.exponents.any():
         size += 4 + encode_bytes(weight.exponents.numpy().view(np.uint8)).size
     if weight.outlier_packed is not None:
