@@ -37,7 +37,7 @@ from modeling_flashlite.runs import (
 from modeling_flashlite.tasks import get_task, prompts_and_references, resolve_columns
 from modeling_flashlite.training import CarefulTrainer
 
-OURS, PEERS = "Flash-Lite", ("BART", "T5")
+OURS = "Flash-Lite"
 STEP = "training step"
 # what the families call the width inside their feed-forward networks
 FEED_FORWARD = ("intermediate_size", "encoder_ffn_dim", "d_ff")
@@ -45,6 +45,7 @@ FEED_FORWARD = ("intermediate_size", "encoder_ffn_dim", "d_ff")
 
 @dataclass
 class CompareArgs:
+    peers: str = field(default="BART,T5", metadata={"help": "who is compared with Flash-Lite"})
     peer_width: int = field(default=144, metadata={"help": "of the peers; their feed-forward networks fill up"})
     peer_heads: int = field(default=4, metadata={"help": "attention heads of the peers"})
     learning_rates: str = field(default="1e-3,2e-3", metadata={"help": "peaks to choose from, for each model"})
@@ -61,6 +62,7 @@ class Arena:
 
     def __init__(self, compare: CompareArgs, model_args, shape, data, args):
         self.compare, self.model_args, self.shape, self.data, self.args = compare, model_args, shape, data, args
+        self.peers = compare.peers.split(",")
         self.splits, self.task = load_splits(data), get_task(data.task)
         self.tokenizer = load_tokenizer(model_args, data, args.output_dir, self.splits)
         self.train_rows, self.validation_rows = load_rows(data, args, self.tokenizer, self.splits, True)
@@ -152,7 +154,7 @@ class Arena:
             (f"generation, {self.task.generation.get('num_beams', 1)} beams", beams, len(prompts), "rows/s"),
             ("generation, greedy, one at a time", single, len(prompts[:4]), "rows/s"),
         ):
-            for result in summarize_race(race(contenders, name=work, **options), PEERS, work=work):
+            for result in summarize_race(race(contenders, name=work, **options), self.peers, work=work):
                 found.append({**result, unit: round(1e3 * count / result["ms"], 2)})
         return found
 
@@ -168,7 +170,7 @@ class Arena:
 def main(compare: CompareArgs, model: ModelArgs, shape: ArchitectureArgs, data: DataArgs, args: TrainArgs) -> dict:
     arena = Arena(compare, model, shape, data, args)
     rows = []
-    for name in (OURS, *PEERS):
+    for name in (OURS, *arena.peers):
         path = Path(args.output_dir) / name / "row.json"
         if not path.is_file():
             write_json(path, arena.train(name))
