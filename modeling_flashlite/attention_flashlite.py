@@ -514,11 +514,11 @@ def _joint_step(q: Tensor, keys: list, values: list, scaling: float | None, last
     logits = [torch.bmm(rows, x.flatten(0, 1).to(wide).mT) for x in keys]
     if last_mask is not None:
         logits[-1].view(batch, -1, last_mask.shape[1]).masked_fill_(~last_mask.bool()[:, None], -math.inf)
-    out = _joint(logits, [x.flatten(0, 1).to(wide) for x in values])
+    out = joint_attention(logits, [x.flatten(0, 1).to(wide) for x in values])
     return out.view(batch, heads, 1, -1).to(values[0].dtype)
 
 
-def _joint(logits: list[Tensor], values: list[Tensor]) -> Tensor:
+def joint_attention(logits: list[Tensor], values: list[Tensor]) -> Tensor:
     """One softmax over several sets of logits [N, R, S] and values [N, S, dv]; [N, R, dv]."""
     weights = torch.cat(logits, 2).softmax(2).split([x.shape[2] for x in logits], 2)
     out = torch.bmm(weights[0], values[0])

@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_flashlite import FlashLiteCache, Rows, prepare_cache, rows_of_documents, rows_of_mask
+from .cache_flashlite import FlashLiteCache, Rows, own_cache, prepare_cache, rows_of_documents, rows_of_mask
 from .configuration_flashlite import FlashLiteConfig, FlashLiteDecoderConfig, FlashLiteEncoderConfig
 from .layers_flashlite import (
     DecoderContext,
@@ -320,9 +320,7 @@ class FlashLiteDecoder(FlashLiteStack):
         )
 
     def _run_layers(self, hidden_states, encoder_hidden_states, context, past_key_values) -> torch.Tensor:
-        past = context.memory if past_key_values is None else past_key_values
-        if isinstance(past, EncoderDecoderCache):
-            past = past.self_attention_cache
+        past = context.memory if past_key_values is None else own_cache(past_key_values)
         positions = target_positions(hidden_states, context.rows, past)
         angles = position_angles(self.config, positions, product_dtype(hidden_states))
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while a draft exits early

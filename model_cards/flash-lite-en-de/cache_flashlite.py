@@ -449,6 +449,13 @@ class FlashLiteCache(DynamicCache):
             layer.reset_rows(rows)
 
 
+def own_cache(past_key_values):
+    """The decoder's part of a cache, which is all of it where there is no encoder."""
+    return (
+        past_key_values.self_attention_cache if isinstance(past_key_values, EncoderDecoderCache) else past_key_values
+    )
+
+
 def prepare_cache(past_key_values, config, cross: bool):
     """Return `past_key_values` ready for the decoder of `config`, taking over an empty `DynamicCache` of the library.
 
@@ -464,7 +471,7 @@ def prepare_cache(past_key_values, config, cross: bool):
         past_key_values = FlashLiteCache(config)
     if cross and not isinstance(past_key_values, EncoderDecoderCache):
         past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
-    own = past_key_values.self_attention_cache if isinstance(past_key_values, EncoderDecoderCache) else past_key_values
+    own = own_cache(past_key_values)
     if own.layers and all(isinstance(layer, FlashLiteCacheLayer) for layer in own.layers):
         if len(own.layers) != config.num_hidden_layers:
             raise ValueError(

@@ -19,7 +19,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .attention_flashlite import dense_attention, multi_axis_attention, multi_axis_attention_reference
-from .cache_flashlite import FlashLiteCache, Rows, axis_spec
+from .cache_flashlite import FlashLiteCache, Rows, axis_spec, own_cache
 from .configuration_flashlite import FlashLiteDecoderConfig, FlashLiteEncoderConfig
 
 
@@ -190,9 +190,7 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
             query, key, value = rows.gather(query), rows.gather(key), rows.gather(value)
         start, summaries = 0, None
         if past_key_values is not None:
-            own = past_key_values
-            if isinstance(own, EncoderDecoderCache):
-                own = own.self_attention_cache
+            own = own_cache(past_key_values)
             key, value = own.update(key, value, self.layer_idx, rows)
             layer = own.layers[self.layer_idx]
             start, summaries = layer.start, layer.summaries
@@ -226,10 +224,7 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
         """`relative_weight`, taken once for all tokens of a generation: it lives as long as the keys in the cache."""
         if self.is_rotary or past_key_values is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        own = past_key_values
-        if isinstance(own, EncoderDecoderCache):
-            own = own.self_attention_cache
-        layer = own.layers[self.layer_idx]
+        layer = own_cache(past_key_values).layers[self.layer_idx]
         weight = getattr(layer, "_relative_weight", None)
         like = hidden_states.dtype, hidden_states.device
         if weight is None or not layer.get_seq_length() or (weight.dtype, weight.device) != like:

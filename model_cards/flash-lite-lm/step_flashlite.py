@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
 
-from .attention_flashlite import multi_axis_attention
-from .cache_flashlite import FlashLiteCacheLayer
+from .attention_flashlite import joint_attention, multi_axis_attention
+from .cache_flashlite import FlashLiteCacheLayer, own_cache
 from .ecq_modules_flashlite import join
 from .int4_flashlite import TILE_ROWS
 from .layers_flashlite import (
@@ -33,10 +32,6 @@ from .layers_flashlite import (
 
 # positions whose angles are computed together
 _ANGLES = 64
-
-
-def _own_cache(past_key_values) -> DynamicCache:
-    return getattr(past_key_values, "self_attention_cache", past_key_values)
 
 
 class Angles(NamedTuple):
@@ -70,7 +65,7 @@ class DecoderStep:
         """
         if past_key_values is None:
             return None
-        own = _own_cache(past_key_values)
+        own = own_cache(past_key_values)
         if not own.get_seq_length():
             own._step = None
             return None
@@ -90,7 +85,7 @@ class DecoderStep:
 
     def _takes(self, past_key_values) -> bool:
         """Whether all rows of the cache hold the same number of tokens, and it has the encoder's keys, if any."""
-        own, layers = _own_cache(past_key_values), len(self.layers)
+        own, layers = own_cache(past_key_values), len(self.layers)
         # fewer layers run while a draft exits early
         if not layers == len(own.layers) == self.decoder.config.num_hidden_layers or own.offloading:
             return False
@@ -117,7 +112,7 @@ class DecoderStep:
         `encoder_mask` `[B, S]` belongs to the encoder's keys in the cache; `context` makes what the layers would
         share, which is needed only when the cache holds other encoder keys than before.
         """
-        own, states = _own_cache(past_key_values), hidden_states[:, 0]
+        own, states = own_cache(past_key_values), hidden_states[:, 0]
         position = own.layers[0].base + own.layers[0].fill
         angles = self.angles(position, hidden_states)
         cross = own is not past_key_values
@@ -243,9 +238,7 @@ class LayerStep:
         logits = torch.bmm(query, keys.mT)
         if encoder is None:
             return torch.bmm(logits.softmax(2), values)
-        own = logits.shape[2]
-        weights = torch.cat([logits, encoder.logits(query)], 2).softmax(2)
-        return torch.baddbmm(torch.bmm(weights[..., :own], values), weights[..., own:], encoder.values)
+        return joint_attention([logits, encoder.logits(query)], [values, encoder.values])
 
 
 def _together(layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
