@@ -35,6 +35,7 @@ from modeling_flashlite.distillation import (
     student_from_teacher,
     teacher_logits,
 )
+from modeling_flashlite.divergence import _ForwardKL
 
 V = 97
 KINDS = ["forward", "reverse", "jsd:0.3", "jsd:0", "jsd:1", "skew:0.1", "taid:0.4"]
@@ -169,6 +170,23 @@ def loss_case(wrap=False):
     if wrap:
         head = nn.Sequential(head)
     return states, head, labels, teacher
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forward_kl_in_one_pass_equals_autograd(dtype):
+    """Also where a teacher rules tokens out, and for a student equal to its teacher."""
+    student, teacher = (3 * torch.randn(5, V, dtype=dtype, requires_grad=True) for _ in range(2))
+    teacher = teacher.detach().clone()
+    teacher[0, 3:] = -torch.inf
+    teacher[1] = student[1].detach()
+    weights = torch.rand(5, dtype=dtype)
+    value = _ForwardKL.apply(student, teacher)
+    (grad,) = torch.autograd.grad((weights * value).sum(), student)
+    expected = divergence(teacher.log_softmax(-1), student.log_softmax(-1))
+    (expected_grad,) = torch.autograd.grad((weights * expected).sum(), student)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad, expected_grad)
+    assert abs(value[1]) < 1e-6 and grad[1].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["linear", "module"])

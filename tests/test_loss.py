@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from modeling_flashlite.ecq_modules_flashlite import FakeQuantLinear, to_twin
+from modeling_flashlite.ecq_stream_flashlite import QuantizedWeight
 from modeling_flashlite.loss_flashlite import (
     check_loss_function,
     chunked_cross_entropy,
@@ -40,6 +42,20 @@ class WrappedHead(nn.Module):
 
     def forward(self, states):
         return 5 * torch.tanh(self.linear(states) / 5)
+
+
+@pytest.mark.parametrize("chunk_size", [4, None])
+@pytest.mark.parametrize("bias", [False, True])
+def test_fake_quantized_head_is_read_once_and_equals_its_call(chunk_size, bias):
+    states, head, labels = make_case(torch.float32, bias)
+    levels = QuantizedWeight(tuple(head.weight.shape), None, 0.05, torch.zeros(V, dtype=torch.int8), 4)
+    head = to_twin(head, levels, head.weight.detach().clone())
+    assert type(head) is FakeQuantLinear and is_plain_linear(head)
+    expected, expected_grads = gradients(chunked_cross_entropy_reference, states, head, labels)
+    loss, grads = gradients(chunked_cross_entropy, states, head, labels, chunk_size=chunk_size)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grads, expected_grads)
+    assert grads[0].abs().sum() > 0 and all(grad.abs().sum() > 0 for grad in grads[1:])
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, None])
