@@ -5,7 +5,7 @@ python scripts/compare_models.py --config recipe.yaml --dataset train=a.jsonl.xz
 
 A recipe of `train.py` describes everything but the peers. Each model first trains briefly at every learning rate and
 then fully at its best one. Models that are finished in `output_dir` are kept, so that a second call measures the speed
-anew, on a quiet machine; step and generation are timed in turn.
+anew, on a quiet machine; step and generation are timed in turn, the latter to answers of one length.
 """
 
 import copy
@@ -53,6 +53,7 @@ class CompareArgs:
     test_split: str = field(default="test", metadata={"help": "split for the final scores"})
     label: str | None = field(default=None, metadata={"help": "name of the data set in tables; as given if unset"})
     speed_rows: int = field(default=32, metadata={"help": "test rows generated when timed"})
+    speed_tokens: int = field(default=24, metadata={"help": "tokens of each of them: answers of one length compare"})
     repeats: int = field(default=5, metadata={"help": "rounds of the timing"})
     output: str = field(default="model_cards/results/peers.json", metadata={"help": "results file"})
 
@@ -136,6 +137,7 @@ class Arena:
             for row in self.test_rows.select(range(min(self.compare.speed_rows, len(self.test_rows))))
         ]
         steps, beams, single = {}, {}, {}
+        length = dict.fromkeys(("min_new_tokens", "max_new_tokens"), self.compare.speed_tokens)
         for row in rows:
             name = row["method"]
             model = AutoModelForSeq2SeqLM.from_pretrained(Path(self.args.output_dir) / name)
@@ -143,9 +145,9 @@ class Arena:
             picked = self.train_rows.select(range(min(self.args.per_device_train_batch_size, len(self.train_rows))))
             batch = trainer.data_collator([{key: line[key] for key in ("input_ids", "labels")} for line in picked])
             steps[name] = lambda trainer=trainer, model=model, batch=batch: self.step(trainer, model, batch)
-            many = {"batch_size": len(prompts), **self.task.generation}
+            many = {"batch_size": len(prompts), **self.task.generation, **length}
             beams[name] = lambda model=model, many=many: generate_texts(model, self.tokenizer, prompts, **many)
-            one = {"batch_size": 1, "max_new_tokens": 64}
+            one = {"batch_size": 1, **length}
             single[name] = lambda model=model, one=one: generate_texts(model, self.tokenizer, prompts[:4], **one)
         options = {"repeats": self.compare.repeats, "seconds": 20.0}
         found = []
