@@ -44,6 +44,20 @@ def test_recipe_quantizes(recipe, ground, capsys):
     assert {"method", "target_bits", "output_dir"} <= keys
 
 
+def test_a_model_writes_the_text_that_it_is_quantized_on(ground, tmp_path, capsys):
+    script, output = load_script("sample"), tmp_path / "new" / "sampled.jsonl"
+    argv = [f"--model={ground[0] / 'train_tiny'}", "--rows=24", "--max_new_tokens=24", "--batch_size=16"]
+    (args,) = parse_args((script.SampleArgs,), [*argv, f"--output={output}"])
+    metrics = script.main(args)
+    rows = [json.loads(line)["text"] for line in output.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == metrics["rows"] <= 24 and len(set(rows)) > 12
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == metrics
+    first = output.read_bytes()
+    script.main(args)
+    assert output.read_bytes() == first and not [path for path in output.parent.iterdir() if path != output]
+    quantize("ptq_tiny", (ground[0], f"train={output}"), "--target_bits=5", "--calibration_batches=1")
+
+
 def test_rates_are_measured(ground, tmp_path):
     results = tmp_path / "rates.json"
     metrics = quantize("ptq_tiny", ground, "--rates", "5", "6", f"--results={results}", "--calibration_batches=2")
