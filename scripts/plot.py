@@ -2,6 +2,7 @@
 
 python scripts/plot.py --runs runs/train_tiny --output runs/train_tiny/loss.svg
 python scripts/plot.py --runs scratch=runs/a,scratch=runs/b,distilled=runs/c --key eval_loss --output curves.svg
+python scripts/plot.py --runs model_cards/results/distillation.json --output curves.svg
 python scripts/plot.py --results rates.json,qat=qat.json --x bits --y perplexity --output rate_distortion.svg
 python scripts/plot.py --results a=a.json,b=b.json --x "speed.later tokens, greedy, batch 1" --y metrics.bleu
 """
@@ -20,7 +21,10 @@ from modeling_flashlite.figures import COLOURS, new_axes, save_axes
 @dataclass
 class PlotArgs:
     runs: str | None = field(
-        default=None, metadata={"help": "run folders with commas, each with an optional name= before it"}
+        default=None,
+        metadata={
+            "help": "with commas: run folders, each with an optional name= before it, or results files with curves"
+        },
     )
     results: str | None = field(default=None, metadata={"help": "the same with results files"})
     output: str = field(default="loss.svg", metadata={"help": "file to write"})
@@ -42,6 +46,22 @@ def read_curve(folder: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
         raise SystemExit(f"plot.py: {folder} logged no {key!r}, only {', '.join(known)}.")
     steps, values = zip(*points)
     return np.array(steps), np.array(values)
+
+
+def read_curves(entry: str, key: str) -> list[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+    """Name and curve of a run's folder, or of each training that a results file of ours compares."""
+    name, _, path = entry.rpartition("=")
+    if not path.endswith(".json"):
+        return [(name or Path(path).name, read_curve(Path(path), key))]
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    curves = [(arm, curve) for arm, runs in content.get("curves", {}).items() for curve in runs]
+    for run in content.get("runs", []):
+        curves.append((run["choice"], [(point["step"], point[key]) for point in run["curve"] if key in point]))
+    if not curves or not all(points for _, points in curves):
+        raise SystemExit(
+            f"plot.py: {path} has no curves of {key!r}; ablate.py and compare_distillation.py write some."
+        )
+    return [(arm, tuple(np.array(points, dtype=float).T)) for arm, points in curves]
 
 
 def look_up(row, path: str):
@@ -85,8 +105,8 @@ def draw_results(args: PlotArgs) -> dict:
 def draw_runs(args: PlotArgs) -> dict:
     groups = defaultdict(list)
     for entry in args.runs.split(","):
-        name, _, folder = entry.rpartition("=")
-        groups[name or Path(folder).name].append(read_curve(Path(folder), args.key))
+        for name, curve in read_curves(entry, args.key):
+            groups[name].append(curve)
     axes = new_axes("step", args.key)
     last = {}
     for colour, (name, curves) in zip(COLOURS, groups.items()):

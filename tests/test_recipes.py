@@ -243,6 +243,14 @@ def test_curves_of_runs_are_drawn(ground, tmp_path):
     assert set(script.main(*parse_args([script.PlotArgs], argv))) == {"output", "a", "b"}
     with pytest.raises(SystemExit, match="logged no 'lss'"):
         script.main(*parse_args([script.PlotArgs], [*argv, "--key=lss"]))
+    compared = {"runs": [{"choice": "c", "curve": [{"step": n, "loss": 3 / n} for n in (1, 2)]}] * 2}
+    for content in (compared, {"curves": {"c": [[[1, 3.0], [2, 1.5]]]}}):
+        (tmp_path / "compared.json").write_text(json.dumps(content))
+        argv = [f"--runs={tmp_path}/compared.json", f"--output={tmp_path}/y.svg"]
+        assert script.main(*parse_args([script.PlotArgs], argv))["c"] == 1.5
+    with pytest.raises(SystemExit, match="no curves of 'kd'"):
+        (tmp_path / "compared.json").write_text(json.dumps(compared))
+        script.main(*parse_args([script.PlotArgs], [*argv, "--key=kd"]))
 
 
 @pytest.mark.parametrize("path", sorted((SCRIPTS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
