@@ -13,12 +13,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .configuration_flashlite import FlashLiteConfig
 from .divergence import KDLoss, divergence, parse_divergence, shared_vocabulary
 from .loss_flashlite import check_loss_function
 from .teacher import (
     TeacherCache,
     check_teacher_columns,
     check_vocabulary,
+    shift_right,
     teacher_logits,
     tokenizer_fingerprint,
 )
@@ -38,6 +40,10 @@ __all__ = [
     "teacher_logits",
     "tokenizer_fingerprint",
 ]
+
+
+# what [`TeacherCache`] adds to the rows for the loss
+_CACHED = ("teacher_ids", "teacher_weights")
 
 
 class DistillationCallback(TrainerCallback, ExportableState):
@@ -103,6 +109,9 @@ def set_loss_function(model: torch.nn.Module, loss_function) -> None:
 class DistillationTrainer(CarefulTrainer):
     r"""A `Seq2SeqTrainer` with a live teacher: only `compute_loss` differs.
 
+    A student that is not Flash-Lite may be any causal or sequence-to-sequence language model of transformers; its loss
+    is computed from its logits, outside of it.
+
     Args:
         teacher (`PreTrainedModel`, *optional*): any Hugging Face language model with the student's vocabulary; without
             one the dataset's teacher columns are used.
@@ -141,6 +150,11 @@ class DistillationTrainer(CarefulTrainer):
             teacher.eval().requires_grad_(False)
         set_loss_function(model, loss)
         super().__init__(model, args, **kwargs)
+        self.loss, self._columns = loss, {}
+        if self.model.config.model_type != FlashLiteConfig.model_type:
+            self.compute_loss_func = self._loss_outside  # not every model calls its hook, or gives it all that it got
+            # the trainer knows it from the names of some classes only, and would count a first token that is no target
+            self._loss_shifts_labels = not self.model.config.is_encoder_decoder
         if teacher is not None and teacher_tokenizer is not None and self.processing_class is not None:
             check_vocabulary(teacher_tokenizer, self.processing_class)
         if teacher is None and self.processing_class is not None and self.train_dataset is not None:
@@ -152,25 +166,47 @@ class DistillationTrainer(CarefulTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Add the teacher's logits to the inputs, and the encoder term to the loss."""
+        seq2seq = bool(model_config(model).is_encoder_decoder)
+        extra = {key: inputs[key] for key in _CACHED if key in inputs}
         if self.teacher is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        extra = {}
+            return self._loss(model, inputs, extra, return_outputs, num_items_in_batch)
         if model.training and self._student_writes():
             labels = self._sample_targets(inputs)
             if num_items_in_batch is not None:  # this batch keeps its share of the accumulated one
                 share = (labels != -100).sum() / (inputs["labels"] != -100).sum().clamp(min=1)
                 num_items_in_batch = num_items_in_batch * share
             inputs, extra["kd_only"] = {**inputs, "labels": labels}, True
+            inputs.pop("decoder_input_ids", None)  # a collator's, of the targets that are replaced
         with torch.no_grad():
-            extra["teacher_logits"], answer = teacher_logits(
-                self.teacher, inputs, seq2seq=bool(model_config(model).is_encoder_decoder)
-            )
-        loss, outputs = super().compute_loss(model, {**inputs, **extra}, True, num_items_in_batch)
+            extra["teacher_logits"], answer = teacher_logits(self.teacher, inputs, seq2seq)
+        loss, outputs = self._loss(model, inputs, extra, True, num_items_in_batch)
         if self.encoder_match and model.training:
             items = (inputs["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
             scale = self.accelerator.num_processes if num_items_in_batch is not None else 1
             loss = loss + scale * self.encoder_weight * self._encoder_distance(outputs, answer, inputs) / items
         return (loss, outputs) if return_outputs else loss
+
+    def _loss(self, model, inputs: dict, extra: dict, return_outputs: bool, num_items_in_batch):
+        """The trainer's own loss, where the hook finds `extra` beside the labels."""
+        if self.compute_loss_func is None:
+            return super().compute_loss(model, {**inputs, **extra}, return_outputs, num_items_in_batch)
+        self._columns = extra
+        inputs = {key: value for key, value in inputs.items() if key not in _CACHED}
+        if model_config(model).is_encoder_decoder and "decoder_input_ids" not in inputs:
+            student = self.accelerator.unwrap_model(model)
+            inputs["decoder_input_ids"] = shift_right(inputs["labels"], student)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _loss_outside(self, outputs, labels, num_items_in_batch=None):
+        """The hook, called with the logits of any model."""
+        seq2seq = model_config(self.model).is_encoder_decoder
+        shifted = {"shift_labels": labels} if seq2seq else {"labels": labels}
+        columns, self._columns = self._columns, {}
+        return self.loss(logits=outputs["logits"], num_items_in_batch=num_items_in_batch, **shifted, **columns)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [column for column in _CACHED if column not in self._signature_columns]
 
     def _student_writes(self) -> bool:
         """Whether this step is on-policy: the same answer on every process and after a resume."""

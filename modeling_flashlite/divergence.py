@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .loss_flashlite import chunked_sum, divisor
+from .loss_flashlite import IGNORE_INDEX, chunked_sum, divisor
 
 __all__ = ["KDLoss", "divergence", "shared_vocabulary"]
 
@@ -166,9 +166,9 @@ class KDLoss:
 
     def __call__(
         self,
-        hidden_states: torch.Tensor,
-        lm_head: torch.nn.Module,
-        labels: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
+        lm_head: torch.nn.Module | None = None,
+        labels: torch.Tensor | None = None,
         vocab_size: int | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         teacher_ids: torch.Tensor | None = None,
@@ -176,10 +176,23 @@ class KDLoss:
         teacher_logits: torch.Tensor | None = None,
         logits: torch.Tensor | None = None,
         kd_only: bool = False,
+        shift_labels: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """See [`chunked_cross_entropy`]; teacher tensors are `[B, T, K]` or `[B, T, V]`, one row per state."""
+        """See [`chunked_cross_entropy`]; teacher tensors are `[B, T, K]` or `[B, T, V]`, one row per state.
+
+        Without hidden states it is the hook of transformers' own causal models: `logits` `[B, T, V]` and `labels`
+        that are the tokens themselves, or `shift_labels` that are each state's target.
+        """
         training = torch.is_grad_enabled()
+        if hidden_states is None and logits is not None:
+            labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift_labels is None else shift_labels
+            hidden_states = logits  # says where the sums are; the head has run
+        if hidden_states is None or not (logits is not None or isinstance(lm_head, torch.nn.Module)):
+            raise TypeError(
+                "KDLoss got neither logits= nor hidden_states= with lm_head=: this model calls its loss function in "
+                "another way; train it with DistillationTrainer, which computes the loss outside of such a model."
+            )
         if teacher_logits is not None:
             columns, signal = (teacher_logits,), self._dense
         elif teacher_ids is not None and teacher_weights is not None:

@@ -71,7 +71,7 @@ def teacher_logits(
                 "The teacher is an encoder-decoder but the data are plain text without a source; use a decoder-only "
                 "teacher, or data with input_ids and separate labels."
             )
-        inputs["decoder_input_ids"] = _shift_right(batch["labels"], teacher)
+        inputs["decoder_input_ids"] = shift_right(batch["labels"], teacher)
         output = teacher(**inputs)
         return output.logits, output
     if not seq2seq:
@@ -82,7 +82,7 @@ def teacher_logits(
     return _continuation_logits(teacher, batch)
 
 
-def _shift_right(labels: torch.Tensor, teacher: PreTrainedModel) -> torch.Tensor:
+def shift_right(labels: torch.Tensor, teacher: PreTrainedModel) -> torch.Tensor:
     """Decoder inputs of an encoder-decoder teacher: its start token, then the targets."""
     if hasattr(teacher, "prepare_decoder_input_ids_from_labels"):
         return teacher.prepare_decoder_input_ids_from_labels(labels)

@@ -11,6 +11,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -38,6 +42,8 @@ from modeling_flashlite.distillation import (
 from modeling_flashlite.divergence import _ForwardKL
 
 V = 97
+OFF = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+DEPTHS = {"layers": 1, "ffn_dim": 32, "attention_heads": 2}
 KINDS = ["forward", "reverse", "jsd:0.3", "jsd:0", "jsd:1", "skew:0.1", "taid:0.4"]
 
 
@@ -489,6 +495,72 @@ def test_live_causal_teacher_and_its_cache_give_the_same_steps(tmp_path, causal_
         trainer.train()
         results.append([(log["loss"], log["kd"]) for log in trainer.state.log_history if "kd" in log])
     np.testing.assert_allclose(results[0], results[1], rtol=1e-4)
+
+
+def other(family):
+    """A student of transformers that calls its loss hook in another way than ours, or not at all."""
+    torch.manual_seed(5)
+    sizes = {"vocab_size": V, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+    if family == "GPT2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, **OFF, **sizes)).eval()
+    if family == "BART":
+        width = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in DEPTHS.items()}
+        return BartForConditionalGeneration(
+            BartConfig(d_model=16, decoder_start_token_id=1, max_position_embeddings=64, dropout=0.0, **width, **sizes)
+        ).eval()
+    return t5(seed=5) if family == "T5" else llama(seed=5)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "T5", "BART"])
+def test_students_of_other_families_learn_from_the_teacher(tmp_path, family, cached):
+    """The first logged loss is the definition's, on one batch, and the divergence falls."""
+    tokenizer, seq2seq, student = make_tokenizer(), family in ("T5", "BART"), other(family)
+    rows = seq2seq_rows(4) if seq2seq else with_labels(causal_rows(4))
+    teacher, loss = (t5() if seq2seq else llama()), KDLoss("forward", alpha=0.3, temperature=1.0)
+    collator = PaddingCollator(tokenizer)
+    batch = collator(list(rows))
+    with torch.no_grad():
+        log_p, log_q = (
+            teacher_logits(model, batch, seq2seq)[0].double().log_softmax(-1) for model in (teacher, student)
+        )
+    labels = batch["labels"] if seq2seq else nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    mask = labels != -100
+    ce = -log_q.gather(-1, labels.clamp(min=0)[..., None])[..., 0][mask].mean()
+    kd = oracle("forward", log_p, log_q)[mask].mean()
+    if cached:
+        rows = TeacherCache(teacher, tokenizer, k=V, mode="topk", temperature=1.0, dtype="float32").annotate(rows)
+    trainer = DistillationTrainer(
+        student,
+        arguments(tmp_path, max_steps=8, learning_rate=0.02, optim="adamw_torch"),
+        teacher=None if cached else teacher,
+        loss=loss,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+        data_collator=collator,
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(ce.item(), rel=1e-4)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "kd" in log]
+    assert logs[0]["kd"] == pytest.approx(kd.item(), rel=1e-3) and logs[-1]["kd"] < logs[0]["kd"]
+    assert logs[0]["loss"] == pytest.approx((0.3 * ce + 0.7 * kd).item(), rel=1e-3)
+
+
+def test_plain_trainer_distils_a_causal_model_of_transformers(tmp_path):
+    """Its hook gets logits and unshifted labels; hooks that are called in yet other ways are refused."""
+    tokenizer, student = make_tokenizer(), llama(seed=5)
+    student.loss_function = loss = KDLoss("forward", alpha=0.0, temperature=1.0)
+    teacher, batch = llama(), PaddingCollator(tokenizer)(list(with_labels(causal_rows(4))))
+    with torch.no_grad():
+        logits = teacher(**batch).logits
+    value = student(**batch, teacher_logits=logits).loss
+    log_q = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
+    mask = batch["labels"][:, 1:] != -100
+    kd = divergence(logits.log_softmax(-1), log_q)[:, :-1][mask].mean()
+    torch.testing.assert_close(value, kd)
+    with pytest.raises(TypeError, match="DistillationTrainer"):
+        loss(logits, batch["labels"], V)
 
 
 @pytest.mark.parametrize("match", ["states", "relations"])

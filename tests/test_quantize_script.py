@@ -5,7 +5,13 @@ import json
 import pytest
 import yaml
 from test_recipes import RECIPES, TINY_RUN, TINY_SHAPE, load_script, run_verb, write_corpus
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from modeling_flashlite.cli import parse_args
 from modeling_flashlite.ecq_modules_flashlite import EcqModule
@@ -42,6 +48,18 @@ def test_recipe_quantizes(recipe, ground, capsys):
     assert any(isinstance(module, EcqModule) for module in model.modules())
     keys = set(yaml.safe_load(RECIPES[recipe].read_text()))
     assert {"method", "target_bits", "output_dir"} <= keys
+
+
+def test_models_of_others_are_trained_to_a_budget(ground, tmp_path):
+    """A Llama with its float self as the teacher, whose hook is called in the way of transformers."""
+    folder, dataset = ground
+    tokenizer = AutoTokenizer.from_pretrained(folder / "train_tiny")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    metrics = quantize("qat_tiny", ground, "--target_bits=5", f"--model={tmp_path}/llama", "--max_steps=4")
+    assert 3 < metrics["bits_per_weight"] < 5.1
+    assert isinstance(AutoModelForCausalLM.from_pretrained(folder / "qat_tiny"), LlamaForCausalLM)
 
 
 def test_a_model_writes_the_text_that_it_is_quantized_on(ground, tmp_path, capsys):
