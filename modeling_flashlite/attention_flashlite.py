@@ -518,9 +518,14 @@ def _joint_step(q: Tensor, keys: list, values: list, scaling: float | None, last
     return out.view(batch, heads, 1, -1).to(values[0].dtype)
 
 
+def joint_weights(logits: list[Tensor]) -> tuple[Tensor, ...]:
+    """One softmax over several sets of logits [N, R, S], each set's weights by themselves."""
+    return torch.cat(logits, 2).softmax(2).split([x.shape[2] for x in logits], 2)
+
+
 def joint_attention(logits: list[Tensor], values: list[Tensor]) -> Tensor:
     """One softmax over several sets of logits [N, R, S] and values [N, S, dv]; [N, R, dv]."""
-    weights = torch.cat(logits, 2).softmax(2).split([x.shape[2] for x in logits], 2)
+    weights = joint_weights(logits)
     out = torch.bmm(weights[0], values[0])
     for weight, value in zip(weights[1:], values[1:]):
         out = torch.baddbmm(out, weight, value)

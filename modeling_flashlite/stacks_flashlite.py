@@ -31,6 +31,7 @@ from .layers_flashlite import (
     FlashLiteDecoderLayer,
     FlashLiteEncoderAttention,
     FlashLiteEncoderLayer,
+    equal_sources,
     position_angles,
     product_dtype,
 )
@@ -304,7 +305,9 @@ class FlashLiteDecoder(FlashLiteStack):
         if rows is None:
             rows = padded_rows(inputs_embeds, attention_mask)
         hidden_states = self.embed(inputs_embeds)
-        make_context = functools.partial(self._context, rows, memory, encoder_hidden_states, encoder_attention_mask)
+        make_context = functools.cache(
+            lambda: self._context(rows, memory, encoder_hidden_states, encoder_attention_mask)
+        )
         step = None if rows is not None else DecoderStep.of(self, past_key_values, hidden_states, **kwargs)
         next_memory = None
         if step is not None:
@@ -348,6 +351,7 @@ class FlashLiteDecoder(FlashLiteStack):
             positions, dtype = source_positions(encoder_hidden_states, mask), product_dtype(encoder_hidden_states)
             context.encoder_angles = functools.cache(lambda: position_angles(self.config, positions, dtype))
             context.encoder_mask = None if mask is None else mask.bool()
+            context.sources = functools.cache(lambda: equal_sources(encoder_hidden_states, mask))
         return context
 
 

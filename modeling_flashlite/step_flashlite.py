@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .attention_flashlite import joint_attention, multi_axis_attention
+from .attention_flashlite import joint_weights, multi_axis_attention
 from .cache_flashlite import FlashLiteCacheLayer, own_cache
 from .ecq_modules_flashlite import join
 from .int4_flashlite import TILE_ROWS
@@ -190,7 +190,7 @@ class LayerStep:
         ready = self._encoder
         if ready is None or ready.source is not layer.keys or ready.mask is not mask:
             key, value = self.attention._encoder_keys(None, context(), past_key_values)
-            self._encoder = ready = EncoderKeys(layer.keys, mask, key, value)
+            self._encoder = ready = EncoderKeys(layer.keys, mask, key, value, getattr(layer, "sources", None))
         return ready
 
     def __call__(self, states, cache, angles: Angles, encoder: "EncoderKeys | None") -> torch.Tensor:
@@ -238,7 +238,8 @@ class LayerStep:
         logits = torch.bmm(query, keys.mT)
         if encoder is None:
             return torch.bmm(logits.softmax(2), values)
-        return joint_attention([logits, encoder.logits(query)], [values, encoder.values])
+        own, other = joint_weights([logits, encoder.logits(query)])
+        return encoder.attend(other, torch.bmm(own, values))
 
 
 def _together(layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
@@ -260,14 +261,18 @@ def _together(layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torc
 class EncoderKeys:
     """The encoder's keys `[B, M, S, H or 2 H]` and values `[B, M, S, H]` of one layer, ready for a step.
 
-    `source` and `mask` tell which keys of the cache and which mask they were made from.
+    `source` and `mask` tell which keys of the cache and which mask they were made from, `sources` which rows hold the
+    same (see [`EncoderCacheLayer`]): the queries of such rows, `beams` of them side by side, meet their keys together.
     """
 
-    def __init__(self, source, mask, key, value):
+    def __init__(self, source, mask, key, value, sources=None):
         self.source, self.mask = source, mask
         seen = None if mask is None or mask.all() else mask.bool()
         self.cross = key, value, seen
         wide = torch.promote_types(key.dtype, torch.float32)
+        self.beams, self.heads = _beams(sources, seen), key.shape[1]
+        key, value = key[:: self.beams], value[:: self.beams]
+        seen = None if seen is None else seen[:: self.beams]
         self.keys = key.flatten(0, 1).to(wide).mT.contiguous()
         self.values = value.flatten(0, 1).to(wide)
         self.bias = None
@@ -276,10 +281,44 @@ class EncoderKeys:
             self.bias = hidden.repeat_interleave(key.shape[1], dim=0)[:, None]
 
     def logits(self, query: torch.Tensor) -> torch.Tensor:
-        """`[B M, G, S]` of scaled queries."""
+        """`[B M, G, S]` of scaled queries `[B M, G, H or 2 H]`."""
+        query = self._together(query)
         if self.bias is None:
-            return torch.bmm(query, self.keys)
-        return torch.baddbmm(self.bias, query, self.keys)
+            return self._apart(torch.bmm(query, self.keys))
+        return self._apart(torch.baddbmm(self.bias, query, self.keys))
+
+    def attend(self, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Add the values under the weights `[B M, G, S]` to `out` `[B M, G, H]`."""
+        if self.beams == 1:
+            return torch.baddbmm(out, weights, self.values)
+        return out.add_(self._apart(torch.bmm(self._together(weights), self.values)))
+
+    def _together(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[B M, G, X]` -> `[B / beams M, beams G, X]`."""
+        if self.beams == 1:
+            return rows
+        split = rows.view(-1, self.beams, self.heads, *rows.shape[1:])
+        return split.transpose(1, 2).reshape(len(self.values), -1, rows.shape[2])
+
+    def _apart(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[B / beams M, beams G, X]` -> `[B M, G, X]`."""
+        if self.beams == 1:
+            return rows
+        split = rows.view(-1, self.heads, self.beams, rows.shape[1] // self.beams, rows.shape[2])
+        return split.transpose(1, 2).reshape(len(rows) * self.beams, -1, rows.shape[2])
+
+
+def _beams(sources: torch.Tensor | None, mask: torch.Tensor | None) -> int:
+    """How many rows, side by side and everywhere as many, have the same source and mask; 1 if it is not so.
+
+    1 for a single source too: its keys are read again in less time than queries and weights take to be moved.
+    """
+    count = 1 if sources is None else len(sources.unique())
+    if sources is None or count == 1:
+        return 1
+    beams, odd = divmod(len(sources), count)
+    alike = [states.unflatten(0, (-1, beams)) for states in (sources, mask) if states is not None and not odd]
+    return beams if alike and all(bool((states == states[:, :1]).all()) for states in alike) else 1
 
 
 def _norm_weight(norm: nn.RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:

@@ -314,6 +314,22 @@ def test_decoding_with_crops_and_reorders_equals_attention_over_what_is_left(mem
     assert layer.summaries.working_set is not None
 
 
+@torch.no_grad()
+def test_slots_that_nobody_wrote_count_for_nothing():
+    model, ids = causal_model(), tokens(2, 34)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    truth, order = model(ids, attention_mask=mask).logits[:, 30:], torch.tensor([1, 0])
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        cache = model(ids[:, :30], attention_mask=mask[:, :30], use_cache=True).past_key_values
+        cache.reorder_cache(order)
+        out = model(ids[order, 30:], attention_mask=mask[order], past_key_values=cache, use_cache=True).logits
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(out, truth[order], rtol=0, atol=1e-12)
+
+
 def test_crop_beyond_the_window_is_refused():
     model = causal_model(memory_blocks=2)
     cache = FlashLiteCache(model.config)

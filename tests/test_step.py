@@ -10,7 +10,7 @@ from test_modeling import causal_model, tokens
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
 from modeling_flashlite.modeling_flashlite import _INT8_CODES
 from modeling_flashlite.quantization_flashlite import EcqConfig, quantize_data_free
-from modeling_flashlite.step_flashlite import DecoderStep
+from modeling_flashlite.step_flashlite import DecoderStep, EncoderKeys
 
 
 @pytest.fixture
@@ -77,6 +77,46 @@ def test_beams_and_copied_caches_keep_their_own_keys(encoder, steps, monkeypatch
     again, _ = one_by_one(model, rest[order], past=copied, **inputs)
     torch.testing.assert_close(swapped, again[order], rtol=0, atol=1e-12)
     assert steps.count(False) == 1
+
+
+@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
+@torch.no_grad()
+def test_reordered_beams_equal_a_pass_without_cache(encoding, steps, monkeypatch):
+    model, chance = causal_model(position_encoding=encoding, is_encoder_decoder=True), torch.Generator().manual_seed(1)
+    made, init = [], EncoderKeys.__init__
+    monkeypatch.setattr(EncoderKeys, "__init__", lambda *args: made.append(init(*args)))
+    mask = torch.tensor([[1] * 5 + [0] * 2, [1] * 7, [1] * 6 + [0]])
+    states = model.get_encoder()(input_ids=tokens(3, 7, seed=2), attention_mask=mask).last_hidden_state
+    states, mask = states.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
+    ids, past = torch.zeros(6, 0, dtype=torch.long), None
+    rows, swapped = torch.arange(6), torch.tensor([2, 3, 0, 0, 5, 4])
+    for length in range(40):
+        inputs = {"encoder_outputs": (states,), "attention_mask": mask}
+        ids = torch.cat([ids, tokens(6, 1, seed=length)], dim=1)
+        out = model(decoder_input_ids=ids[:, -1:], past_key_values=past, use_cache=True, **inputs)
+        past = out.past_key_values
+        truth = model(decoder_input_ids=ids, use_cache=False, **inputs).logits[:, -1:]
+        torch.testing.assert_close(out.logits, truth, rtol=0, atol=1e-12)
+        # beams of a sentence change places after every token, sentences now and then
+        order = rows // 2 * 2 + torch.randint(0, 2, (6,), generator=chance)
+        if length in (9, 31):
+            order, states, mask = swapped, states[swapped], mask[swapped]
+        elif length == 20:
+            order, states, mask = rows[[0, 1, 4, 3, 2, 5]], states[[0, 1, 4, 3, 2, 5]], mask[[0, 1, 4, 3, 2, 5]]
+        elif length > 20:
+            order = rows
+        past.reorder_cache(order)
+        ids = ids[order]
+    layers = model.config.decoder.num_hidden_layers
+    assert len(made) == 4 * layers and past.self_attention_cache.layers[0].summarized > 2
+    past.batch_select_indices(rows[:4])
+    past.batch_repeat_interleave(2)
+    chosen = rows[:4].repeat_interleave(2)
+    inputs = {"encoder_outputs": (states[chosen],), "attention_mask": mask[chosen]}
+    ids = torch.cat([ids[chosen], tokens(8, 1, seed=99)], dim=1)
+    out = model(decoder_input_ids=ids[:, -1:], past_key_values=past, use_cache=True, **inputs)
+    truth = model(decoder_input_ids=ids, use_cache=False, **inputs).logits[:, -1:]
+    torch.testing.assert_close(out.logits, truth, rtol=0, atol=1e-12)
 
 
 def test_weights_changed_between_generations_count(steps):
