@@ -445,7 +445,7 @@ def _rooms(shapes: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
     All is allocated before anything is decoded, so that what is needed in between leaves no gaps. It takes no room
     before it is written.
     """
-    rooms = {}
+    rooms: dict[str, torch.Tensor] = {}
     by_parent = itertools.groupby(shapes.items(), lambda item: (item[0].rpartition(".")[0], item[1][1]))
     for (_, columns), sisters in by_parent:
         named = [(name, -(-rows // TILE_ROWS)) for name, (rows, _) in sisters]
