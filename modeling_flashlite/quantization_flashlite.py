@@ -10,11 +10,12 @@ without it transformers finds tensors of the wrong shape and raises, unless `ign
 
 from __future__ import annotations
 
+import itertools
 import json
+import mmap
 import struct
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +27,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .ecq_modules_flashlite import EcqModule, FakeQuantModule, to_float, to_quantized, to_twin
 from .ecq_search_flashlite import Layer, grid_of, search
 from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weights
-from .int4_flashlite import empty_tiles
+from .int4_flashlite import TILE_ROWS, empty_tiles
+
+Place = tuple[str, int, int]  # of a stream: file, first byte, bytes
 
 _METHOD = "ecq"
 _MOST_WEIGHTS = 4096  # in a byte of a stream; deflate and rANS reach 2064 and 2730
@@ -363,7 +366,7 @@ class EcqQuantizer(HfQuantizer):
         return True
 
 
-def _coded_places(checkpoint_files) -> dict[str, tuple[str, int, int]] | None:
+def _coded_places(checkpoint_files) -> dict[str, Place] | None:
     """Name to (file, offset, bytes) of the one-dimensional uint8 tensors in safetensors files, from their headers."""
     if not checkpoint_files:
         return None
@@ -386,22 +389,22 @@ def _coded_places(checkpoint_files) -> dict[str, tuple[str, int, int]] | None:
 def _leave_file(model) -> None:
     """Let go of the loader's memory map, in which all that was looked at stays: copy small tensors, note the streams.
 
-    A stream becomes its place in the file, where [`_take_stream`] finds it when its turn comes.
+    A stream becomes its place in the file, if it is what stands there; [`_open_stream`] finds it again.
     """
     for module in model.modules():
         if isinstance(module, EcqModule):
             stream, place = module.stream, module.__dict__.pop("place", None)
-            if (
-                stream is not None
-                and stream.numel()
-                and place
-                and stream.device.type == "cpu"
-                and stream.numel() == place[2]
-            ):
+            held = stream is not None and stream.device.type == "cpu" and stream.numel()
+            if place and held and held == place[2] and _ends(stream) == _ends(_open_stream(place)):
                 module.stream = place
         for value in (*module._parameters.values(), *module._buffers.values()):
             if value is not None and value.device.type == "cpu" and value.nbytes <= _SMALL:
                 value.data = value.data.clone()
+
+
+def _ends(stream: torch.Tensor) -> bytes:
+    """First and last bytes: they tell streams of the same length apart, since these begin with checksums."""
+    return bytes(stream[:64].tolist() + stream[-64:].tolist())
 
 
 def _stream_bytes(module: EcqModule) -> int:
@@ -410,13 +413,19 @@ def _stream_bytes(module: EcqModule) -> int:
 
 
 def _take_stream(module: EcqModule) -> torch.Tensor:
-    """The loaded stream, which the module gives away; read from its place, if it stands in a file."""
+    """The loaded stream, which the module gives away."""
     stream: Any = module.stream
     module.stream = None
-    if isinstance(stream, torch.Tensor):
-        return stream
-    path, offset, length = stream
-    return torch.from_numpy(np.fromfile(path, np.uint8, length, offset=offset))
+    return stream if isinstance(stream, torch.Tensor) else _open_stream(stream)
+
+
+def _open_stream(place: Place) -> torch.Tensor:
+    """The bytes at a place, mapped into memory while the tensor lives: neither a copy, nor a gap when it goes."""
+    path, offset, length = place
+    before = offset % mmap.ALLOCATIONGRANULARITY
+    with open(path, "rb") as file:
+        held = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=offset - before)
+    return torch.frombuffer(held, dtype=torch.uint8, count=length, offset=before)
 
 
 def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[str], list]]:
@@ -430,11 +439,25 @@ def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[
     return list(groups.values())
 
 
+def _rooms(shapes: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Memory for the tiles of each weight; sisters that may be joined are neighbours in it, see [`join`].
+
+    All is allocated before anything is decoded, so that what is needed in between leaves no gaps. It takes no room
+    before it is written.
+    """
+    rooms: dict[str, torch.Tensor] = {}
+    by_parent = itertools.groupby(shapes.items(), lambda item: (item[0].rpartition(".")[0], item[1][1]))
+    for (_, columns), sisters in by_parent:
+        named = [(name, -(-rows // TILE_ROWS)) for name, (rows, _) in sisters]
+        whole = empty_tiles(TILE_ROWS * sum(tiles for _, tiles in named), columns, device="cpu")
+        rooms |= dict(zip((name for name, _ in named), whole.split([tiles for _, tiles in named])))
+    return rooms
+
+
 def _decode_model(model) -> None:
     """Turn the loaded streams into codes, some of them at a time, freeing each as it is done.
 
-    A weight is decoded into the memory that it will stay in. All of that is allocated beforehand, so that what is
-    needed in between leaves no gaps; it takes no room before it is written.
+    A weight is decoded into the memory that it will stay in.
     """
     _leave_file(model)
     jobs = []
@@ -447,14 +470,15 @@ def _decode_model(model) -> None:
             raise ValueError(
                 f"{held} bytes cannot hold the {rows} x {columns} codes of {names[0]}; check config.json."
             )
-        jobs.append((names[0], modules, owner, empty_tiles(rows, columns, device="cpu")))
+        jobs.append((names[0], modules, owner))
+    rooms = _rooms({name: owner.weight_shape for name, _, owner in jobs})
     # the largest first, so that no thread is left alone with it; then the small ones, which wait for one another
-    jobs.sort(key=lambda job: job[3].numel())
+    jobs.sort(key=lambda job: rooms[job[0]].numel())
     jobs = jobs[-1:] + jobs[:-1]
-    streams = ((name, _take_stream(owner), owner.weight_shape, tiles) for name, _, owner, tiles in jobs)
+    streams = ((name, _take_stream(owner), owner.weight_shape, rooms[name]) for name, _, owner in jobs)
     for position, weight in decode_weights(streams):
-        _, modules, owner, tiles = jobs[position]
-        owner.set_quantized(weight, tiles=tiles)
+        name, modules, owner = jobs[position]
+        owner.set_quantized(weight, tiles=rooms[name])
         for module in modules:
             if module is not owner:
                 module.share_quantized(owner)

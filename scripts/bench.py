@@ -440,6 +440,7 @@ def linear_layers(args, plain, coded) -> list[dict]:
     return rows
 
 
+LOAD, TOKEN = "load", "load, 1 token"
 IMPORT = """
 import time
 from transformers import AutoModel, GenerationMixin, PreTrainedModel, pipeline
@@ -449,15 +450,16 @@ print(time.perf_counter() - begin)
 """
 
 
-def loading(folder: str):
-    """Load a model and compute one token, after a small one has made the process import what every load needs.
+def loading(folder: str, work: str):
+    """Load a model, and for `TOKEN` compute one, after a small one has made the process import what every load needs.
 
     The token counts because a float model is only mapped into memory when it is loaded, and read when it is used.
     """
 
     @torch.inference_mode()
     def run(folder):
-        return FlashLiteForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(torch.tensor([[4]]))
+        model = FlashLiteForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        return model(torch.tensor([[4]])) if work == TOKEN else model
 
     run(Path(folder).parent / "small")
     return lambda: run(folder)
@@ -477,18 +479,20 @@ def load(args) -> list[dict]:
         model = quantize(model, EcqConfig())
         model.save_pretrained(f"{folder}/coded")
         held["coded"] = model.get_memory_footprint()
-        costs = {name: [] for name in held}
-        for _ in tqdm(range(min(args.repeats, 3)), desc="load", leave=False):
-            for name in held:
-                costs[name].append(fresh_cost(loading, f"{folder}/{name}"))
-        times = {name: [seconds for _, seconds in values] for name, values in costs.items()}
-        for row in summarize_race(times, ["bfloat16"], work="load, 1 token"):
-            name = row["name"]
-            peak = statistics.median(growth for growth, _ in costs[name])
-            file = sum(path.stat().st_size for path in Path(folder, name).glob("*.safetensors"))
-            sizes = {"file_MiB": file, "held_MiB": held[name], "peak_MiB": peak}
-            rows.append({**row, **{key: round(size / 2**20, 1) for key, size in sizes.items()}})
-            rows[-1]["peak_over_held"] = round(peak / held[name], 2)
+        sides = [(work, name) for work in (LOAD, TOKEN) for name in held]
+        costs = {side: [] for side in sides}
+        for _ in tqdm(range(min(args.repeats, 5)), desc="load", leave=False):
+            for work, name in sides:
+                costs[work, name].append(fresh_cost(loading, f"{folder}/{name}", work))
+        for work in (LOAD, TOKEN):
+            times = {name: [seconds for _, seconds in costs[work, name]] for name in held}
+            for row in summarize_race(times, ["bfloat16"], work=work):
+                name = row["name"]
+                peak = statistics.median(growth for growth, _ in costs[work, name])
+                file = sum(path.stat().st_size for path in Path(folder, name).glob("*.safetensors"))
+                sizes = {"file_MiB": file, "held_MiB": held[name], "peak_MiB": peak}
+                rows.append({**row, **{key: round(size / 2**20, 1) for key, size in sizes.items()}})
+                rows[-1]["peak_over_held"] = round(peak / held[name], 2)
     times = [float(subprocess.check_output([sys.executable, "-c", IMPORT])) for _ in range(args.repeats)]
     return rows + summarize_race({"modeling_flashlite": times}, ["modeling_flashlite"], work="import")
 

@@ -30,7 +30,7 @@ from transformers import (
     T5GemmaModuleConfig,
 )
 
-from modeling_flashlite import ecq_stream_flashlite
+from modeling_flashlite import ecq_stream_flashlite, quantization_flashlite
 from modeling_flashlite.calibration import merge_adapters, quantize
 from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, join, to_quantized
 from modeling_flashlite.ecq_stream_flashlite import CodecError, QuantizedWeight, decode_weights, encode_weights
@@ -202,6 +202,40 @@ def test_a_loaded_model_holds_nothing_of_its_file(tmp_path):
     weights = [module.quantized() for module in loaded.modules() if isinstance(module, (EcqLinear, EcqEmbedding))]
     expected = [module.quantized() for module in model.modules() if isinstance(module, (EcqLinear, EcqEmbedding))]
     assert all(torch.equal(a.codes(), b.codes()) for a, b in zip(weights, expected, strict=True))
+
+
+def test_a_place_is_used_only_for_the_stream_that_stands_there(monkeypatch, tmp_path):
+    """Streams of equal length whose places are taken for one another are still loaded as the library named them."""
+    model = quantize(build("llama-untied"), EcqConfig(target_bits=5))
+    generator = torch.Generator().manual_seed(0)
+    names = [f"model.layers.0.mlp.{kind}_proj" for kind in ("gate", "up")]
+    for name in names:
+        codes = torch.randint(-8, 8, (96, 64), generator=generator)
+        model.get_submodule(name).set_quantized(QuantizedWeight.from_codes(codes, 1 / 64, torch.zeros(96)))
+    model.save_pretrained(tmp_path)
+    real, (gate, up) = quantization_flashlite._coded_places, (f"{name}.weight" for name in names)
+
+    def swapped(files):
+        places = real(files)
+        assert places[gate][2] == places[up][2]
+        return {**places, gate: places[up], up: places[gate]}
+
+    monkeypatch.setattr(quantization_flashlite, "_coded_places", swapped)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name in names:
+        codes = (other.get_submodule(name).quantized().codes() for other in (loaded, model))
+        assert torch.equal(*codes)
+
+
+def test_loaded_sisters_are_neighbours(tmp_path):
+    """Joining the layers of a loaded model moves no codes."""
+    tile_filling().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    attention = loaded.model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    places = [layer.tiles.data_ptr() for layer in layers]
+    joint = join(layers)
+    assert joint.tiles.data_ptr() == places[0] and [layer.tiles.data_ptr() for layer in layers] == places
 
 
 def test_sharded_checkpoint(tmp_path):
