@@ -551,7 +551,7 @@ def _joint_step(q: Tensor, keys: list, values: list, scaling: float | None, last
 
 def joint_attention(logits: list[Tensor], values: list[Tensor]) -> Tensor:
     """One softmax over several sets of logits [N, R, S] and values [N, S, dv]; [N, R, dv]."""
-    weights = torch.cat(logits, 2).softmax(2).split([x.shape[2] for x in logits], 2)
+    weights = torch.cat(logits, 2).softmax(2).split_with_sizes([x.shape[2] for x in logits], 2)
     out = torch.bmm(weights[0], values[0])
     for weight, value in zip(weights[1:], values[1:]):
         out = torch.baddbmm(out, weight, value)

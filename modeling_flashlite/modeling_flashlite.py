@@ -396,6 +396,11 @@ class FlashLiteForCausalLM(FlashLiteHeadModel, GenerationMixin):
         )
 
 
+# `generate` looks for it before every token of a model that brings its own code: kept here, it is found, not made
+for _model_class in (FlashLiteForConditionalGeneration, FlashLiteForCausalLM):
+    _model_class.forward.__signature__ = inspect.signature(_model_class.forward)
+
+
 def decoder_only(config: FlashLiteConfig) -> FlashLiteConfig:
     """A copy of `config` without an encoder, or `config` itself where it has none."""
     if not config.is_encoder_decoder:
