@@ -198,14 +198,15 @@ class LayerStep:
         normed = _norm(states, self.norms[0])
         query, key, value = self.query_key_value(normed)
         query = self._query(query, angles)
-        key = key.view(len(states), -1, 1, self.head_dim)
+        batch = states.shape[0]
+        key = key.view(batch, -1, 1, self.head_dim)
         value = value.view(key.shape)
         if self.is_rotary:
             key = rotate(key, angles.cos, angles.sin)
         else:
             key = torch.cat([key, angles.both.to(key.dtype).expand(key.shape)], dim=-1)
         keys, values = cache.update(key, value)
-        attended = self._attend(query, keys, values, cache, encoder).reshape(len(states), -1)
+        attended = self._attend(query, keys, values, cache, encoder).reshape(batch, -1)
         states = states + self.o(attended.to(states.dtype))
         normed = _norm(states, self.norms[1])
         gate, up = self.gate_up(normed)
@@ -213,7 +214,7 @@ class LayerStep:
 
     def _query(self, projected: torch.Tensor, angles: Angles) -> torch.Tensor:
         """Scaled queries with their positions, `[B, N H]` -> `[B M, G, H or 2 H]`."""
-        size, batch = self.head_dim, len(projected)
+        size, batch = self.head_dim, projected.shape[0]
         if self.is_rotary:
             query = rotate(projected.view(batch, -1, 1, size), angles.cos, angles.sin) * self.scaling
             return query.view(-1, self.groups, size).to(torch.promote_types(query.dtype, torch.float32))
@@ -221,8 +222,8 @@ class LayerStep:
         # the heads are the batch of the product
         rows = projected.view(batch, -1, size).transpose(0, 1).to(matrix.dtype)
         query = torch.baddbmm(bias, rows, matrix)
-        query[..., size : 2 * size].mul_(angles.cos_twice).addcmul_(query[..., 2 * size :], angles.sin_twice)
-        return query[..., : 2 * size].transpose(0, 1).reshape(-1, self.groups, 2 * size)
+        query.narrow(2, size, size).mul_(angles.cos_twice).addcmul_(query.narrow(2, 2 * size, size), angles.sin_twice)
+        return query.narrow(2, 0, 2 * size).transpose(0, 1).reshape(-1, self.groups, 2 * size)
 
     def _attend(self, query, keys, values, cache, encoder) -> torch.Tensor:
         """Scaled queries `[B M, G, H or 2 H]` over the slots of cache and encoder: `[B M, G, H]` or `[B, N, 1, H]`."""
@@ -249,11 +250,11 @@ def _together(layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torc
         calls = list(map(_call, layers))
         return lambda states: [call(states) for call in calls]
     starts = itertools.accumulate((len(layer.tiles) * TILE_ROWS for layer in layers), initial=0)
-    places = [slice(start, start + layer.out_features) for start, layer in zip(starts, layers)]
+    places = [(1, start, layer.out_features) for start, layer in zip(starts, layers)]
 
     def product(states: torch.Tensor) -> list[torch.Tensor]:
         output = joint.forward(states)
-        return [output[:, place] for place in places]
+        return [output.narrow(*place) for place in places]
 
     return product
 

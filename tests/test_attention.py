@@ -202,7 +202,23 @@ def test_a_working_set_takes_bounds_and_blocks_wherever_they_lie():
     by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
     for mine, (keys, values) in ((narrowed, (k, v)), (turned, (k, v)), (BlockSummaries(*summaries), by_token)):
         out = multi_axis_attention(q, keys, values, spec, start=start, summaries=mine)
-        assert mine.working_set is not None and (out - expected).abs().max() < 1e-12
+        assert (out - expected).abs().max() < 1e-12
+        # blocks that are no rows of a matrix are gathered for each token
+        assert (mine.working_set is None) == (keys is by_token[0])
+
+
+@pytest.mark.parametrize("hkv", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_working_set_pairs_heads_of_any_number_and_type(hkv, dtype):
+    spec = AxisSpec(4, 2, 2, None)
+    q, k, v = (torch.randn(1, n, 60, 8).to(dtype) for n in (2 * hkv, hkv, hkv))
+    expected = multi_axis_attention_reference(q, k, v, spec)[0]
+    summaries = summarize_blocks(k, v, spec)
+    for start in range(40, 44):
+        out = multi_axis_attention(q[:, :, start : start + 1], k, v, spec, start=start, summaries=summaries)
+        assert (out - expected[:, :, start : start + 1]).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert summaries.working_set is not None
 
 
 def test_selection_does_not_flip_between_paths_in_float32():
