@@ -21,6 +21,7 @@ from transformers.utils import TransformersKwargs
 from .attention_flashlite import dense_attention, multi_axis_attention, multi_axis_attention_reference
 from .cache_flashlite import EncoderCacheLayer, FlashLiteCache, Rows, axis_spec, own_cache
 from .configuration_flashlite import FlashLiteDecoderConfig, FlashLiteEncoderConfig
+from .linear_flashlite import project
 
 
 def product_dtype(states: torch.Tensor) -> torch.dtype:
@@ -45,7 +46,8 @@ class FlashLiteMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., D]` -> `[..., D]`."""
         hidden_states = hidden_states.to(product_dtype(hidden_states))
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = project(self.gate_proj, hidden_states), project(self.up_proj, hidden_states)
+        return project(self.down_proj, self.act_fn(gate) * up)
 
 
 def position_angles(config, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,7 +117,7 @@ class FlashLiteAttention(nn.Module):
 
     def queries(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], weight=None):
         """Queries with their positions, `[B, T, D]` -> `[B, N, T, H or 2 H]`; `weight` is `relative_weight`."""
-        query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        query = project(self.q_proj, hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
         if self.is_rotary:
             return rotate(query, *angles)
         weight = self.relative_weight(query) if weight is None else weight
@@ -130,8 +132,8 @@ class FlashLiteAttention(nn.Module):
     def keys_values(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]):
         """Keys with their positions and values, `[B, S, D]` -> `[B, M, S, H or 2 H]` and `[B, M, S, H]`."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        key = project(self.k_proj, hidden_states).view(shape).transpose(1, 2)
+        value = project(self.v_proj, hidden_states).view(shape).transpose(1, 2)
         key = rotate(key, *angles) if self.is_rotary else self.with_sinusoids(key, angles)
         return key, value
 
@@ -169,7 +171,7 @@ class FlashLiteEncoderAttention(FlashLiteAttention):
             out = out.transpose(1, 2)
         else:
             out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+        return project(self.o_proj, out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class FlashLiteDecoderAttention(FlashLiteAttention):
@@ -218,7 +220,7 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
                 slot, real = source.column_slots()
                 out, weights = self._by_column(weights, slot, real, column_value, cross_weights, cross)
         out = out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
-        return self.o_proj(out), weights, cross_weights
+        return project(self.o_proj, out), weights, cross_weights
 
     def _kept_weight(self, hidden_states, past_key_values) -> torch.Tensor | None:
         """`relative_weight`, taken once for all tokens of a generation: it lives as long as the keys in the cache."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .ecq_modules_flashlite import FakeQuantLinear
+from .linear_flashlite import linear
 
 # logits of one chunk, 8 MiB in float32: large enough for a full-speed product, small enough to stay in a cache while
 # softmax and its gradient pass over them, which halves the time of the loss on a CPU
@@ -192,12 +193,12 @@ class _LinearSum(torch.autograd.Function):
         sums, start = None, 0
         for piece in pieces:
             part = states[start : start + len(piece)]
-            logits = F.linear(part, weight, bias).requires_grad_()
+            logits = linear(part, weight, bias).requires_grad_()
             with torch.enable_grad():
                 values = row_loss(at_least_float32(logits), *rows(piece))
                 (grad,) = torch.autograd.grad(values[0], logits)
             if needs_states:
-                grad_states[start : start + len(piece)] = grad @ weight.to(grad.dtype)
+                grad_states[start : start + len(piece)] = linear(grad, weight.to(grad.dtype).t())
             if needs_weight and grad.dtype == part.dtype == wide:
                 grad_weight.addmm_(grad.t(), part)
             elif needs_weight:

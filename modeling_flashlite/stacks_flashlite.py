@@ -35,6 +35,7 @@ from .layers_flashlite import (
     position_angles,
     product_dtype,
 )
+from .linear_flashlite import project
 from .step_flashlite import DecoderStep
 
 
@@ -184,7 +185,7 @@ class FlashLiteStack(FlashLitePreTrainedModel):
         """Table rows `[B, T, E]` -> first hidden states `[B, T, D]`."""
         hidden_states = inputs_embeds * self.config.embedding_size**0.5
         if self.embed_proj is not None:
-            hidden_states = self.embed_proj(hidden_states)
+            hidden_states = project(self.embed_proj, hidden_states)
         return self.dropout(hidden_states)
 
 

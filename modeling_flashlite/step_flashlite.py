@@ -9,6 +9,7 @@ out of the ordinary.
 Shapes: B batch, N query heads, M key-value heads, G = N / M, H head size, D hidden size, S key slots.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from .layers_flashlite import (
     product_dtype,
     rotate,
 )
+from .linear_flashlite import is_hooked, project
 
 # positions whose angles are computed together
 _ANGLES = 64
@@ -131,7 +133,7 @@ def _is_plain(decoder) -> bool:
         norms = layer.input_layernorm, layer.post_attention_layernorm
         skipped = layer, layer.self_attn, layer.mlp, *norms
         classes = FlashLiteDecoderLayer, FlashLiteDecoderAttention, FlashLiteMLP, nn.RMSNorm, nn.RMSNorm
-        if tuple(map(type, skipped)) != classes or any(map(_is_hooked, skipped)):
+        if tuple(map(type, skipped)) != classes or any(map(is_hooked, skipped)):
             return False
         direct = [p for module in skipped for p in module.parameters(recurse=False)]
         if any(type(p) is not nn.Parameter or p.device.type == "meta" for p in direct):
@@ -139,15 +141,11 @@ def _is_plain(decoder) -> bool:
     return not nn.modules.module._has_any_global_hook()
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
-
-
 def _call(module: nn.Module):
-    """What runs a layer: its forward itself, which saves a microsecond, where no hook hangs on it."""
-    return module if _is_hooked(module) else module.forward
+    """What runs a layer: its forward itself, which saves a microsecond, where no hook hangs on it; see [`project`]."""
+    if type(module) is nn.Linear:
+        return functools.partial(project, module)
+    return module if is_hooked(module) else module.forward
 
 
 class LayerStep:
@@ -245,7 +243,7 @@ class LayerStep:
 
 def _together(layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
     """A function that gives the outputs of several layers of the same input: by one product, where they are codes."""
-    joint = None if any(map(_is_hooked, layers)) else join(layers)
+    joint = None if any(map(is_hooked, layers)) else join(layers)
     if joint is None:
         calls = list(map(_call, layers))
         return lambda states: [call(states) for call in calls]

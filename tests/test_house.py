@@ -21,6 +21,7 @@ EDGES = {
     "configuration": set(),
     "huffman": set(),
     "int4": set(),
+    "linear": set(),
     "pipeline": set(),
     "attention": {"attention_tiles"},
     "rans": {"huffman"},
@@ -28,13 +29,13 @@ EDGES = {
     "ecq_stream": {"codec", "int4"},
     "ecq_modules": {"ecq_stream", "int4"},
     "ecq_search": {"codec", "ecq_stream"},
-    "loss": {"ecq_modules"},
+    "loss": {"ecq_modules", "linear"},
     "quantization": {"codec", "ecq_modules", "ecq_search", "ecq_stream", "int4"},
     "cache": {"attention"},
-    "layers": {"attention", "cache", "configuration"},
-    "step": {"attention", "cache", "ecq_modules", "int4", "layers"},
-    "stacks": {"cache", "configuration", "layers", "step"},
-    "modeling": {"cache", "configuration", "int4", "loss", "quantization", "stacks"},
+    "layers": {"attention", "cache", "configuration", "linear"},
+    "step": {"attention", "cache", "ecq_modules", "int4", "layers", "linear"},
+    "stacks": {"cache", "configuration", "layers", "linear", "step"},
+    "modeling": {"cache", "configuration", "int4", "linear", "loss", "quantization", "stacks"},
 }
 # floor 2, the workshop: it stands on everything that travels, and on these of its own floor
 WORKSHOP_EDGES = {
