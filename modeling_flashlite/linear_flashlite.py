@@ -45,6 +45,7 @@ def _takes_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and torch._C._functorch.maybe_current_level() is None
+        and torch.backends.mkldnn.enabled
         and _has_onednn()
     )
 

@@ -383,6 +383,16 @@ def loss(args) -> list[dict]:
     return rows
 
 
+def without_onednn(run):
+    """`run` with the float32 products that PyTorch makes by itself (see `linear_flashlite`)."""
+
+    def plain():
+        with torch.backends.mkldnn.flags(enabled=False):
+            return run()
+
+    return plain
+
+
 def coded_shape(seed: int, shape) -> FlashLiteForCausalLM:
     """A decoder with random weights in float32."""
     width, layers, heads, vocabulary = shape
@@ -412,11 +422,13 @@ def quant(args) -> list[dict]:
         ("prefill", PREFILL_TOKENS, lambda model: lambda: model(context, use_cache=True, logits_to_keep=1)),
     ):
         contenders = {name: make(model) for name, model in models.items()}
+        contenders[PLAIN_FLOAT32] = without_onednn(contenders["float32"])
         times = race(contenders, repeats=args.repeats, seconds=min(args.seconds, 25.0), name=work)
-        than = faster_than(times, "float32")
+        than, than_plain = faster_than(times, "float32"), faster_than(times, PLAIN_FLOAT32)
         for row in summarize_race(times, ["bfloat16"], work=work, length=length, batch=1):
-            held = models[row["name"]].get_memory_footprint()
-            rows.append({**row, "than_float32": than[row["name"]], "MiB": round(held / 2**20, 1)})
+            held = models.get(row["name"], plain).get_memory_footprint()
+            row |= {"than_float32": than[row["name"]], "than_plain_float32": than_plain[row["name"]]}
+            rows.append({**row, "MiB": round(held / 2**20, 1)})
     return rows + linear_layers(args, plain, coded)
 
 
@@ -440,7 +452,7 @@ def linear_layers(args, plain, coded) -> list[dict]:
     return rows
 
 
-LOAD, TOKEN = "load", "load, 1 token"
+LOAD, TOKEN, PLAIN_FLOAT32 = "load", "load, 1 token", "float32, PyTorch's products"
 IMPORT = """
 import time
 from transformers import AutoModel, GenerationMixin, PreTrainedModel, pipeline

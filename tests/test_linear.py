@@ -77,6 +77,8 @@ def test_only_plain_large_float32_layers_go_there(calls):
         assert project(layer, states).dtype == torch.bfloat16
     jacobian = torch.func.jacrev(lambda row: project(layer, row).sum())(states)
     torch.testing.assert_close(jacobian, layer.weight.sum(0).expand(2, -1), rtol=1e-4, atol=1e-4)
+    with torch.backends.mkldnn.flags(enabled=False):
+        project(layer, states)
     assert not calls
     torch.testing.assert_close(project(layer, states), layer(states), rtol=1e-4, atol=1e-4)
     assert len(calls) == 1
