@@ -106,30 +106,26 @@ def _add(total, value):
 
 def _batches(calibration, model, batch_size: int, data_collator: Callable | None) -> Iterable[dict]:
     """Batches of tensors from a loader, a list of batches, or a dataset of examples, collated or padded here."""
-    first = next(iter(calibration))
-    ids = first["input_ids"]
-    if data_collator is None and isinstance(ids, torch.Tensor) and ids.dim() == 2:
-        yield from calibration
+    examples = iter(calibration)
+    first = next(examples)
+    examples, ids = itertools.chain([first], examples), first.get("input_ids")
+    if data_collator is None and (ids is None or isinstance(ids, torch.Tensor) and ids.dim() == 2):
+        yield from examples
         return
     pad = getattr(model.config, "pad_token_id", None) or 0
     fill = {"input_ids": pad, "labels": -100, "decoder_input_ids": pad}
-    group = []
-    for index, example in enumerate(calibration):
-        group.append(example)
-        if len(group) < batch_size and index < len(calibration) - 1:
-            continue
+    while group := list(itertools.islice(examples, batch_size)):
         if data_collator is not None:
             yield data_collator(group)
-        else:
-            batch = {}
-            for key in [k for k in group[0] if k in fill or k.endswith("attention_mask")]:
-                rows = [torch.as_tensor(example[key]) for example in group]
-                batch[key] = nn.utils.rnn.pad_sequence(rows, True, fill.get(key, 0))
-            if "attention_mask" not in batch:
-                lengths = torch.tensor([len(example["input_ids"]) for example in group])
-                batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-            yield batch
-        group = []
+            continue
+        batch = {}
+        for key in [k for k in group[0] if k in fill or k.endswith("attention_mask")]:
+            rows = [torch.as_tensor(example[key]) for example in group]
+            batch[key] = nn.utils.rnn.pad_sequence(rows, True, fill.get(key, 0))
+        if "attention_mask" not in batch:
+            lengths = torch.tensor([len(example["input_ids"]) for example in group])
+            batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+        yield batch
 
 
 def batches_of(calibration, model, data_collator=None, batch_size: int = 8, max_batches: int | None = None) -> list:
@@ -148,25 +144,41 @@ def _with_labels(batch: dict, model) -> dict:
     return batch
 
 
+def _watch(module: nn.Module, record: Callable) -> Callable[[], object]:
+    """Calls `record(input, output)` for every product or lookup of a layer; returns what ends that."""
+    plain = type(module)
+    if plain.forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward):
+
+        def hook(module, args, kwargs, output):
+            record(*args, *kwargs.values(), output)
+
+        return module.register_forward_hook(hook, with_kwargs=True).remove
+
+    # A subclass is called with other things than it looks up (a mask) and returns others (scaled embeddings).
+    class Watched(nn.Linear if isinstance(module, nn.Linear) else nn.Embedding):  # type: ignore[misc]
+        def forward(self, input):
+            output = super().forward(input)
+            record(input, output)
+            return output
+
+    module.__class__ = type(plain.__name__, (plain, Watched), {})
+    return lambda: setattr(module, "__class__", plain)
+
+
 def collect_moments(model, layers: list[Layer], batches: list[dict]) -> None:
     """Fill in the factors and steps of `layers` from forward and backward passes over `batches`."""
     moments = [_Moments(layer) for layer in layers]
-    handles = []
-    for moment in moments:
-        for module in moment.layer.modules:
-            record = moment.lookup if isinstance(module, nn.Embedding) else moment.linear
-
-            def hook(module, args, output, record=record):
-                record(args[0], output)
-
-            handles.append(module.register_forward_hook(hook))
+    undo = [
+        _watch(module, moment.lookup if isinstance(module, nn.Embedding) else moment.linear)
+        for moment in moments
+        for module in moment.layer.modules
+    ]
     training = model.training
     model.eval()
     try:
         for batch in batches:
             batch = _with_labels(batch, model)
-            embedding = model.get_input_embeddings()
-            embedding.weight.requires_grad_(True)
+            next(model.get_input_embeddings().parameters()).requires_grad_(True)
             with torch.enable_grad():
                 outputs = model(**batch, use_cache=False) if model.can_generate() else model(**batch)
                 loss = getattr(outputs, "loss", None)
@@ -175,8 +187,8 @@ def collect_moments(model, layers: list[Layer], batches: list[dict]) -> None:
                     (loss * targets).backward()
             model.zero_grad(set_to_none=True)
     finally:
-        for handle in handles:
-            handle.remove()
+        for end in undo:
+            end()
         model.train(training)
     for moment in moments:
         moment.finish()

@@ -1,6 +1,7 @@
 """From any data set to batches: load, tokenise, pack or segment, collate; one function per step."""
 
 import difflib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from datasets import (
     concatenate_datasets,
     load_dataset,
 )
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from .corpus import hash_fraction, python_corpus
@@ -52,6 +54,7 @@ def load_data(
     revision: str | None = None,
     streaming: bool = False,
     limit: int | None = None,
+    columns: str | None = None,
 ) -> DatasetDict | IterableDatasetDict:
     """Load a data set with all of its splits, wherever it lives.
 
@@ -66,6 +69,8 @@ def load_data(
         revision (`str`, *optional*): git revision of a Hub data set.
         streaming (`bool`, *optional*, defaults to `False`): read rows as they are needed instead of preparing all.
         limit (`int`, *optional*): keep the first `limit` rows of every split.
+        columns (`str`, *optional*): `source=translation.en,...`: names with a dot, of fields inside a column, become
+            columns of their own.
 
     Returns:
         `datasets.DatasetDict`, or `datasets.IterableDatasetDict` with `streaming`.
@@ -84,6 +89,8 @@ def load_data(
         splits = load_dataset(dataset, name, revision=revision, streaming=streaming)
     if limit is not None:
         splits = type(splits)({split: _take(rows, limit) for split, rows in splits.items()})
+    if nested := [pair.partition("=")[2].strip() for pair in (columns or "").split(",") if "." in pair]:
+        splits = type(splits)({split: _unfold(rows, nested) for split, rows in splits.items()})
     for split, rows in splits.items():
         if isinstance(rows, Dataset) and len(rows) == 0:
             raise ValueError(f"Split {split!r} of {dataset!r} has 0 rows, but at least 1 is needed; check the files.")
@@ -140,7 +147,8 @@ def tokenize_texts(
     last = [tokenizer.eos_token_id] if end is None else tokenizer(end, add_special_tokens=False)["input_ids"]
 
     def encode(batch):
-        encoded = tokenizer(batch[column], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        texts = [text or "" for text in batch[column]]
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return {"input_ids": [ids + last for ids in encoded["input_ids"]]}
 
     return _map(dataset, encode, "tokenise", num_proc)
@@ -318,6 +326,17 @@ def _take(rows, limit: int):
     return rows.take(limit) if isinstance(rows, IterableDataset) else rows.select(range(min(limit, len(rows))))
 
 
+def _unfold(rows, nested: list[str]):
+    """Fields inside columns, as `translation.en`, as columns of that name; names that exist already stay."""
+
+    def fields(row: dict) -> dict:
+        return {name: functools.reduce(lambda part, key: part and part[key], name.split("."), row) for name in missing}
+
+    known = (rows.features or rows._resolve_features().features).flatten()
+    missing = [name for name in nested if name in known and name not in column_names(rows)]
+    return rows.map(fields) if missing else rows
+
+
 def _suggest(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -355,7 +374,11 @@ def _load_files(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
                 f"{', '.join(sorted(_BUILDERS))}; convert it."
             )
         options = {"sep": "\t"} if suffix == ".tsv" else {}
-        parts.append(load_dataset(_BUILDERS[suffix], data_files=group, split="train", streaming=streaming, **options))
+        try:
+            part = load_dataset(_BUILDERS[suffix], data_files=group, split="train", streaming=streaming, **options)
+        except DatasetGenerationError as error:
+            raise ValueError(f"{', '.join(group)} cannot be read as {suffix}: {error.__cause__ or error}") from error
+        parts.append(part)
     if len(parts) == 1:
         return parts[0]
     shared = [name for name in column_names(parts[0]) if all(name in column_names(part) for part in parts[1:])]

@@ -148,10 +148,12 @@ class DistillationTrainer(CarefulTrainer):
         if teacher is not None:
             shared_vocabulary(*(m.get_output_embeddings().weight.shape[0] for m in (teacher, model)))
             teacher.eval().requires_grad_(False)
-        set_loss_function(model, loss)
+        ours = model.config.model_type == FlashLiteConfig.model_type
+        if ours:
+            set_loss_function(model, loss)
         super().__init__(model, args, **kwargs)
         self.loss, self._columns = loss, {}
-        if self.model.config.model_type != FlashLiteConfig.model_type:
+        if not ours:
             self.compute_loss_func = self._loss_outside  # not every model calls its hook, or gives it all that it got
             # the trainer knows it from the names of some classes only, and would count a first token that is no target
             self._loss_shifts_labels = not self.model.config.is_encoder_decoder

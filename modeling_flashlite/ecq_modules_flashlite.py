@@ -334,7 +334,7 @@ class FakeQuantModule(_Layer):
 
     def _open_twin(self, weight: QuantizedWeight, master: torch.Tensor) -> None:
         device = self.weight.device
-        self._parameters["weight"] = nn.Parameter(master)
+        self._parameters["weight"] = nn.Parameter(master, requires_grad=self.weight.requires_grad)
         self._parameters["log_step"] = nn.Parameter(torch.zeros(1, device=device))
         self.register_buffer("log_base", torch.tensor([math.log2(weight.base)], device=device))
         self.register_buffer("exponents", weight.exponents.to(device, torch.int8))
@@ -404,7 +404,8 @@ def _retype(module: nn.Module, linear: type, embedding: type) -> nn.Module:
         rows, columns = module.weight.shape[1], module.weight.shape[0]
         with torch.device("meta"):
             linear_module = linear(columns, rows, bias=True)
-        linear_module._parameters["weight"] = nn.Parameter(module.weight.detach().T.contiguous())
+        weight = module.weight.detach().T.contiguous()
+        linear_module._parameters["weight"] = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
         linear_module._parameters["bias"] = module.bias
         module = linear_module.train(module.training)
     else:

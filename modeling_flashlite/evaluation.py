@@ -69,10 +69,13 @@ def evaluate_task(
     limits = {"batch_size": batch_size, "max_source_length": max_source_length}
     protocol = {"max_source_length": max_source_length}
     if task.name == "classification":
-        inputs, references = [row[columns["text"]] for row in rows], _class_ids(model, dataset, columns["label"], rows)
+        inputs, references = (
+            [row[columns["text"]] or "" for row in rows],
+            _class_ids(model, dataset, columns["label"], rows),
+        )
         found = classify(model, tokenizer, inputs, **limits)
     elif task.name == "extractive-qa":
-        inputs = [(row[columns["question"]], row[columns["context"]]) for row in rows]
+        inputs = [(row[columns["question"]] or "", row[columns["context"]] or "") for row in rows]
         references = [references_of(row[columns["answers"]]) for row in rows]
         found = extract_answers(model, tokenizer, inputs, allow_empty=not all(references), **limits)
     else:
@@ -95,7 +98,7 @@ def evaluate_task(
 def _likelihood(task, model, tokenizer, rows, columns, batch_size, max_source_length, options) -> tuple[dict, dict]:
     """Likelihood of plain text; an encoder-decoder has none, so it is judged on how it continues pieces of text."""
     if not model.config.is_encoder_decoder:
-        return text_likelihood(model, tokenizer, [row[columns["text"]] for row in rows], **options)
+        return text_likelihood(model, tokenizer, [row[columns["text"]] or "" for row in rows], **options)
     return _label_scores(task, model, tokenizer, rows, columns, batch_size, max_source_length)
 
 
@@ -256,6 +259,8 @@ def _batches(lengths: Sequence[int], batch_size: int, description: str) -> Itera
 def _class_ids(model: PreTrainedModel, dataset, column: str, rows: list[dict]) -> list[int]:
     """Labels as the class ids of the model: names go by the model's own table, if it knows them."""
     labels = [row[column] for row in rows]
+    if None in labels:
+        raise ValueError(f"Column {column!r} has {labels.count(None)} rows without a label; leave them out.")
     if not isinstance(labels[0], str):
         return [int(label) for label in labels]
     known = {str(name): int(number) for number, name in model.config.id2label.items()}

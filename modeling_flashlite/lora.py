@@ -36,18 +36,24 @@ def _register() -> None:
 
 
 class _WhenPeftIsImported(importlib.abc.MetaPathFinder):
-    """Runs `_register` right after peft's own import, then steps aside."""
+    """Runs `_register` right after peft's own import, then steps aside; many only ask whether peft is there."""
+
+    searching = False
 
     def find_spec(self, name, path=None, target=None):
-        if name != "peft":
+        if name != "peft" or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module):
                 execute(module)
+                sys.meta_path.remove(self)
                 _register()
 
             spec.loader.exec_module = exec_module
@@ -69,7 +75,8 @@ def add_lora(
         r (`int`, *optional*, defaults to 8): rank.
         alpha (`int`, *optional*): scale times rank; `2 r` if unset.
         dropout (`float`, *optional*, defaults to 0.0): on the adapters' inputs.
-        target_modules (`list[str]` or `str`, *optional*): names, or `"all-linear"`; [`TARGET_MODULES`] if unset.
+        target_modules (`list[str]` or `str`, *optional*): names, or `"all-linear"`; if unset, [`TARGET_MODULES`], what
+            peft knows of a model of another family, or all linear layers if it knows nothing.
         modules_to_save (`list[str]`, *optional*): modules trained in full, for example `["lm_head"]`.
 
     Returns:
@@ -78,8 +85,11 @@ def add_lora(
     if r < 1:
         raise ValueError(f"r is {r}, but an adapter needs at least rank 1; 8 or 16 are usual.")
     from peft import LoraConfig, TaskType, get_peft_model
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
 
     register_lora_targets()
+    if target_modules is None and model.config.model_type not in known:
+        target_modules = "all-linear"
     # peft trains the new head of these in full
     heads = {
         "SequenceClassification": "SEQ_CLS",

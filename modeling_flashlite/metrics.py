@@ -146,6 +146,7 @@ def _sacrebleu(name: str, metric: BLEU | CHRF, predictions, references, resample
     count = max(len(answers) for answers in references)
     if not count:
         raise ValueError("All references are empty, but a score needs some; check the target column.")
+    references = [list(answers) or [""] for answers in references]
     padded = [[answers[i] if i < len(answers) else None for answers in references] for i in range(count)]
     score = metric.corpus_score(list(predictions), padded).score
     result = {name: float(score), f"{name}_signature": str(metric.get_signature())}

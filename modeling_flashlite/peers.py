@@ -190,7 +190,9 @@ class _Levels(nn.Module):
     def __init__(self, weight: torch.Tensor, bits: int):
         super().__init__()
         self.low, self.high = -(1 << bits - 1), (1 << bits - 1) - 1
-        self.step = nn.Parameter(2 * weight.detach().abs().mean(1, keepdim=True) / math.sqrt(self.high))
+        # the row of a padding token is 0
+        mean = weight.detach().abs().mean(1, keepdim=True).clamp(min=1e-8)
+        self.step = nn.Parameter(2 * mean / math.sqrt(self.high))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         scale = 1 / math.sqrt(weight.shape[1] * self.high)

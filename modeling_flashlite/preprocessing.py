@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from .data import column_names, pack, tokenize_texts
-from .tasks import Task, label_names, prompts_and_references, references_of, resolve_columns
+from .tasks import Task, label_names, messages_of, prompts_and_references, references_of, resolve_columns
 
 _OUTPUTS = {"extractive-qa": ("input_ids", "start_positions", "end_positions")}
 
@@ -102,7 +102,7 @@ class _Encoder:
 
     def _generated(self, row: dict) -> list[dict]:
         if self.task.name == "chat" and not self.encoder_decoder:
-            return self._conversation(row[self.columns["messages"]])
+            return self._conversation(messages_of(row[self.columns["messages"]]))
         pairs = prompts_and_references(self.task, row, self.columns, self.tokenizer, self.encoder_decoder)
         templated = self.task.name == "chat" or not self.encoder_decoder
         examples = []
@@ -153,7 +153,7 @@ class _Encoder:
         return [{"input_ids": ids, "labels": labels}] if any(spoken) else []
 
     def _continued(self, row: dict) -> list[dict]:
-        ids = self._ids(row[self.columns["text"]]) + [self.tokenizer.eos_token_id]
+        ids = self._ids(row[self.columns["text"]] or "") + [self.tokenizer.eos_token_id]
         both = self.max_source_length + self.max_target_length
         examples = []
         for start in range(0, len(ids), both):
@@ -165,7 +165,7 @@ class _Encoder:
         return examples
 
     def _classified(self, row: dict) -> list[dict]:
-        ids = self.tokenizer(row[self.columns["text"]], verbose=False)["input_ids"]
+        ids = self.tokenizer(row[self.columns["text"]] or "", verbose=False)["input_ids"]
         if len(ids) > self.max_source_length and self.too_long != "truncate":
             if self.too_long == "drop":
                 return []
@@ -175,9 +175,9 @@ class _Encoder:
         return [{"input_ids": ids[: self.max_source_length], "labels": label}]
 
     def _questions(self, row: dict) -> list[dict]:
-        context = row[self.columns["context"]]
+        question, context = row[self.columns["question"]] or "", row[self.columns["context"]] or ""
         span = answer_span(row[self.columns["answers"]], context)
-        windows = question_windows(self.tokenizer, row[self.columns["question"]], context, self.max_source_length)
+        windows = question_windows(self.tokenizer, question, context, self.max_source_length)
         return [
             {"input_ids": ids, "start_positions": start, "end_positions": end}
             for ids, offsets in windows

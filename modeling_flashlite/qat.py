@@ -165,7 +165,7 @@ class RateController:
                 twin.log_step.grad += self.weight * state[1] * shift
             if frozen:
                 twin.weight.grad = None
-            elif self.weight > 0:
+            elif self.weight > 0 and twin.weight.grad is not None:
                 twin.weight.grad += (self.weight * state[1] * slope).to(twin.weight.grad.dtype)
 
 

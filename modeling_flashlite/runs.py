@@ -119,7 +119,8 @@ def is_encoder_decoder(data: DataArgs, model: ModelArgs) -> bool:
 
 def load_splits(data: DataArgs):
     """The dataset with all its splits."""
-    return load_data(data.dataset, name=data.dataset_name, streaming=data.streaming, limit=data.limit)
+    options = {"name": data.dataset_name, "streaming": data.streaming, "limit": data.limit, "columns": data.columns}
+    return load_data(data.dataset, **options)
 
 
 def load_tokenizer(model: ModelArgs, data: DataArgs, output_dir: str, splits) -> PreTrainedTokenizerBase:
@@ -145,7 +146,12 @@ def class_names(data: DataArgs, splits) -> list[str] | None:
     if task.target != "label":
         return None
     rows = pick_split(splits, "train")
-    return label_names(rows, resolve_columns(task, rows, data.columns)["label"])
+    names = label_names(rows, resolve_columns(task, rows, data.columns)["label"])
+    if len(names) < 2:  # with one output transformers fits a number
+        raise ValueError(
+            f"The labels of {data.dataset} are all {names[0]!r}, but 2 classes are needed; check the rows."
+        )
+    return names
 
 
 def load_model(

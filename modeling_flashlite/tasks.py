@@ -170,12 +170,12 @@ def resolve_columns(
 
 
 def references_of(value: object) -> list[str]:
-    """Read the accepted answers out of any usual form: a string, a list of strings, or SQuAD's `{"text": [...]}`."""
+    """Read the accepted answers out of any usual form: a string, a list, SQuAD's `{"text": [...]}`; none in None."""
     if isinstance(value, Mapping):
         value = value["text"]
     if isinstance(value, str):
         return [value]
-    return [str(answer) for answer in value]
+    return [str(answer) for answer in value or ()]
 
 
 def texts_of(value: object) -> list[str]:
@@ -183,7 +183,7 @@ def texts_of(value: object) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        return texts_of(value["content"] if "content" in value else value["text"])
+        return texts_of(next(value[key] for key in ("content", "value", "text") if key in value))
     if isinstance(value, Sequence):
         return [text for part in value for text in texts_of(part)]
     return []
@@ -202,7 +202,23 @@ def label_names(dataset: Dataset | IterableDataset, column: str) -> list[str]:
     values = set(dataset.unique(column))
     if all(isinstance(value, str) for value in values):
         return sorted(values)
+    if odd := [value for value in values if isinstance(value, str) or value is None or value < 0 or value % 1]:
+        raise ValueError(
+            f"Column {column!r} holds {odd[0]!r}, but classes are all strings or all whole numbers from 0; correct "
+            "it, or leave those rows out."
+        )
     return [str(value) for value in range(int(max(values)) + 1)]
+
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def messages_of(value: list[dict]) -> list[dict]:
+    """A conversation as messages of `role` and `content`, also out of ShareGPT's `from` and `value`."""
+    return [
+        {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} if "from" in turn else turn
+        for turn in value
+    ]
 
 
 def chat_turns(messages: list[dict]) -> list[tuple[list[dict], str]]:
@@ -225,9 +241,11 @@ def prompts_and_references(
     if task.name == "chat":
         return [
             (tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True), [reply])
-            for history, reply in chat_turns(row[columns["messages"]])
+            for history, reply in chat_turns(messages_of(row[columns["messages"]]))
         ]
-    prompt = task.prompt.format(**{role: row[column] for role, column in columns.items() if role != task.target})
+    # an empty cell of a csv is None
+    parts = {role: "" if row[column] is None else row[column] for role, column in columns.items()}
+    prompt = task.prompt.format(**{role: part for role, part in parts.items() if role != task.target})
     references = references_of(row[columns[task.target]])
     if encoder_decoder:
         return [(prompt, references)]

@@ -82,7 +82,12 @@ def load_model(args: ModelArgs, task: Task) -> PreTrainedModel:
     if args.memory_blocks is not None:
         config.get_text_config(decoder=True).memory_blocks = args.memory_blocks
     auto = getattr(transformers, task.auto_class_for(config.is_encoder_decoder))
-    model = auto.from_pretrained(args.model, config=config, dtype=args.dtype, **shared)
+    model, info = auto.from_pretrained(args.model, config=config, dtype=args.dtype, output_loading_info=True, **shared)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{args.model} has no weights for {', '.join(missing[:3])}, {len(missing)} in all: it was not trained for"
+            f" {task.name}; name the task that it was trained for, or train it for this one."
+        )
     return model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
@@ -90,7 +95,11 @@ def main(model_args: ModelArgs, data_args: DataArgs, eval_args: EvalArgs) -> dic
     set_seed(eval_args.seed)
     task = get_task(data_args.task)
     splits = load_data(
-        data_args.dataset, name=data_args.dataset_name, streaming=data_args.streaming, limit=data_args.limit
+        data_args.dataset,
+        name=data_args.dataset_name,
+        streaming=data_args.streaming,
+        limit=data_args.limit,
+        columns=data_args.columns,
     )
     rows = pick_split(splits, data_args.split)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model, revision=model_args.revision)
@@ -120,7 +129,7 @@ def main(model_args: ModelArgs, data_args: DataArgs, eval_args: EvalArgs) -> dic
         write_json(eval_args.predictions, predictions)
     if task.name == "text-generation":
         column = resolve_columns(task, rows, data_args.columns)["text"]
-        prompts = [row[column][:PROMPT_CHARACTERS] for row in rows if row[column].strip()]
+        prompts = [row[column][:PROMPT_CHARACTERS] for row in rows if (row[column] or "").strip()]
     else:
         prompts = [given["input"] for given in predictions]
     output = eval_args.output or f"runs/results/{Path(model_args.model).name}-{task.name}.json"

@@ -1,13 +1,15 @@
 """Post-training quantization with data."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_quantization import MODELS, build, logits_of
+from transformers import OPTConfig, OPTForCausalLM
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForConditionalGeneration
-from modeling_flashlite.calibration import batches_of, collect_moments, mean_loss, quantize
+from modeling_flashlite.calibration import _watch, batches_of, collect_moments, mean_loss, quantize
 from modeling_flashlite.ecq_search_flashlite import (
     Layer,
     _round_columns,
@@ -160,3 +162,23 @@ def test_hooks_and_gradients_are_left_as_they_were():
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
     assert all(layer.output_factor is not None for layer in layers)
+
+
+def test_what_a_subclass_looks_up_is_recorded():
+    """It is called with a mask; what it looks up is two places further than positions."""
+    config = OPTConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, ffn_dim=64)
+    model = OPTForCausalLM(config).eval()
+    module, seen = model.model.decoder.embed_positions, []
+    end = _watch(module, lambda *pair: seen.append(pair))
+    model(torch.arange(5)[None])
+    end()
+    model(torch.arange(5)[None])
+    ((places, vectors),) = seen
+    assert places.tolist() == [[2, 3, 4, 5, 6]] and torch.equal(vectors, module.weight[places])
+
+
+def test_calibration_data_may_be_a_stream():
+    rows = [{"input_ids": list(range(3, 3 + length))} for length in (4, 6, 5)]
+    model = SimpleNamespace(config=SimpleNamespace(pad_token_id=0))
+    shapes = [tuple(batch["input_ids"].shape) for batch in batches_of(iter(rows), model, batch_size=2)]
+    assert shapes == [(2, 6), (1, 5)]

@@ -127,6 +127,19 @@ class TestLoading:
         assert isinstance(stream, IterableDataset) and list(stream) == ROWS[:3]
         assert column_names(stream) == ["en", "de"]
 
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_fields_inside_columns_can_be_named(self, tmp_path, streaming):
+        Dataset.from_dict({"translation": [{"en": "a", "de": "b"}, None]}).to_parquet(tmp_path / "a.parquet")
+        columns = "source=translation.en,target=translation.nl"
+        rows = load_data(str(tmp_path / "a.parquet"), streaming=streaming, columns=columns)["train"]
+        assert [row["translation.en"] for row in rows] == ["a", None]
+        assert column_names(rows) == ["translation", "translation.en"]
+
+    def test_files_that_cannot_be_read_are_named(self, tmp_path):
+        (tmp_path / "a.txt").write_bytes(bytes(range(256)))
+        with pytest.raises(ValueError, match=r"a\.txt cannot be read as \.txt: .*utf-8"):
+            load_data(str(tmp_path / "a.txt"))
+
     def test_directory_of_files(self, tmp_path):
         write_rows(tmp_path / "train.jsonl")
         assert len(load_data(str(tmp_path))["train"]) == 7

@@ -13,6 +13,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
+from test_recipes import load_script
 
 from modeling_flashlite import (
     FlashLiteForCausalLM,
@@ -134,6 +135,7 @@ class TestMetrics:
     def test_refuses_references_without_text(self):
         with pytest.raises(ValueError, match="All references are empty"):
             metrics.bleu(["a"], [[]])
+        assert metrics.chrf(["a", "b"], [["a"], []]) == metrics.chrf(["a", "b"], [["a"], [""]])
         with pytest.raises(ValueError, match="0 words, tokens or bytes"):
             metrics.likelihood([], [], [], [])
 
@@ -395,3 +397,10 @@ def test_script_writes_one_results_file(make, tokenizer, tmp_path):
     assert (
         written["size"]["parameters"] > 0 and written["speed"] and str(tmp_path) not in json.dumps(written["command"])
     )
+
+
+def test_a_head_that_was_not_trained_is_not_evaluated(make, tmp_path):
+    make(FlashLiteForCausalLM).save_pretrained(tmp_path)
+    script = load_script("evaluate")
+    with pytest.raises(ValueError, match="has no weights for score.bias, .* was not trained for classification"):
+        script.load_model(script.ModelArgs(model=str(tmp_path)), get_task("classification"))

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainingArguments
+from transformers import AutoModelForSeq2SeqLM, Olmo2Config, Olmo2ForCausalLM, Seq2SeqTrainingArguments
 
 from modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 from modeling_flashlite.distillation import KDLoss, set_loss_function
@@ -67,7 +67,10 @@ def test_default_targets_are_known_to_peft(tiny_config, encoder_decoder):
     assert adapted == set(TARGET_MODULES)
 
 
-@pytest.mark.parametrize("order", ["modeling_flashlite, peft", "peft, modeling_flashlite"])
+ASKED = "modeling_flashlite, importlib.util; importlib.util.find_spec('peft')"  # as transformers and accelerate do
+
+
+@pytest.mark.parametrize("order", ["modeling_flashlite, peft", "peft, modeling_flashlite", ASKED])
 def test_targets_are_registered_in_either_import_order(order):
     code = (
         f"import {order}\n"
@@ -170,3 +173,10 @@ def test_distillation_trains_adapters(seq2seq_config, targets):
 def test_rank_zero_is_refused(seq2seq_config):
     with pytest.raises(ValueError, match="rank 1"):
         add_lora(make(seq2seq_config), r=0)
+
+
+def test_families_that_peft_does_not_know_are_adapted_everywhere():
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Olmo2Config(**sizes, intermediate_size=32)
+    names = [name for name, _ in add_lora(Olmo2ForCausalLM(config), r=2).named_parameters() if "lora_A" in name]
+    assert len(names) == 7

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +23,17 @@ from transformers import (
     BartConfig,
     BertConfig,
     DistributedConfig,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
+    MarianConfig,
     MixtralConfig,
     T5Config,
     T5GemmaConfig,
     T5GemmaModuleConfig,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from modeling_flashlite import ecq_stream_flashlite, quantization_flashlite
@@ -42,6 +48,9 @@ LLAMA = LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=2, tie_wo
 _GEMMA = T5GemmaModuleConfig(
     **SMALL, intermediate_size=96, num_key_value_heads=2, head_dim=16, sliding_window=16, query_pre_attn_scalar=16
 )
+_STACK = {"layers": 2, "attention_heads": 4, "ffn_dim": 96}
+_BART = {f"{part}_{size}": value for part in ("encoder", "decoder") for size, value in _STACK.items()}
+_BART |= {"vocab_size": 256, "d_model": 64, "max_position_embeddings": 128}
 MODELS = {
     "llama": (AutoModelForCausalLM, LLAMA),
     "llama-untied": (AutoModelForCausalLM, LlamaConfig(**SMALL, intermediate_size=96)),
@@ -51,20 +60,15 @@ MODELS = {
         AutoModelForSeq2SeqLM,
         T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0),
     ),
-    "bart": (
-        AutoModelForSeq2SeqLM,
-        BartConfig(
-            vocab_size=256,
-            d_model=64,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=96,
-            decoder_ffn_dim=96,
-            max_position_embeddings=128,
-            scale_embedding=True,
-        ),
+    "bart": (AutoModelForSeq2SeqLM, BartConfig(**_BART, scale_embedding=True)),
+    # positions that the file leaves out
+    "marian": (AutoModelForSeq2SeqLM, MarianConfig(**_BART, pad_token_id=0, decoder_start_token_id=0)),
+    # names that differ between model and original file
+    "gpt-neox": (AutoModelForCausalLM, GPTNeoXConfig(**SMALL, intermediate_size=96)),
+    # a tied embedding that asks its weight for the dtype
+    "gemma3": (
+        AutoModelForCausalLM,
+        Gemma3TextConfig(**SMALL, intermediate_size=96, num_key_value_heads=2, head_dim=16, sliding_window=16),
     ),
     "t5gemma": (AutoModelForSeq2SeqLM, T5GemmaConfig(encoder=_GEMMA, decoder=_GEMMA, vocab_size=256)),
 }
@@ -109,6 +113,22 @@ def test_saved_model_is_the_quantized_model(kind, tmp_path):
     loaded.save_pretrained(tmp_path / "b")
     first, second = ((tmp_path / d / "model.safetensors").read_bytes() for d in "ab")
     assert first == second
+
+
+def test_every_weight_of_a_tied_pair_is_float_or_none():
+    model = build("llama")
+    kept = quantizable_layers(model, EcqConfig(modules_to_not_convert=["lm_head"]))
+    assert "model.embed_tokens" not in kept and "model.layers.0.mlp.up_proj" in kept
+
+
+@torch.no_grad()
+def test_vision_models_are_quantized(tmp_path):
+    """Their class token and positions are 3-D too, but no experts."""
+    config = ViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, image_size=32)
+    model = quantize(ViTForImageClassification(config).eval(), EcqConfig())
+    model.save_pretrained(tmp_path)
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(ViTForImageClassification.from_pretrained(tmp_path)(image).logits, model(image).logits)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -455,6 +475,16 @@ def test_damaged_checkpoints_raise(tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header", [b"", b"\xff" * 8, struct.pack("<Q", 9) + b'{"\xef":{}}', struct.pack("<Q", 2) + b"[1"]
+)
+def test_a_damaged_header_is_said_to_be_so(header, tmp_path):
+    quantize(build("llama"), EcqConfig(target_bits=4)).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(header)
+    with pytest.raises(ValueError, match=r"header of .*model\.safetensors is damaged"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -6,11 +6,10 @@ import pytest
 import yaml
 from test_recipes import RECIPES, TINY_RUN, TINY_SHAPE, load_script, run_verb, write_corpus
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from modeling_flashlite.cli import parse_args
@@ -50,16 +49,22 @@ def test_recipe_quantizes(recipe, ground, capsys):
     assert {"method", "target_bits", "output_dir"} <= keys
 
 
-def test_models_of_others_are_trained_to_a_budget(ground, tmp_path):
-    """A Llama with its float self as the teacher, whose hook is called in the way of transformers."""
+@pytest.mark.parametrize(("kind", "method"), [("llama", "qat"), ("gpt2", "qat"), ("gemma3_text", "lsq")])
+def test_models_of_others_are_trained_to_a_budget(kind, method, ground, tmp_path):
+    """With their float selves as the teachers; their hooks are called by name, by position, and not at all."""
     folder, dataset = ground
     tokenizer = AutoTokenizer.from_pretrained(folder / "train_tiny")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "llama")
-    tokenizer.save_pretrained(tmp_path / "llama")
-    metrics = quantize("qat_tiny", ground, "--target_bits=5", f"--model={tmp_path}/llama", "--max_steps=4")
-    assert 3 < metrics["bits_per_weight"] < 5.1
-    assert isinstance(AutoModelForCausalLM.from_pretrained(folder / "qat_tiny"), LlamaForCausalLM)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(tokenizer)}
+    if kind != "gpt2":
+        sizes |= {"intermediate_size": 64, "num_key_value_heads": 1, "head_dim": 16}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+    model.save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    choices = [f"--model={tmp_path / kind}", f"--method={method}"]
+    metrics = quantize("qat_tiny", ground, "--target_bits=5", "--max_steps=4", *choices)
+    assert 2 < metrics["bits_per_weight"] < 5.1 and metrics["perplexity_increase"] < 1
+    if method == "qat":
+        assert type(AutoModelForCausalLM.from_pretrained(folder / "qat_tiny")) is type(model)
 
 
 def test_a_model_writes_the_text_that_it_is_quantized_on(ground, tmp_path, capsys):

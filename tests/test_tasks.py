@@ -19,6 +19,7 @@ from modeling_flashlite.tasks import (
     chat_turns,
     get_task,
     label_names,
+    messages_of,
     prompts_and_references,
     references_of,
     resolve_columns,
@@ -75,6 +76,24 @@ def test_texts_are_read_out_of_any_cell():
     messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     assert texts_of(messages) == ["one", "two"] and texts_of("a") == ["a"] and texts_of(3) == []
     assert texts_of({"text": ["1889"], "answer_start": [23]}) == ["1889"]
+    assert texts_of([{"from": "human", "value": "one"}]) == ["one"]
+
+
+def test_conversations_of_sharegpt_are_messages():
+    turns = [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    assert messages_of(turns) == messages and messages_of(messages) == messages
+
+
+def test_empty_cells_are_empty_texts(tokenizer):
+    task, columns = get_task("translation"), {"source": "src", "target": "tgt"}
+    assert prompts_and_references(task, {"src": None, "tgt": None}, columns, tokenizer, True) == [("", [])]
+
+
+@pytest.mark.parametrize("labels", [["a", None], [0, None], [0.5, 1.5], [-1, 1]])
+def test_labels_that_are_no_classes_are_refused(labels):
+    with pytest.raises(ValueError, match="Column 'label' holds .* classes are all strings or all whole numbers"):
+        label_names(Dataset.from_dict({"label": labels}), "label")
 
 
 @pytest.mark.parametrize("name", TASKS)
