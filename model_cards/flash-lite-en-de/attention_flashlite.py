@@ -249,7 +249,7 @@ def multi_axis_attention(
         return _dense_attention(q, k, v, start, scaling, cross)
     if top >= memory - 1 or top == math.inf:
         return _window_attention(q, k, v, b, memory, start, scaling, cross)
-    if keeps and low == high and k.shape[:2].numel() <= _FEW_HEADS:
+    if keeps and low == high and k.shape[:2].numel() <= _FEW_HEADS and _is_table(k, b) and _is_table(v, b):
         summaries.working_set = WorkingSet(q, k, v, spec, low // b, cross, summaries)
         return summaries.working_set.attend(q, k, v, low, scaling, cross)
     if _needs_grad(k, v):
@@ -278,19 +278,22 @@ def _take_blocks(k: Tensor, v: Tensor, index: Tensor, b: int) -> tuple[Tensor, T
         place = rows[:, None, None], heads[None, :, None], index
         k, v = (x[:, :, : x.shape[2] // b * b].unflatten(2, (-1, b))[place].flatten(2, 3) for x in (k, v))
         return k, v
-    taken, lines, previous = [], index, None
+    taken, heads = [], torch.arange(batch * hkv, device=k.device)[:, None]
     for x in (k, v):
-        # All blocks of all heads as the rows of one matrix, a view of the buffer: index_select copies whole rows.
-        size, count = b * x.shape[3], batch * hkv
-        step = x.stride(1) // size if hkv > 1 else x.stride(0) // size
-        if step != previous:
-            lines, previous = index.view(count, -1), step
-            if count > 1:
-                lines = lines + torch.arange(0, count * step, step, device=x.device)[:, None]
-            lines = lines.view(-1)
-        table = x.as_strided(((count - 1) * step + x.shape[2] // b, size), (size, 1))
+        table, step = _table(x, b)
+        lines = (index.view(batch * hkv, -1) + heads * step).view(-1)
         taken.append(table.index_select(0, lines).view(batch, hkv, -1, x.shape[3]))
     return taken[0], taken[1]
+
+
+def _table(x: Tensor, b: int) -> tuple[Tensor, int]:
+    """All blocks of all heads of x [B, Hkv, S, d] as the rows of one matrix, a view, and the rows between two heads.
+
+    `index_select` copies whole rows of it.
+    """
+    heads, size = x.shape[:2].numel(), b * x.shape[3]
+    step = x.stride(1 if x.shape[1] > 1 else 0) // size if heads > 1 else 0
+    return x.as_strided(((heads - 1) * step + x.shape[2] // b, size), (size, 1)), step
 
 
 def _is_table(x: Tensor, b: int) -> bool:
@@ -377,12 +380,16 @@ class WorkingSet:
     """The keys and values that the queries of one block can attend to, side by side: a step is then two products.
 
     Per row and key-value head, in the type of the computation: the grid slots of all candidates, the encoder's keys,
-    room for the `K` chosen blocks, the previous block, the own block. A token costs about as many microseconds as
+    the previous block, the own block, and the `K` chosen blocks. A token costs about as many microseconds as
     operations, so all that only changes when a block closes is made here, once for its `b` tokens. What closed blocks
-    hold must not change meanwhile; the own block may.
+    hold must not change meanwhile, nor the tokens of the own block while one query follows the other.
+
+    Of two neighbouring heads the second has its chosen blocks in front: one gather then brings those of both. With
+    several threads it is shared out like the products, so that each copies what it is going to read itself.
 
     Args:
-        q, k, v, spec, cross, summaries: as in `multi_axis_attention`, for any query of the block.
+        q, k, v, spec, cross, summaries: as in `multi_axis_attention`, for any query of the block; the blocks of `k`
+            and `v` are rows of matrices, see `_is_table`.
         block: the block of the queries; it has more than `relevance_top_k` candidates.
     """
 
@@ -395,29 +402,43 @@ class WorkingSet:
         self.places = [x.data_ptr() for x in self.sources]
         first = 0 if spec.memory_blocks is None else max(block - spec.memory_blocks, 0)
         self.count, self.extra = block - 1 - first, 0 if cross is None else cross[0].shape[2]
-        room = self.count + self.extra
-        self.size = room + (top + 1) * b
+        # what lies beside the chosen blocks; the own block comes last
+        self.size, self.newest = self.count + self.extra + 2 * b, -2
 
         wide, heads = torch.promote_types(q.dtype, torch.float32), k.shape[0] * k.shape[1]
-        buffers, moves = [], []
+        self.heads, self.pair = heads, 2 - heads % 2
+        wholes, steps, self.moves = [], [], []
         for x, means, other in zip((k, v), summaries, cross[:2] if cross is not None else (None, None)):
-            whole = x.new_zeros(*x.shape[:2], self.size + b, x.shape[3], dtype=wide)
-            whole[:, :, : self.count] = means[:, :, first : first + self.count]
+            whole = x.new_zeros(heads, self.size + top * b, x.shape[3], dtype=wide)
+            parts = [means[:, :, first : first + self.count], x[:, :, self.begin - b : self.begin]]
             if other is not None:
-                whole[:, :, self.count : room] = other
-            whole[:, :, self.size - b : self.size] = x[:, :, self.begin - b : self.begin]
-            buffers.append(whole)
-            blocks = x[:, :, first * b : self.begin - b].unflatten(2, (self.count, b)).flatten(0, 1)
-            chosen = whole[:, :, room : room + top * b].unflatten(2, (top, b)).flatten(0, 1)
-            moves.append(list(zip(blocks, chosen)))
-        self.is_wide = k.dtype == v.dtype == wide
-        self.moves = list(zip(*moves))
-        self.own_keys, self.own_values = (x[:, :, self.size :] for x in buffers)
-        self.keys, self.values = buffers[0].flatten(0, 1).mT, buffers[1].flatten(0, 1)
-        self.bias = self.values.new_zeros(heads, 1, self.size + b)
-        self.bias[..., : self.count] = math.log(b)
+                parts.insert(1, other)
+            beside = self._beside_chosen(whole)
+            beside[:, :, : self.size - b] = torch.cat(parts, 2).view(*beside.shape[:2], -1, x.shape[3])
+            wholes.append(whole)
+            if top:
+                table, step = _table(x, b)
+                steps.append(step)
+                chosen = slice(self.size, self.size + self.pair * top * b)
+                pairs = whole.view(heads // self.pair, -1, x.shape[3])[:, chosen]
+                self.moves += [(table, target.view(self.pair * top, -1)) for target in pairs.unbind(0)]
+        self.keys, self.values = wholes[0].mT, wholes[1]
+        self.bias = self.values.new_zeros(heads, 1, self.size + top * b)
+        grid = self._beside_chosen(self.bias.mT)[:, :, : self.count]
+        grid.fill_(math.log(b))
+        self.own = [self._beside_chosen(x)[:, :, -b:] for x in (*wholes, self.bias.mT)]
         if top:
+            self.is_wide = k.dtype == v.dtype == wide
+            head = torch.arange(heads, device=k.device)
+            shifts = [head * step + first for step in steps] + [head % self.pair * (top * b)]
+            self.shifts = torch.stack(shifts)[..., None]
             self._take_boxes(summaries.boxes, first, wide)
+
+    def _beside_chosen(self, whole: Tensor) -> Tensor:
+        """What lies beside the chosen blocks in all slots [B Hkv, S, d]: a view [pairs, heads of a pair, size, d]."""
+        _, slots, width = whole.shape
+        shape = self.heads // self.pair, self.pair, self.size, width
+        return whole.as_strided(shape, (self.pair * slots * width, (2 * slots - self.size) * width, width, 1))
 
     def _take_boxes(self, boxes: Tensor, first: int, wide: torch.dtype) -> None:
         """The bounds as one table [B Hkv 2 dk, n r] without a copy where its rows lie at even distances."""
@@ -430,10 +451,10 @@ class WorkingSet:
             boxes = boxes[..., first * r : (first + self.count) * r].to(wide).contiguous()
             pitch, first, begin = boxes.shape[3], 0, 0
         self.boxes = boxes.as_strided((lines, pitch), (pitch, 1), begin)
-        self.columns = first * r, self.count * r
+        self.bounds = (batch * hkv, self.count, r), (pitch, r, 1), first * r
         width = rows // 2
         line = torch.arange(lines, device=boxes.device).view(-1, 2, width)
-        self.upper, self.lower = (line[:, i].contiguous() for i in (0, 1))
+        self.upper, self.lower = (line[:, i].flatten() for i in (0, 1))
         self.bags = torch.arange(0, batch * hkv * width, width, device=boxes.device)
 
     def fits(self, q: Tensor, k: Tensor, v: Tensor, spec: AxisSpec, start: int, cross) -> bool:
@@ -450,40 +471,50 @@ class WorkingSet:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, scaling: float | None, cross) -> Tensor:
         """The output [B, H, 1, dv] of the queries [B, H, 1, dk] in slot `start`."""
-        begin, used, size = self.begin, start + 1 - self.begin, self.size + start + 1 - self.begin
-        self.own_keys.narrow(2, 0, used).copy_(k.narrow(2, begin, used))
-        self.own_values.narrow(2, 0, used).copy_(v.narrow(2, begin, used))
+        self._take_own(k, v, start)
         width = q.shape[3]
-        rows = q.reshape(len(self.values), -1, width).to(self.values.dtype)
-        bias = self.bias.narrow(2, 0, size)
+        rows = q.reshape(self.heads, -1, width).to(self.values.dtype)
+        bias = self.bias
         if self.top:
-            chosen = self._choose(rows)
-            for index, moves in zip(chosen.unbind(0), self.moves):
-                for source, target in moves:
-                    if self.is_wide:
-                        torch.index_select(source, 0, index, out=target)
-                    else:
-                        target.copy_(source.index_select(0, index))
-            bias = bias.scatter(2, chosen.unsqueeze(1), -math.inf)
+            places = self._choose(rows) + self.shifts
+            for (table, chosen), lines in zip(self.moves, places.view(-1).split(self.pair * self.top)):
+                if self.is_wide:
+                    torch.index_select(table, 0, lines, out=chosen)
+                else:
+                    chosen.copy_(table.index_select(0, lines))
+            bias = bias.scatter(2, places.select(0, 2).unsqueeze(1), -math.inf)
         if cross is not None and cross[2] is not None:
-            dark = ~cross[2].bool().repeat_interleave(k.shape[1], dim=0)[:, None]
-            hidden = F.pad(dark, (self.count, size - self.count - self.extra))
-            bias = bias.masked_fill(hidden, -math.inf)
+            bias = bias if self.top else bias.clone()
+            encoder = self._beside_chosen(bias.mT).squeeze(3).narrow(2, self.count, self.extra)
+            dark = ~cross[2].bool().repeat_interleave(k.shape[1], dim=0)
+            encoder.masked_fill_(dark.view(encoder.shape), -math.inf)
         scaling = width**-0.5 if scaling is None else scaling
-        logits = torch.baddbmm(bias, rows, self.keys.narrow(2, 0, size), alpha=scaling)
-        out = torch.bmm(logits.softmax(2), self.values.narrow(1, 0, size))
-        return out.view(*q.shape[:3], -1).to(v.dtype)
+        weights = torch.baddbmm(bias, rows, self.keys, alpha=scaling).softmax(2)
+        return torch.bmm(weights, self.values).view(*q.shape[:3], -1).to(v.dtype)
+
+    def _take_own(self, k: Tensor, v: Tensor, start: int) -> None:
+        """Copy the newest token of the own block; all of them where it does not follow the one before."""
+        slot, begin = start - self.begin, self.begin
+        if slot == self.newest + 1:
+            key, value, bias = (own.select(2, slot) for own in self.own)
+            key.copy_(k.select(2, start).view(key.shape))
+            value.copy_(v.select(2, start).view(value.shape))
+            bias.zero_()
+        else:
+            for own, x in zip(self.own, (k, v)):
+                own[:, :, : slot + 1] = x[:, :, begin : start + 1].reshape(*own.shape[:2], -1, own.shape[3])
+            self.own[2].fill_(-math.inf)[:, :, : slot + 1] = 0
+        self.newest = slot
 
     def _choose(self, rows: Tensor) -> Tensor:
         """The chosen candidates [B Hkv, K] of the queries [B Hkv, G, dk].
 
         Only one bound of each dimension counts, by the sign of the query: a sum over such rows reads half the table.
         """
-        total = rows.sum(1)  # the mean times G: the same order
+        total = rows.sum(1).view(-1)  # the mean times G: the same order
         lines = torch.where(total.signbit(), self.lower, self.upper)
-        bounds = torch.embedding_bag(self.boxes, lines.view(-1), self.bags, False, 0, False, total.view(-1))[0]
-        bounds = bounds.narrow(1, *self.columns).view(len(rows), self.count, -1)
-        return top_blocks(bounds.amax(2), self.top)
+        bounds = torch._embedding_bag_forward_only(self.boxes, lines, self.bags, False, 0, False, total)[0]
+        return top_blocks(bounds.as_strided(*self.bounds).amax(2), self.top)
 
 
 def _dense_attention(q, k, v, start, scaling, cross) -> Tensor:
@@ -518,9 +549,14 @@ def _joint_step(q: Tensor, keys: list, values: list, scaling: float | None, last
     return out.view(batch, heads, 1, -1).to(values[0].dtype)
 
 
+def joint_weights(logits: list[Tensor]) -> tuple[Tensor, ...]:
+    """One softmax over several sets of logits [N, R, S], each set's weights by themselves."""
+    return torch.cat(logits, 2).softmax(2).split_with_sizes([x.shape[2] for x in logits], 2)
+
+
 def joint_attention(logits: list[Tensor], values: list[Tensor]) -> Tensor:
     """One softmax over several sets of logits [N, R, S] and values [N, S, dv]; [N, R, dv]."""
-    weights = torch.cat(logits, 2).softmax(2).split([x.shape[2] for x in logits], 2)
+    weights = joint_weights(logits)
     out = torch.bmm(weights[0], values[0])
     for weight, value in zip(weights[1:], values[1:]):
         out = torch.baddbmm(out, weight, value)

@@ -32,10 +32,12 @@ def _slice_summaries(summaries: BlockSummaries, spec: AxisSpec, first: int, last
 
 
 def _grow(states: torch.Tensor, spare: int, dim: int) -> torch.Tensor:
-    """A copy with `spare` zeros more along `dim`."""
+    """A copy with room for `spare` more along `dim`, which is left as it comes."""
     shape = list(states.shape)
-    shape[dim] = spare
-    return torch.cat([states, states.new_zeros(shape)], dim)
+    shape[dim] += spare
+    grown = states.new_empty(shape)
+    grown.narrow(dim, 0, states.shape[dim]).copy_(states)
+    return grown
 
 
 # spare blocks beyond the window: they let `crop` roll back this many blocks of tokens without a refusal
@@ -124,6 +126,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         self._values: Any = None
         self._summaries: Any = None
         self._closed: Any = None, 0, None
+        self._spare: Any = None
         self.mask: Any = None
         self.fill: Any = 0
         self.start: Any = 0
@@ -220,12 +223,15 @@ class FlashLiteCacheLayer(DynamicLayer):
         self._reserve(end)
         self.start = self.fill
         if not ragged:
-            self._keys[:, :, self.fill : self.fill + tokens] = key_states
-            self._values[:, :, self.fill : self.fill + tokens] = value_states
+            # views by `narrow` cost a third of views by index, which shows where there is one token
+            self._keys.narrow(2, self.fill, tokens).copy_(key_states)
+            self._values.narrow(2, self.fill, tokens).copy_(value_states)
             first, self.fill = self.fill, self.fill + tokens
         else:
             fill = self._fill_tensor(key_states.device)
             index = (fill[:, None] + torch.arange(tokens, device=fill.device))[:, None, :, None]
+            for states in (self._keys, self._values):  # what a shorter row does not write meets a weight of zero
+                states[:, :, end - tokens : end] = 0
             self._keys.scatter_(2, index.expand_as(key_states), key_states)
             self._values.scatter_(2, index.expand_as(value_states), value_states)
             counts = tokens if rows is None else rows.counts
@@ -233,7 +239,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         self._record_columns(tokens, rows)
         # up to the last slot written, used or not: a padding query behind a short row asks for these blocks too
         self._summarize(first // self.spec.block_size, end // self.spec.block_size)
-        return self._keys[:, :, :end], self._values[:, :, :end]
+        return self._keys.narrow(2, 0, end), self._values.narrow(2, 0, end)
 
     def _fill_tensor(self, device) -> torch.Tensor:
         if isinstance(self.fill, int):
@@ -377,18 +383,38 @@ class FlashLiteCacheLayer(DynamicLayer):
 
     def _select(self, choose) -> None:
         """Apply `choose` to the batch dimension of the whole state."""
-        if not self.is_initialized:
-            return
-        self._keys, self._values = choose(self._keys), choose(self._values)
-        self._summaries = BlockSummaries(*(choose(part) for part in self._summaries))
+        if self.is_initialized:
+            self._keys, self._values = choose(self._keys), choose(self._values)
+            self._summaries = BlockSummaries(*(choose(part) for part in self._summaries))
+            self._select_counts(choose)
+
+    def _select_counts(self, choose) -> None:
         for name in ("fill", "base", "mask"):
             state = getattr(self, name)
             if isinstance(state, torch.Tensor):
                 setattr(self, name, choose(state))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorder the rows for beam search."""
-        self._select(lambda state: state.index_select(0, beam_idx.to(state.device)))
+        """Reorder the rows for beam search.
+
+        Only slots in use are copied, into spare buffers that then change places with the old ones: filling memory that
+        is new takes several times as long.
+        """
+        if not self.is_initialized:
+            return
+        beam_idx = beam_idx.to(self._keys.device)
+        if len(beam_idx) != self.batch_size or self._keys.requires_grad or self._values.requires_grad:
+            return self._select(lambda state: state.index_select(0, beam_idx))
+        old, used = (self._keys, self._values), self._used
+        if self._spare is None or not all(map(_can_replace, self._spare, old)):
+            self._spare = tuple(map(torch.empty_like, old))
+        for source, target in zip(old, self._spare):
+            torch.index_select(source[:, :, :used], 0, beam_idx, out=target[:, :, :used])
+        (self._keys, self._values), self._spare = self._spare, old
+        self._closed = None, 0, None
+        if self.summarized:
+            self._summaries = BlockSummaries(*(part.index_select(0, beam_idx) for part in self._summaries))
+        self._select_counts(lambda state: state.index_select(0, beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
@@ -421,11 +447,52 @@ class FlashLiteCacheLayer(DynamicLayer):
             self._summaries = BlockSummaries(*(part.to(device, non_blocking=True) for part in self._summaries))
 
 
+def _can_replace(spare: torch.Tensor, states: torch.Tensor) -> bool:
+    """Whether `spare` can be written here and is as large as `states`."""
+    writable = torch.is_inference_mode_enabled() or not spare.is_inference()
+    return writable and spare.shape == states.shape and spare.device == states.device
+
+
 def roll_rows(states: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Move the slots of each row `shift` (`[B]`) to the front and cut the width to what remains in use."""
     width = states.shape[2] - int(shift.min())
     index = (shift[:, None] + torch.arange(width, device=states.device)).clamp(max=states.shape[2] - 1)
     return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+
+class EncoderCacheLayer(DynamicLayer):
+    """The encoder's keys and values for one decoder layer.
+
+    `sources` (`LongTensor` `[B]`, `None` if each row is taken for itself) numbers the rows by what they were made
+    from: rows of one number, such as the beams of a sentence, hold the same, and when they change places among
+    themselves there is nothing to do.
+    """
+
+    sources: torch.Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.sources = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the rows for beam search."""
+        if self.sources is not None:
+            sources = self.sources.index_select(0, beam_idx.to(self.sources.device))
+            if torch.equal(sources, self.sources):
+                return
+            self.sources = sources
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self.sources = None if self.sources is None else self.sources.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows in `indices`."""
+        super().batch_select_indices(indices)
+        self.sources = None if self.sources is None else self.sources[indices.to(self.sources.device)]
 
 
 class FlashLiteCache(DynamicCache):
@@ -469,8 +536,13 @@ def prepare_cache(past_key_values, config, cross: bool):
     """
     if past_key_values is None:
         past_key_values = FlashLiteCache(config)
-    if cross and not isinstance(past_key_values, EncoderDecoderCache):
-        past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
+    if cross:
+        if not isinstance(past_key_values, EncoderDecoderCache):
+            past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
+        other = past_key_values.cross_attention_cache
+        if isinstance(other, DynamicCache) and not other.get_seq_length():
+            other.layers = [EncoderCacheLayer() for _ in range(config.num_hidden_layers)]
+            other.layer_class_to_replicate = None
     own = own_cache(past_key_values)
     if own.layers and all(isinstance(layer, FlashLiteCacheLayer) for layer in own.layers):
         if len(own.layers) != config.num_hidden_layers:

@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-_PIECE = 1 << 17  # bytes given to zlib at a time: what it gives back stays in the cache, and threads rarely meet
+_PIECE = 1 << 15  # bytes given to zlib at a time: what it gives back stays in the cache, and its buffers off new pages
 _HEADER_ORDER = (16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15)
 
 

@@ -34,6 +34,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .cache_flashlite import FlashLiteCache
 from .configuration_flashlite import FlashLiteConfig
 from .int4_flashlite import int8_codes
+from .linear_flashlite import project
 from .loss_flashlite import chunked_cross_entropy
 
 # imported to be registered: with it, coded checkpoints load wherever this file does
@@ -225,13 +226,13 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         Training batches with many logits get none: the loss then runs over chunks of tokens.
         """
         if self.head_proj is not None:
-            hidden_states = self.head_proj(hidden_states)
+            hidden_states = project(self.head_proj, hidden_states)
         vocab_size = self.config.decoder.vocab_size
         chunked = self._loss_runs_head
         large = hidden_states.shape[:-1].numel() * vocab_size > _MAX_TRAINING_LOGITS
         logits = None
         if labels is None or not (self.training and chunked and large):
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            logits = project(self.lm_head, slice_logits_to_keep(hidden_states, logits_to_keep))
         if labels is None:
             return None, logits
         whole = logits is not None and logits.shape[:2] == hidden_states.shape[:2]
@@ -394,6 +395,11 @@ class FlashLiteForCausalLM(FlashLiteHeadModel, GenerationMixin):
             attentions=outputs.attentions,
             memory=outputs.memory,
         )
+
+
+# `generate` looks for it before every token of a model that brings its own code: kept here, it is found, not made
+for _model_class in (FlashLiteForConditionalGeneration, FlashLiteForCausalLM):
+    _model_class.forward.__signature__ = inspect.signature(_model_class.forward)
 
 
 def decoder_only(config: FlashLiteConfig) -> FlashLiteConfig:

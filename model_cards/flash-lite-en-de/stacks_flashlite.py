@@ -31,9 +31,11 @@ from .layers_flashlite import (
     FlashLiteDecoderLayer,
     FlashLiteEncoderAttention,
     FlashLiteEncoderLayer,
+    equal_sources,
     position_angles,
     product_dtype,
 )
+from .linear_flashlite import project
 from .step_flashlite import DecoderStep
 
 
@@ -183,7 +185,7 @@ class FlashLiteStack(FlashLitePreTrainedModel):
         """Table rows `[B, T, E]` -> first hidden states `[B, T, D]`."""
         hidden_states = inputs_embeds * self.config.embedding_size**0.5
         if self.embed_proj is not None:
-            hidden_states = self.embed_proj(hidden_states)
+            hidden_states = project(self.embed_proj, hidden_states)
         return self.dropout(hidden_states)
 
 
@@ -304,7 +306,9 @@ class FlashLiteDecoder(FlashLiteStack):
         if rows is None:
             rows = padded_rows(inputs_embeds, attention_mask)
         hidden_states = self.embed(inputs_embeds)
-        make_context = functools.partial(self._context, rows, memory, encoder_hidden_states, encoder_attention_mask)
+        make_context = functools.cache(
+            lambda: self._context(rows, memory, encoder_hidden_states, encoder_attention_mask)
+        )
         step = None if rows is not None else DecoderStep.of(self, past_key_values, hidden_states, **kwargs)
         next_memory = None
         if step is not None:
@@ -348,6 +352,7 @@ class FlashLiteDecoder(FlashLiteStack):
             positions, dtype = source_positions(encoder_hidden_states, mask), product_dtype(encoder_hidden_states)
             context.encoder_angles = functools.cache(lambda: position_angles(self.config, positions, dtype))
             context.encoder_mask = None if mask is None else mask.bool()
+            context.sources = functools.cache(lambda: equal_sources(encoder_hidden_states, mask))
         return context
 
 

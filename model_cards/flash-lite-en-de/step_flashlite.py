@@ -9,6 +9,7 @@ out of the ordinary.
 Shapes: B batch, N query heads, M key-value heads, G = N / M, H head size, D hidden size, S key slots.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .attention_flashlite import joint_attention, multi_axis_attention
+from .attention_flashlite import joint_weights, multi_axis_attention
 from .cache_flashlite import FlashLiteCacheLayer, own_cache
 from .ecq_modules_flashlite import join
 from .int4_flashlite import TILE_ROWS
@@ -29,6 +30,7 @@ from .layers_flashlite import (
     product_dtype,
     rotate,
 )
+from .linear_flashlite import is_hooked, project
 
 # positions whose angles are computed together
 _ANGLES = 64
@@ -131,7 +133,7 @@ def _is_plain(decoder) -> bool:
         norms = layer.input_layernorm, layer.post_attention_layernorm
         skipped = layer, layer.self_attn, layer.mlp, *norms
         classes = FlashLiteDecoderLayer, FlashLiteDecoderAttention, FlashLiteMLP, nn.RMSNorm, nn.RMSNorm
-        if tuple(map(type, skipped)) != classes or any(map(_is_hooked, skipped)):
+        if tuple(map(type, skipped)) != classes or any(map(is_hooked, skipped)):
             return False
         direct = [p for module in skipped for p in module.parameters(recurse=False)]
         if any(type(p) is not nn.Parameter or p.device.type == "meta" for p in direct):
@@ -139,15 +141,11 @@ def _is_plain(decoder) -> bool:
     return not nn.modules.module._has_any_global_hook()
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
-
-
 def _call(module: nn.Module):
-    """What runs a layer: its forward itself, which saves a microsecond, where no hook hangs on it."""
-    return module if _is_hooked(module) else module.forward
+    """What runs a layer: its forward itself, which saves a microsecond, where no hook hangs on it; see [`project`]."""
+    if type(module) is nn.Linear:
+        return functools.partial(project, module)
+    return module if is_hooked(module) else module.forward
 
 
 class LayerStep:
@@ -190,7 +188,7 @@ class LayerStep:
         ready = self._encoder
         if ready is None or ready.source is not layer.keys or ready.mask is not mask:
             key, value = self.attention._encoder_keys(None, context(), past_key_values)
-            self._encoder = ready = EncoderKeys(layer.keys, mask, key, value)
+            self._encoder = ready = EncoderKeys(layer.keys, mask, key, value, getattr(layer, "sources", None))
         return ready
 
     def __call__(self, states, cache, angles: Angles, encoder: "EncoderKeys | None") -> torch.Tensor:
@@ -198,14 +196,15 @@ class LayerStep:
         normed = _norm(states, self.norms[0])
         query, key, value = self.query_key_value(normed)
         query = self._query(query, angles)
-        key = key.view(len(states), -1, 1, self.head_dim)
+        batch = states.shape[0]
+        key = key.view(batch, -1, 1, self.head_dim)
         value = value.view(key.shape)
         if self.is_rotary:
             key = rotate(key, angles.cos, angles.sin)
         else:
             key = torch.cat([key, angles.both.to(key.dtype).expand(key.shape)], dim=-1)
         keys, values = cache.update(key, value)
-        attended = self._attend(query, keys, values, cache, encoder).reshape(len(states), -1)
+        attended = self._attend(query, keys, values, cache, encoder).reshape(batch, -1)
         states = states + self.o(attended.to(states.dtype))
         normed = _norm(states, self.norms[1])
         gate, up = self.gate_up(normed)
@@ -213,7 +212,7 @@ class LayerStep:
 
     def _query(self, projected: torch.Tensor, angles: Angles) -> torch.Tensor:
         """Scaled queries with their positions, `[B, N H]` -> `[B M, G, H or 2 H]`."""
-        size, batch = self.head_dim, len(projected)
+        size, batch = self.head_dim, projected.shape[0]
         if self.is_rotary:
             query = rotate(projected.view(batch, -1, 1, size), angles.cos, angles.sin) * self.scaling
             return query.view(-1, self.groups, size).to(torch.promote_types(query.dtype, torch.float32))
@@ -221,8 +220,8 @@ class LayerStep:
         # the heads are the batch of the product
         rows = projected.view(batch, -1, size).transpose(0, 1).to(matrix.dtype)
         query = torch.baddbmm(bias, rows, matrix)
-        query[..., size : 2 * size].mul_(angles.cos_twice).addcmul_(query[..., 2 * size :], angles.sin_twice)
-        return query[..., : 2 * size].transpose(0, 1).reshape(-1, self.groups, 2 * size)
+        query.narrow(2, size, size).mul_(angles.cos_twice).addcmul_(query.narrow(2, 2 * size, size), angles.sin_twice)
+        return query.narrow(2, 0, 2 * size).transpose(0, 1).reshape(-1, self.groups, 2 * size)
 
     def _attend(self, query, keys, values, cache, encoder) -> torch.Tensor:
         """Scaled queries `[B M, G, H or 2 H]` over the slots of cache and encoder: `[B M, G, H]` or `[B, N, 1, H]`."""
@@ -238,21 +237,22 @@ class LayerStep:
         logits = torch.bmm(query, keys.mT)
         if encoder is None:
             return torch.bmm(logits.softmax(2), values)
-        return joint_attention([logits, encoder.logits(query)], [values, encoder.values])
+        own, other = joint_weights([logits, encoder.logits(query)])
+        return encoder.attend(other, torch.bmm(own, values))
 
 
 def _together(layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
     """A function that gives the outputs of several layers of the same input: by one product, where they are codes."""
-    joint = None if any(map(_is_hooked, layers)) else join(layers)
+    joint = None if any(map(is_hooked, layers)) else join(layers)
     if joint is None:
         calls = list(map(_call, layers))
         return lambda states: [call(states) for call in calls]
     starts = itertools.accumulate((len(layer.tiles) * TILE_ROWS for layer in layers), initial=0)
-    places = [slice(start, start + layer.out_features) for start, layer in zip(starts, layers)]
+    places = [(1, start, layer.out_features) for start, layer in zip(starts, layers)]
 
     def product(states: torch.Tensor) -> list[torch.Tensor]:
         output = joint.forward(states)
-        return [output[:, place] for place in places]
+        return [output.narrow(*place) for place in places]
 
     return product
 
@@ -260,14 +260,18 @@ def _together(layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torc
 class EncoderKeys:
     """The encoder's keys `[B, M, S, H or 2 H]` and values `[B, M, S, H]` of one layer, ready for a step.
 
-    `source` and `mask` tell which keys of the cache and which mask they were made from.
+    `source` and `mask` tell which keys of the cache and which mask they were made from, `sources` which rows hold the
+    same (see [`EncoderCacheLayer`]): the queries of such rows, `beams` of them side by side, meet their keys together.
     """
 
-    def __init__(self, source, mask, key, value):
+    def __init__(self, source, mask, key, value, sources=None):
         self.source, self.mask = source, mask
         seen = None if mask is None or mask.all() else mask.bool()
         self.cross = key, value, seen
         wide = torch.promote_types(key.dtype, torch.float32)
+        self.beams, self.heads = _beams(sources, seen), key.shape[1]
+        key, value = key[:: self.beams], value[:: self.beams]
+        seen = None if seen is None else seen[:: self.beams]
         self.keys = key.flatten(0, 1).to(wide).mT.contiguous()
         self.values = value.flatten(0, 1).to(wide)
         self.bias = None
@@ -276,10 +280,44 @@ class EncoderKeys:
             self.bias = hidden.repeat_interleave(key.shape[1], dim=0)[:, None]
 
     def logits(self, query: torch.Tensor) -> torch.Tensor:
-        """`[B M, G, S]` of scaled queries."""
+        """`[B M, G, S]` of scaled queries `[B M, G, H or 2 H]`."""
+        query = self._together(query)
         if self.bias is None:
-            return torch.bmm(query, self.keys)
-        return torch.baddbmm(self.bias, query, self.keys)
+            return self._apart(torch.bmm(query, self.keys))
+        return self._apart(torch.baddbmm(self.bias, query, self.keys))
+
+    def attend(self, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Add the values under the weights `[B M, G, S]` to `out` `[B M, G, H]`."""
+        if self.beams == 1:
+            return torch.baddbmm(out, weights, self.values)
+        return out.add_(self._apart(torch.bmm(self._together(weights), self.values)))
+
+    def _together(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[B M, G, X]` -> `[B / beams M, beams G, X]`."""
+        if self.beams == 1:
+            return rows
+        split = rows.view(-1, self.beams, self.heads, *rows.shape[1:])
+        return split.transpose(1, 2).reshape(len(self.values), -1, rows.shape[2])
+
+    def _apart(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[B / beams M, beams G, X]` -> `[B M, G, X]`."""
+        if self.beams == 1:
+            return rows
+        split = rows.view(-1, self.heads, self.beams, rows.shape[1] // self.beams, rows.shape[2])
+        return split.transpose(1, 2).reshape(len(rows) * self.beams, -1, rows.shape[2])
+
+
+def _beams(sources: torch.Tensor | None, mask: torch.Tensor | None) -> int:
+    """How many rows, side by side and everywhere as many, have the same source and mask; 1 if it is not so.
+
+    1 for a single source too: its keys are read again in less time than queries and weights take to be moved.
+    """
+    count = 1 if sources is None else len(sources.unique())
+    if sources is None or count == 1:
+        return 1
+    beams, odd = divmod(len(sources), count)
+    alike = [states.unflatten(0, (-1, beams)) for states in (sources, mask) if states is not None and not odd]
+    return beams if alike and all(bool((states == states[:, :1]).all()) for states in alike) else 1
 
 
 def _norm_weight(norm: nn.RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:

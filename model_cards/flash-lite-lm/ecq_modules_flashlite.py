@@ -302,20 +302,21 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, shift, start):
-        step = torch.exp2(shift.float()) * start
-        ctx.save_for_backward(weight, step)
-        codes = torch.round(weight.float() / step[:, None]).clamp(-8, 7)
-        return (codes * step[:, None]).to(weight.dtype)
+        step = (torch.exp2(shift.float()) * start)[:, None]
+        rounded = (weight.float() / step).round_().clamp_(-8, 7).mul_(step)
+        ctx.save_for_backward(weight, rounded, step)
+        return rounded.to(weight.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        weight, step = ctx.saved_tensors
-        ratio = weight.float() / step[:, None]
-        inside = (ratio >= -8.5) & (ratio <= 7.5)
-        codes = torch.round(ratio).clamp(-8, 7)
-        slope = torch.where(inside, codes - ratio, codes) * step[:, None] * math.log(2)
-        grad_shift = (grad.float() * slope).sum() / math.sqrt(7 * weight.numel())
-        return grad * inside, grad_shift.reshape(1), None
+        weight, rounded, step = ctx.saved_tensors
+        slope = rounded - weight.float()
+        # beyond half a step only where codes end; a little more, for what rounding adds to the half
+        outside = slope.abs() > 0.501 * step
+        slope = torch.where(outside, rounded, slope)
+        products = torch.bmm(grad.float()[:, None], slope[..., None])
+        grad_shift = products.sum() * (math.log(2) / math.sqrt(7 * weight.numel()))
+        return grad.masked_fill(outside, 0.0), grad_shift.reshape(1), None
 
 
 _TWIN_STATE = ("log_base", "exponents", "code_lengths")
@@ -333,7 +334,7 @@ class FakeQuantModule(_Layer):
 
     def _open_twin(self, weight: QuantizedWeight, master: torch.Tensor) -> None:
         device = self.weight.device
-        self._parameters["weight"] = nn.Parameter(master)
+        self._parameters["weight"] = nn.Parameter(master, requires_grad=self.weight.requires_grad)
         self._parameters["log_step"] = nn.Parameter(torch.zeros(1, device=device))
         self.register_buffer("log_base", torch.tensor([math.log2(weight.base)], device=device))
         self.register_buffer("exponents", weight.exponents.to(device, torch.int8))
@@ -403,7 +404,8 @@ def _retype(module: nn.Module, linear: type, embedding: type) -> nn.Module:
         rows, columns = module.weight.shape[1], module.weight.shape[0]
         with torch.device("meta"):
             linear_module = linear(columns, rows, bias=True)
-        linear_module._parameters["weight"] = nn.Parameter(module.weight.detach().T.contiguous())
+        weight = module.weight.detach().T.contiguous()
+        linear_module._parameters["weight"] = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
         linear_module._parameters["bias"] = module.bias
         module = linear_module.train(module.training)
     else:

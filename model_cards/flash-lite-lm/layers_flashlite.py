@@ -19,8 +19,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .attention_flashlite import dense_attention, multi_axis_attention, multi_axis_attention_reference
-from .cache_flashlite import FlashLiteCache, Rows, axis_spec, own_cache
+from .cache_flashlite import EncoderCacheLayer, FlashLiteCache, Rows, axis_spec, own_cache
 from .configuration_flashlite import FlashLiteDecoderConfig, FlashLiteEncoderConfig
+from .linear_flashlite import project
 
 
 def product_dtype(states: torch.Tensor) -> torch.dtype:
@@ -45,7 +46,8 @@ class FlashLiteMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., D]` -> `[..., D]`."""
         hidden_states = hidden_states.to(product_dtype(hidden_states))
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = project(self.gate_proj, hidden_states), project(self.up_proj, hidden_states)
+        return project(self.down_proj, self.act_fn(gate) * up)
 
 
 def position_angles(config, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,7 +117,7 @@ class FlashLiteAttention(nn.Module):
 
     def queries(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], weight=None):
         """Queries with their positions, `[B, T, D]` -> `[B, N, T, H or 2 H]`; `weight` is `relative_weight`."""
-        query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        query = project(self.q_proj, hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
         if self.is_rotary:
             return rotate(query, *angles)
         weight = self.relative_weight(query) if weight is None else weight
@@ -130,8 +132,8 @@ class FlashLiteAttention(nn.Module):
     def keys_values(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]):
         """Keys with their positions and values, `[B, S, D]` -> `[B, M, S, H or 2 H]` and `[B, M, S, H]`."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        key = project(self.k_proj, hidden_states).view(shape).transpose(1, 2)
+        value = project(self.v_proj, hidden_states).view(shape).transpose(1, 2)
         key = rotate(key, *angles) if self.is_rotary else self.with_sinusoids(key, angles)
         return key, value
 
@@ -169,7 +171,7 @@ class FlashLiteEncoderAttention(FlashLiteAttention):
             out = out.transpose(1, 2)
         else:
             out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+        return project(self.o_proj, out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class FlashLiteDecoderAttention(FlashLiteAttention):
@@ -218,7 +220,7 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
                 slot, real = source.column_slots()
                 out, weights = self._by_column(weights, slot, real, column_value, cross_weights, cross)
         out = out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
-        return self.o_proj(out), weights, cross_weights
+        return project(self.o_proj, out), weights, cross_weights
 
     def _kept_weight(self, hidden_states, past_key_values) -> torch.Tensor | None:
         """`relative_weight`, taken once for all tokens of a generation: it lives as long as the keys in the cache."""
@@ -250,10 +252,20 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
         if past_key_values.is_updated.get(self.layer_idx):
             layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
             return self._positioned(layer, context), layer.values
-        key, value = self.keys_values(encoder_hidden_states, context.encoder_angles())
+        sources = None if self.training else context.sources()
+        if sources is None:
+            key, value = self.keys_values(encoder_hidden_states, context.encoder_angles())
+        else:
+            # once for each source, which also makes its rows the same to the last bit
+            first, number = sources
+            angles = tuple(table if len(table) == 1 else table[first] for table in context.encoder_angles())
+            key, value = (x[number] for x in self.keys_values(encoder_hidden_states[first], angles))
         past_key_values.cross_attention_cache.update(key[..., : self.head_dim], value, self.layer_idx)
         past_key_values.is_updated[self.layer_idx] = True
-        return key, value
+        layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
+        if sources is not None and isinstance(layer, EncoderCacheLayer):
+            layer.sources = sources[1]
+        return (key if self.is_rotary else self._hold(layer, key)), value
 
     def _positioned(self, layer, context) -> torch.Tensor:
         """The cached encoder keys with their positions, made anew only when the cache holds other keys than before.
@@ -266,9 +278,12 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
             return self.with_sinusoids(layer.keys, context.encoder_angles())
         view, whole = getattr(layer, "_positioned", (None, None))
         if view is None or view is not layer.keys:
-            whole = self.with_sinusoids(layer.keys, context.encoder_angles())
-            layer.keys = whole[..., : self.head_dim]
-            layer._positioned = layer.keys, whole
+            whole = self._hold(layer, self.with_sinusoids(layer.keys, context.encoder_angles()))
+        return whole
+
+    def _hold(self, layer, whole: torch.Tensor) -> torch.Tensor:
+        layer.keys = whole[..., : self.head_dim]
+        layer._positioned = layer.keys, whole
         return whole
 
 
@@ -278,8 +293,8 @@ class DecoderContext:
 
     `rows` maps padded or packed columns to rows (`None` where every column is real), `memory` is the segment memory
     before this segment, `next_memory` receives the one after it (written again, alike, when a checkpointed layer is
-    recomputed), and `encoder_angles` (a function: a cache makes them needless) and `encoder_mask` belong to the
-    encoder's keys.
+    recomputed), and `encoder_angles`, `sources` (see [`equal_sources`]; functions: a cache makes them needless) and
+    `encoder_mask` belong to the encoder's keys.
     """
 
     rows: Rows | None = None
@@ -287,6 +302,25 @@ class DecoderContext:
     next_memory: FlashLiteCache | None = None
     encoder_angles: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
     encoder_mask: torch.Tensor | None = None
+    sources: Callable[[], tuple[torch.Tensor, torch.Tensor] | None] = lambda: None
+
+
+def equal_sources(states: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Which rows of an encoder's states `[B, S, D]` and their mask `[B, S]` repeat the row before, as beams do.
+
+    Returns:
+        The first row of each source, `[U]`, and the number of each row's source, `[B]`; `None` where all differ.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    again = (states[1:, 0] == states[:-1, 0]).all(1)
+    if not again.any():
+        return None
+    again &= (states[1:] == states[:-1]).flatten(1).all(1)
+    if mask is not None:
+        again &= (mask[1:] == mask[:-1]).all(1)
+    fresh = nn.functional.pad(~again, (1, 0), value=True)
+    return fresh.nonzero()[:, 0], fresh.cumsum(0) - 1
 
 
 class FlashLiteEncoderLayer(GradientCheckpointingLayer):

@@ -12,6 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .ecq_modules_flashlite import FakeQuantLinear
+from .linear_flashlite import linear
+
 # logits of one chunk, 8 MiB in float32: large enough for a full-speed product, small enough to stay in a cache while
 # softmax and its gradient pass over them, which halves the time of the loss on a CPU
 CHUNK_LOGITS = 1 << 21
@@ -41,14 +44,14 @@ def is_sharded(lm_head: nn.Module) -> bool:
 
 
 def is_plain_linear(lm_head: nn.Module) -> bool:
-    """Whether reading `lm_head.weight` is the same as calling `lm_head`.
+    """Whether multiplying with `lm_head.weight`, rounded in training to codes, is the same as calling `lm_head`.
 
-    False for subclasses and wrappers (adapters, fake-quantized heads, parametrizations), for tensor subclasses, and
-    where hooks or a replaced `forward` (offloading, tensor parallelism) would be skipped.
+    False for subclasses and wrappers (adapters, parametrizations), for tensor subclasses, and where hooks or a
+    replaced `forward` (offloading, tensor parallelism) would be skipped.
     """
     hooks = (lm_head._forward_hooks, lm_head._forward_pre_hooks, lm_head._backward_hooks, lm_head._backward_pre_hooks)
     return (
-        type(lm_head) is nn.Linear
+        type(lm_head) in (nn.Linear, FakeQuantLinear)
         and type(lm_head.weight) in (nn.Parameter, torch.Tensor)
         and not any(hooks)
         and "forward" not in vars(lm_head)
@@ -119,8 +122,9 @@ def chunked_sum(
     """Sum `row_loss` over the labelled tokens without building all logits.
 
     Only the first sum carries a gradient, to the hidden states and to the head. The label mask is the only mask: a
-    token whose label is -100 never reaches the head. With an untouched `nn.Linear` the gradient is computed in the
-    forward pass, chunk by chunk; any other head is called as a module and recomputed in the backward pass.
+    token whose label is -100 never reaches the head. With an untouched `nn.Linear` or its fake-quantized twin the
+    gradient is computed in the forward pass, chunk by chunk; any other head is called as a module and recomputed in
+    the backward pass.
 
     Args:
         row_loss (`Callable`): `(logits [C, V], labels [C], *columns [C, ...]) -> tuple` of sums over the rows.
@@ -147,7 +151,9 @@ def chunked_sum(
         return labels[piece], *(column[piece.to(column.device)].to(states.device) for column in columns)
 
     if torch.is_grad_enabled() and is_plain_linear(lm_head):
-        return _LinearSum.apply(states, lm_head.weight, lm_head.bias, row_loss, rows, pieces), len(index)
+        # rounded once for all chunks
+        weight = lm_head.fake_quantized() if type(lm_head) is FakeQuantLinear else lm_head.weight
+        return _LinearSum.apply(states, weight, lm_head.bias, row_loss, rows, pieces), len(index)
 
     def head_loss(part, piece):
         return row_loss(at_least_float32(lm_head(part)), *rows(piece))
@@ -187,12 +193,12 @@ class _LinearSum(torch.autograd.Function):
         sums, start = None, 0
         for piece in pieces:
             part = states[start : start + len(piece)]
-            logits = F.linear(part, weight, bias).requires_grad_()
+            logits = linear(part, weight, bias).requires_grad_()
             with torch.enable_grad():
                 values = row_loss(at_least_float32(logits), *rows(piece))
                 (grad,) = torch.autograd.grad(values[0], logits)
             if needs_states:
-                grad_states[start : start + len(piece)] = grad @ weight.to(grad.dtype)
+                grad_states[start : start + len(piece)] = linear(grad, weight.to(grad.dtype).t())
             if needs_weight and grad.dtype == part.dtype == wide:
                 grad_weight.addmm_(grad.t(), part)
             elif needs_weight:

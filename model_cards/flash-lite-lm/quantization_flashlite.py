@@ -10,11 +10,14 @@ without it transformers finds tensors of the wrong shape and raises, unless `ign
 
 from __future__ import annotations
 
+import dis
+import inspect
+import itertools
 import json
+import mmap
 import struct
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -26,13 +29,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .ecq_modules_flashlite import EcqModule, FakeQuantModule, to_float, to_quantized, to_twin
 from .ecq_search_flashlite import Layer, grid_of, search
 from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weights
-from .int4_flashlite import empty_tiles
+from .int4_flashlite import TILE_ROWS, empty_tiles
+
+Place = tuple[str, int, int]  # of a stream: file, first byte, bytes
 
 _METHOD = "ecq"
 _MOST_WEIGHTS = 4096  # in a byte of a stream; deflate and rANS reach 2064 and 2730
 _SMALL = 1 << 20  # bytes of a tensor that is copied rather than left in the memory map of its file
 _TRAINING_STATE = ("log_step", "log_base", "exponents", "code_lengths", "ecq_rate")
-_FIELDS = ("bits", "target_bits", "target_bytes", "max_loss_increase", "modules_to_not_convert", "dequantize", "stage")
+_FIELDS = ("bits", "target_bits", "target_bytes", "max_loss_increase", "modules_to_not_convert", "stage")
 
 
 def parse_bytes(size: int | str | None) -> int | None:
@@ -59,7 +64,6 @@ class EcqConfig(QuantizationConfigMixin):
         max_loss_increase (`float`, *optional*): the smallest file whose perplexity on the calibration data rises by at
             most this fraction; needs `calibration.quantize`.
         modules_to_not_convert (`list[str]`, *optional*): module names, or parts of them, that stay float.
-        dequantize (`bool`, *optional*, defaults to `False`): load as a float model.
         stage (`str`, *optional*, defaults to `"coded"`): `"qat"` in checkpoints of quantization-aware training.
     """
 
@@ -70,7 +74,6 @@ class EcqConfig(QuantizationConfigMixin):
         target_bytes: int | str | None = None,
         max_loss_increase: float | None = None,
         modules_to_not_convert: list[str] | None = None,
-        dequantize: bool = False,
         stage: str = "coded",
     ):
         if bits != 4:
@@ -86,7 +89,7 @@ class EcqConfig(QuantizationConfigMixin):
         self.quant_method = _METHOD
         self.bits, self.target_bits, self.target_bytes = bits, target_bits, parse_bytes(target_bytes)
         self.max_loss_increase, self.modules_to_not_convert = max_loss_increase, modules_to_not_convert
-        self.dequantize, self.stage = dequantize, stage
+        self.stage = stage
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
@@ -108,6 +111,13 @@ class EcqConfig(QuantizationConfigMixin):
         )
 
 
+def _reads_weight(forward) -> bool:
+    """Whether a layer's `forward` reads more of `self.weight` than its dtype and device, which codes have as well."""
+    steps = list(dis.get_instructions(inspect.unwrap(forward)))
+    after = [next_step.argval for step, next_step in zip(steps, steps[1:]) if step.argval == "weight"]
+    return not {"dtype", "device"}.issuperset(after)
+
+
 def _is_quantizable(module: nn.Module) -> bool:
     if isinstance(module, (EcqModule, FakeQuantModule)):
         return True
@@ -117,24 +127,31 @@ def _is_quantizable(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.num_embeddings <= 64):
         return False
-    # A subclass that reads its weight by itself cannot do with codes.
     forward = type(module).forward
-    own = forward not in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward)
-    if own and "weight" in forward.__code__.co_names:
+    if forward not in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward) and _reads_weight(forward):
         return False
     shape = module.weight.shape
     return len(shape) == 2 and min(shape) >= 8 and shape.numel() >= 1024
 
 
+def _left_out(model: nn.Module) -> set[str]:
+    """Names of tensors that the model computes and its file does not hold, like Marian's table of positions."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
 def quantizable_layers(model: nn.Module, config: EcqConfig) -> dict[str, nn.Module]:
     """Name and module of every linear layer and embedding to be quantized, LM head and tied weights included.
+
+    A weight that one of its modules needs as it is stays float in all of them.
 
     Raises:
         ValueError: the model keeps weights in stacked (3-D) parameters, as mixtures of experts do.
     """
     skip = config.modules_to_not_convert or []
-    floats = ((name, value) for name, value in model.named_parameters() if value.is_floating_point())
-    stacked = [name for name, value in floats if value.dim() == 3 and "conv" not in name.lower()]
+    parameters = ((name, value) for name, value in model.named_parameters() if value.is_floating_point())
+    stacked = [
+        name for name, value in parameters if value.dim() == 3 and len(value) > 1 and "conv" not in name.lower()
+    ]
     stacked = [name for name in stacked if should_convert_module(name.rpartition(".")[0], skip)]
     if stacked:
         raise ValueError(
@@ -142,7 +159,11 @@ def quantizable_layers(model: nn.Module, config: EcqConfig) -> dict[str, nn.Modu
             " as mixtures of experts do; only nn.Linear, Conv1D and nn.Embedding can be quantized. Name their modules"
             " in modules_to_not_convert to leave them in bfloat16."
         )
-    return {n: m for n, m in model.named_modules() if _is_quantizable(m) and should_convert_module(n, skip)}
+    modules = dict(model.named_modules())
+    layers = {n: m for n, m in modules.items() if _is_quantizable(m) and should_convert_module(n, skip)}
+    layers = {n: m for n, m in layers.items() if f"{n}.weight" not in _left_out(model)}
+    floats = {id(value) for n, m in modules.items() if n not in layers for value in m._parameters.values()}
+    return {n: m for n, m in layers.items() if id(m.weight) not in floats}
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
@@ -182,7 +203,7 @@ def overhead_bytes(model: nn.Module, coded: set[int]) -> int:
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     size, end, seen = 0, 0, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen or name.rpartition(".")[2] in _TRAINING_STATE:
+        if id(tensor) in seen or name.rpartition(".")[2] in _TRAINING_STATE or name in _left_out(model):
             continue
         seen.add(id(tensor))
         if id(tensor) in coded:
@@ -216,12 +237,11 @@ def install_groups(model: nn.Module, groups: list[tuple[list[str], list]], weigh
         modules[0].set_quantized(weight)
         for module in modules[1:]:
             module.share_quantized(modules[0])
-    for module in model.modules():
-        names = ("bias",) if isinstance(module, EcqModule) else tuple(module._parameters)
-        for name in names:
-            value = module._parameters.get(name)
-            if value is not None and value.is_floating_point():
-                value.copy_(value.to(torch.bfloat16))
+    coded, left_out = {name for names, _ in groups for name in names}, _left_out(model)
+    for name, value in model.state_dict().items():
+        parent, _, leaf = name.rpartition(".")
+        if value.is_floating_point() and name not in left_out and (leaf == "bias" or parent not in coded):
+            value.copy_(value.to(torch.bfloat16))
 
 
 def attach(model, config: EcqConfig) -> None:
@@ -230,6 +250,12 @@ def attach(model, config: EcqConfig) -> None:
     model.config.quantization_config = config
     model.is_quantized, model.quantization_method = True, _METHOD
     model.config._is_quantized = True
+    _keep_names(model)
+
+
+def _keep_names(model) -> None:
+    """Save under the model's own names: streams cannot be split, joined or turned as some original formats ask."""
+    model._weight_conversions = []
 
 
 def quantize_data_free(model, config: EcqConfig) -> None:
@@ -305,8 +331,7 @@ class EcqQuantizer(HfQuantizer):
             for _, twins in groups_of(model, FakeQuantModule):
                 for twin in twins[1:]:
                     twin.share_twin(twins[0])
-        if self.quantization_config.dequantize:
-            self._dequantize(model, model.dtype)
+        _keep_names(model)
         return model
 
     def _dequantize(self, model, dtype=None):
@@ -363,7 +388,7 @@ class EcqQuantizer(HfQuantizer):
         return True
 
 
-def _coded_places(checkpoint_files) -> dict[str, tuple[str, int, int]] | None:
+def _coded_places(checkpoint_files) -> dict[str, Place] | None:
     """Name to (file, offset, bytes) of the one-dimensional uint8 tensors in safetensors files, from their headers."""
     if not checkpoint_files:
         return None
@@ -371,11 +396,14 @@ def _coded_places(checkpoint_files) -> dict[str, tuple[str, int, int]] | None:
     for path in checkpoint_files:
         if not str(path).endswith(".safetensors"):
             raise ValueError(f"Coded checkpoints are safetensors files only, got {path}.")
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > 100_000_000:
-                raise ValueError(f"The header of {path} claims {length} bytes; the file is damaged.")
-            header = json.loads(file.read(length))
+        try:
+            with open(path, "rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                if length > 100_000_000:
+                    raise ValueError(f"it claims {length} bytes")
+                header = dict(json.loads(file.read(length)))
+        except (struct.error, ValueError, TypeError) as error:
+            raise ValueError(f"The header of {path} is damaged ({error}); fetch the file again.") from error
         for name, entry in header.items():
             if entry.get("dtype") == "U8" and len(entry.get("shape", ())) == 1:
                 first, last = entry.get("data_offsets", (0, 0))
@@ -386,22 +414,22 @@ def _coded_places(checkpoint_files) -> dict[str, tuple[str, int, int]] | None:
 def _leave_file(model) -> None:
     """Let go of the loader's memory map, in which all that was looked at stays: copy small tensors, note the streams.
 
-    A stream becomes its place in the file, where [`_take_stream`] finds it when its turn comes.
+    A stream becomes its place in the file, if it is what stands there; [`_open_stream`] finds it again.
     """
     for module in model.modules():
         if isinstance(module, EcqModule):
             stream, place = module.stream, module.__dict__.pop("place", None)
-            if (
-                stream is not None
-                and stream.numel()
-                and place
-                and stream.device.type == "cpu"
-                and stream.numel() == place[2]
-            ):
+            held = stream is not None and stream.device.type == "cpu" and stream.numel()
+            if place and held and held == place[2] and _ends(stream) == _ends(_open_stream(place)):
                 module.stream = place
         for value in (*module._parameters.values(), *module._buffers.values()):
             if value is not None and value.device.type == "cpu" and value.nbytes <= _SMALL:
                 value.data = value.data.clone()
+
+
+def _ends(stream: torch.Tensor) -> bytes:
+    """First and last bytes: they tell streams of the same length apart, since these begin with checksums."""
+    return bytes(stream[:64].tolist() + stream[-64:].tolist())
 
 
 def _stream_bytes(module: EcqModule) -> int:
@@ -410,13 +438,19 @@ def _stream_bytes(module: EcqModule) -> int:
 
 
 def _take_stream(module: EcqModule) -> torch.Tensor:
-    """The loaded stream, which the module gives away; read from its place, if it stands in a file."""
+    """The loaded stream, which the module gives away."""
     stream: Any = module.stream
     module.stream = None
-    if isinstance(stream, torch.Tensor):
-        return stream
-    path, offset, length = stream
-    return torch.from_numpy(np.fromfile(path, np.uint8, length, offset=offset))
+    return stream if isinstance(stream, torch.Tensor) else _open_stream(stream)
+
+
+def _open_stream(place: Place) -> torch.Tensor:
+    """The bytes at a place, mapped into memory while the tensor lives: neither a copy, nor a gap when it goes."""
+    path, offset, length = place
+    before = offset % mmap.ALLOCATIONGRANULARITY
+    with open(path, "rb") as file:
+        held = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=offset - before)
+    return torch.frombuffer(held, dtype=torch.uint8, count=length, offset=before)
 
 
 def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[str], list]]:
@@ -430,11 +464,25 @@ def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[
     return list(groups.values())
 
 
+def _rooms(shapes: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Memory for the tiles of each weight; sisters that may be joined are neighbours in it, see [`join`].
+
+    All is allocated before anything is decoded, so that what is needed in between leaves no gaps. It takes no room
+    before it is written.
+    """
+    rooms: dict[str, torch.Tensor] = {}
+    by_parent = itertools.groupby(shapes.items(), lambda item: (item[0].rpartition(".")[0], item[1][1]))
+    for (_, columns), sisters in by_parent:
+        named = [(name, -(-rows // TILE_ROWS)) for name, (rows, _) in sisters]
+        whole = empty_tiles(TILE_ROWS * sum(tiles for _, tiles in named), columns, device="cpu")
+        rooms |= dict(zip((name for name, _ in named), whole.split([tiles for _, tiles in named])))
+    return rooms
+
+
 def _decode_model(model) -> None:
     """Turn the loaded streams into codes, some of them at a time, freeing each as it is done.
 
-    A weight is decoded into the memory that it will stay in. All of that is allocated beforehand, so that what is
-    needed in between leaves no gaps; it takes no room before it is written.
+    A weight is decoded into the memory that it will stay in.
     """
     _leave_file(model)
     jobs = []
@@ -447,14 +495,15 @@ def _decode_model(model) -> None:
             raise ValueError(
                 f"{held} bytes cannot hold the {rows} x {columns} codes of {names[0]}; check config.json."
             )
-        jobs.append((names[0], modules, owner, empty_tiles(rows, columns, device="cpu")))
+        jobs.append((names[0], modules, owner))
+    rooms = _rooms({name: owner.weight_shape for name, _, owner in jobs})
     # the largest first, so that no thread is left alone with it; then the small ones, which wait for one another
-    jobs.sort(key=lambda job: job[3].numel())
+    jobs.sort(key=lambda job: rooms[job[0]].numel())
     jobs = jobs[-1:] + jobs[:-1]
-    streams = ((name, _take_stream(owner), owner.weight_shape, tiles) for name, _, owner, tiles in jobs)
+    streams = ((name, _take_stream(owner), owner.weight_shape, rooms[name]) for name, _, owner in jobs)
     for position, weight in decode_weights(streams):
-        _, modules, owner, tiles = jobs[position]
-        owner.set_quantized(weight, tiles=tiles)
+        name, modules, owner = jobs[position]
+        owner.set_quantized(weight, tiles=rooms[name])
         for module in modules:
             if module is not owner:
                 module.share_quantized(owner)
