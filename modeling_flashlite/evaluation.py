@@ -69,10 +69,8 @@ def evaluate_task(
     limits = {"batch_size": batch_size, "max_source_length": max_source_length}
     protocol = {"max_source_length": max_source_length}
     if task.name == "classification":
-        inputs, references = (
-            [row[columns["text"]] or "" for row in rows],
-            _class_ids(model, dataset, columns["label"], rows),
-        )
+        inputs = [row[columns["text"]] or "" for row in rows]
+        references = _class_ids(model, dataset, columns["label"], rows)
         found = classify(model, tokenizer, inputs, **limits)
     elif task.name == "extractive-qa":
         inputs = [(row[columns["question"]] or "", row[columns["context"]] or "") for row in rows]
