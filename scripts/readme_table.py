@@ -128,7 +128,26 @@ def render_checkpoints(folder: Path) -> str:
     others = [f"{result['dataset']} {score}" for _, result, score in scores(folder, OTHERS)]
     if others:
         lines.append(f"Small models trained from nothing in minutes, on one core: {'; '.join(others)}.")
+    lines.append(render_peers(folder))
     return "\n".join(lines)
+
+
+def render_peers(folder: Path) -> str:
+    """Scores of models of equal size, data, steps and schedule, and how many times as quick Flash-Lite was."""
+    results = json.loads((folder / "peers.json").read_text(encoding="utf-8"))
+    key, name = HEADLINES[results["task"]]
+    ours, *peers = (row["method"] for row in results["points"])
+    ms = {(row["work"], row["name"]): row["ms"] for row in results["race"]}
+    times = []
+    for work in dict.fromkeys(work for work, _ in ms):
+        ratios = (f"{ms[work, peer] / ms[work, ours]:.2f}" for peer in peers)
+        times.append(f"{' / '.join(ratios)} ({work})")
+    scores = ", ".join(f"{row['method']} {row[key]:.1f}" for row in results["points"])
+    return (
+        f"Trained alike for {results['config']['num_train_epochs']:.0f} epochs on {results['dataset']}, with "
+        f"{results['points'][0]['parameters'] / 1e6:.1f} M parameters each, {name}: {scores}; {ours} is "
+        f"{', '.join(times)} times as quick as {' / '.join(peers)} (`peers.json`, `scripts/compare_models.py`)."
+    )
 
 
 def render_speed(folder: Path) -> str:
