@@ -3,9 +3,10 @@
 python scripts/compare_models.py --config scripts/recipes/train_captions.yaml --num_train_epochs 4 --warmup_steps 0.1
 python scripts/compare_models.py --config recipe.yaml --dataset train=a.jsonl.xz,validation=b.jsonl.xz,test=c.jsonl.xz
 
-A recipe of `train.py` describes everything but the peers. Each model first trains briefly at every learning rate and
-then fully at its best one. Models that are finished in `output_dir` are kept, so that a second call measures the speed
-anew, on a quiet machine; step and generation are timed in turn, the latter to answers of one length.
+A recipe of `train.py` describes everything but the peers. Each model is trained to the end at every learning rate: the
+rate that leads after a few hundred steps may be the worst in the end. The lowest validation loss counts. What is
+finished in `output_dir` is kept, so that a later call can add rates, or measure speed anew on a quiet machine; step
+and generation are timed in turn, the latter to answers of one length.
 """
 
 import copy
@@ -48,8 +49,9 @@ class CompareArgs:
     peers: str = field(default="BART,T5", metadata={"help": "who is compared with Flash-Lite"})
     peer_width: int = field(default=144, metadata={"help": "of the peers; their feed-forward networks fill up"})
     peer_heads: int = field(default=4, metadata={"help": "attention heads of the peers"})
-    learning_rates: str = field(default="1e-3,2e-3", metadata={"help": "peaks to choose from, for each model"})
-    sweep_steps: int = field(default=300, metadata={"help": "steps of a training that tries a learning rate"})
+    learning_rates: str = field(
+        default="5e-4,1e-3,2e-3", metadata={"help": "peaks to choose from; with a name (T5=5e-3) for one model alone"}
+    )
     test_split: str = field(default="test", metadata={"help": "split for the final scores"})
     label: str | None = field(default=None, metadata={"help": "name of the data set in tables; as given if unset"})
     speed_rows: int = field(default=32, metadata={"help": "test rows generated when timed"})
@@ -79,11 +81,20 @@ class Arena:
         shape = (width, self.shape.num_hidden_layers, heads, len(self.tokenizer))
         return make_peer(name, shape, count_parameters(ours), self.shape.dropout_rate or 0.0)
 
-    def trainer(self, name: str, model, learning_rate: float, steps: int | None = None) -> CarefulTrainer:
+    def rates(self, name: str) -> list[float]:
+        """Learning rates at which a model is trained."""
+        named = (entry.rpartition("=") for entry in self.compare.learning_rates.split(","))
+        return [float(rate) for owner, _, rate in named if owner in ("", name)]
+
+    def folder(self, name: str, learning_rate: float) -> Path:
+        """Where a model trained at that rate is kept."""
+        return Path(self.args.output_dir) / name / f"{learning_rate:g}"
+
+    def trainer(self, name: str, model, learning_rate: float) -> CarefulTrainer:
         """The same trainer for all; a peer's collator makes its decoder inputs, which label smoothing asks for."""
         settings = copy.copy(self.args)
-        settings.learning_rate, settings.max_steps = learning_rate, steps or settings.max_steps
-        settings.output_dir = str(Path(self.args.output_dir) / name)
+        settings.learning_rate = learning_rate
+        settings.output_dir = str(self.folder(name, learning_rate))
         settings.eval_strategy = settings.save_strategy = "no"
         collator = DataCollatorForSeq2Seq(self.tokenizer, model=model)
         return CarefulTrainer(model, settings, train_dataset=self.train_rows, data_collator=collator)
@@ -94,17 +105,13 @@ class Arena:
         batches = DataLoader(self.validation_rows, self.args.per_device_eval_batch_size, collate_fn=collator)
         return label_likelihood(model, batches)["loss"]
 
-    def train(self, name: str) -> dict:
-        """Choose the learning rate, train, keep the model, judge it on the test split; one row of the table."""
-        rates = [float(rate) for rate in self.compare.learning_rates.split(",")]
-        tried = {}
-        for rate in rates if len(rates) > 1 else []:
-            model = self.make(name)
-            self.trainer(name, model, rate, self.compare.sweep_steps).train()
-            tried[rate] = self.validation_loss(model)
-        rate = min(tried, key=tried.get) if tried else rates[0]
+    def train(self, name: str, learning_rate: float) -> dict:
+        """Train a model, keep it, judge it on the test split: one row of the table, once for all."""
+        path = self.folder(name, learning_rate) / "row.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
         model = self.make(name)
-        trainer = self.trainer(name, model, rate)
+        trainer = self.trainer(name, model, learning_rate)
         trainer.train()
         model.save_pretrained(trainer.args.output_dir)
         scores = evaluate_task(
@@ -116,18 +123,19 @@ class Arena:
             batch_size=self.args.per_device_eval_batch_size,
             max_source_length=self.data.max_source_length,
         )
-        return {
+        row = {
             "method": name,
             "parameters": count_parameters(model),
             "feed_forward": next(getattr(model.config, key) for key in FEED_FORWARD if hasattr(model.config, key)),
-            "learning_rate": rate,
-            "validation_loss_by_learning_rate": {f"{tested:g}": loss for tested, loss in tried.items()},
+            "learning_rate": learning_rate,
             "steps": trainer.state.global_step,
             "validation_loss": self.validation_loss(model),
             **scores["metrics"],
             "intervals": scores["intervals"],
             "details": scores["details"],
         }
+        write_json(path, row)
+        return row
 
     def race(self, rows: list[dict]) -> list[dict]:
         """Training steps and generation of all models in turn."""
@@ -140,7 +148,7 @@ class Arena:
         length = dict.fromkeys(("min_new_tokens", "max_new_tokens"), self.compare.speed_tokens)
         for row in rows:
             name = row["method"]
-            model = AutoModelForSeq2SeqLM.from_pretrained(Path(self.args.output_dir) / name)
+            model = AutoModelForSeq2SeqLM.from_pretrained(self.folder(name, row["learning_rate"]))
             trainer = self.trainer(name, model, row["learning_rate"])
             picked = self.train_rows.select(range(min(self.args.per_device_train_batch_size, len(self.train_rows))))
             batch = trainer.data_collator([{key: line[key] for key in ("input_ids", "labels")} for line in picked])
@@ -171,21 +179,19 @@ class Arena:
 
 def main(compare: CompareArgs, model: ModelArgs, shape: ArchitectureArgs, data: DataArgs, args: TrainArgs) -> dict:
     arena = Arena(compare, model, shape, data, args)
-    rows = []
-    for name in (OURS, *arena.peers):
-        path = Path(args.output_dir) / name / "row.json"
-        if not path.is_file():
-            write_json(path, arena.train(name))
-        rows.append(json.loads(path.read_text(encoding="utf-8")))
-    speed = arena.race(rows)
+    names = (OURS, *arena.peers)
+    rows = [arena.train(name, rate) for name in names for rate in arena.rates(name)]
+    best = [min((r for r in rows if r["method"] == name), key=lambda r: r["validation_loss"]) for name in names]
+    speed = arena.race(best)
     step_ms = {row["name"]: row["ms"] for row in speed if row["work"] == STEP}
     for row in rows:  # one after another, the trainings had more or less of the machine: steps timed in turn compare
         row["train_seconds"] = round(row["steps"] * step_ms[row["method"]] / 1e3, 1)
+        row["best"] = row in best
     headline = next(key for key in rows[0] if key in arena.task.metrics or key == "rouge1")
     settings = {**vars(compare), **vars(model), **vars(shape), **vars(data)}
     recipe = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "warmup_steps", "lr_scheduler_type")
     recipe += ("adam_beta2", "weight_decay", "label_smoothing_factor", "max_grad_norm", "bf16")
-    metrics = {f"{row['method']} {headline}": row[headline] for row in rows}
+    metrics = {f"{row['method']} {headline}": row[headline] for row in best}
     write_results(
         compare.output,
         metrics,

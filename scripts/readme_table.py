@@ -136,16 +136,17 @@ def render_peers(folder: Path) -> str:
     """Scores of models of equal size, data, steps and schedule, and how many times as quick Flash-Lite was."""
     results = json.loads((folder / "peers.json").read_text(encoding="utf-8"))
     key, name = HEADLINES[results["task"]]
-    ours, *peers = (row["method"] for row in results["points"])
+    best = [row for row in results["points"] if row.get("best", True)]
+    ours, *peers = (row["method"] for row in best)
     ms = {(row["work"], row["name"]): row["ms"] for row in results["race"]}
     times = []
     for work in dict.fromkeys(work for work, _ in ms):
         ratios = (f"{ms[work, peer] / ms[work, ours]:.2f}" for peer in peers)
         times.append(f"{' / '.join(ratios)} ({work})")
-    scores = ", ".join(f"{row['method']} {row[key]:.1f}" for row in results["points"])
+    scores = ", ".join(f"{row['method']} {row[key]:.1f}" for row in best)
     return (
         f"Trained alike for {results['config']['num_train_epochs']:.0f} epochs on {results['dataset']}, with "
-        f"{results['points'][0]['parameters'] / 1e6:.1f} M parameters each, {name}: {scores}; {ours} is "
+        f"{best[0]['parameters'] / 1e6:.1f} M parameters each, {name}: {scores}; {ours} is "
         f"{', '.join(times)} times as quick as {' / '.join(peers)} (`peers.json`, `scripts/compare_models.py`)."
     )
 

@@ -197,12 +197,17 @@ def test_models_of_equal_size_are_compared(ground, tmp_path):
     script = load_script("compare_models")
     argv = [f"--config={RECIPES['train_captions']}", f"--dataset={dataset}", f"--output_dir={tmp_path / 'runs'}"]
     argv += [*TINY_RUN, *TINY_SHAPE, "--hidden_size=64", "--num_key_value_heads=4", "--vocab_size=300"]
-    own = ["--peer_width=48", "--peer_heads=4", "--sweep_steps=1", "--test_split=validation", "--repeats=1"]
+    own = ["--peer_width=48", "--peer_heads=4", "--test_split=validation", "--repeats=1"]
+    own += ["--learning_rates=1e-3,T5=1e-4"]
     given = [*argv, *own, "--speed_rows=2", f"--output={tmp_path / 'peers.json'}"]
     script.main(*parse_args(argument_classes(script), given))
     written = json.loads((tmp_path / "peers.json").read_text())
     ours, *peers = written["points"]
-    assert [row["method"] for row in peers] == ["BART", "T5"] and ours["steps"] == 2
+    tried = [(row["method"], row["learning_rate"]) for row in peers]
+    assert tried == [("BART", 1e-3), ("T5", 1e-3), ("T5", 1e-4)] and ours["steps"] == 2
+    best = min(peers[1:], key=lambda row: row["validation_loss"])
+    assert [row["best"] for row in peers] == [True, peers[1] is best, peers[2] is best]
+    assert written["metrics"]["T5 bleu"] == best["bleu"]
     assert all(row["parameters"] == pytest.approx(ours["parameters"], rel=0.01) for row in peers)
     assert {row["work"].partition(",")[0] for row in written["race"]} == {"training step", "generation"}
     with pytest.raises(ValueError, match="lower its width"):
