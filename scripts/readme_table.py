@@ -136,7 +136,7 @@ def render_peers(folder: Path) -> str:
     """Scores of models of equal size, data, steps and schedule, and how many times as quick Flash-Lite was."""
     results = json.loads((folder / "peers.json").read_text(encoding="utf-8"))
     key, name = HEADLINES[results["task"]]
-    best = [row for row in results["points"] if row.get("best", True)]
+    best = [row for row in results["points"] if row["best"]]
     ours, *peers = (row["method"] for row in best)
     ms = {(row["work"], row["name"]): row["ms"] for row in results["race"]}
     times = []

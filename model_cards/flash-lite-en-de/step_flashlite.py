@@ -34,8 +34,6 @@ from .linear_flashlite import is_hooked, linear
 
 # positions whose angles are computed together
 _ANGLES = 64
-# bytes of weights that are copied to multiply several layers at once: reading larger ones takes longer than the calls
-_JOINT_BYTES = 1 << 19
 
 
 class Angles(NamedTuple):
@@ -246,12 +244,8 @@ class LayerStep:
 
 
 def _together(layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
-    """A function for the outputs of several layers of the same input: by one product of codes or small weights."""
-    hooked = any(map(is_hooked, layers))
-    if not hooked and _are_small(layers):
-        weight, rows = torch.cat([layer.weight for layer in layers]), [layer.out_features for layer in layers]
-        return lambda states: linear(states, weight).split(rows, dim=1)
-    joint = None if hooked else join(layers)
+    """A function that gives the outputs of several layers of the same input: by one product, where they are codes."""
+    joint = None if any(map(is_hooked, layers)) else join(layers)
     if joint is None:
         calls = list(map(_call, layers))
         return lambda states: [call(states) for call in calls]
@@ -263,15 +257,6 @@ def _together(layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torc
         return [output.narrow(*place) for place in places]
 
     return product
-
-
-def _are_small(layers: list[nn.Module]) -> bool:
-    """Whether all are linear layers without biases, with plain weights of one kind and few bytes."""
-    if any(type(layer) is not nn.Linear or layer.bias is not None for layer in layers):
-        return False
-    weights = [layer.weight for layer in layers]
-    kinds = {(type(weight), weight.dtype, weight.device) for weight in weights}
-    return len(kinds) == 1 and type(weights[0]) is nn.Parameter and sum(w.nbytes for w in weights) <= _JOINT_BYTES
 
 
 class EncoderKeys:
