@@ -4,6 +4,8 @@
 Importing the package registers its classes with the Auto classes of transformers.
 """
 
+import importlib
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -17,7 +19,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .cache_flashlite import FlashLiteCache
 from .configuration_flashlite import FlashLiteConfig, FlashLiteDecoderConfig, FlashLiteEncoderConfig
-from .lora import register_lora_targets
 from .modeling_flashlite import (
     FlashLiteForCausalLM,
     FlashLiteForConditionalGeneration,
@@ -28,8 +29,42 @@ from .modeling_flashlite import (
     FlashLitePreTrainedModel,
 )
 from .pipeline_flashlite import FlashLitePipeline, FlashLiteQuestionAnsweringPipeline, register_pipelines
+from .training.lora import register_lora_targets
 
 __version__ = "0.1.0"
+
+# imported on first use: importing the package must not import datasets, accelerate or peft
+_LAZY = {
+    "CarefulTrainer": "training.trainers",
+    "DistillationTrainer": "training.distillation",
+    "EcqCallback": "training.qat",
+    "EcqConfig": "quantization_flashlite",
+    "KDLoss": "training.divergence",
+    "PaddingCollator": "data.loading",
+    "SegmentTrainer": "training.trainers",
+    "TeacherCache": "training.teacher",
+    "add_lora": "training.lora",
+    "load_data": "data.loading",
+    "merge_adapters": "training.calibration",
+    "pack": "data.loading",
+    "prepare_qat": "training.qat",
+    "quantize": "training.calibration",
+    "tokenize_texts": "data.loading",
+    "train_tokenizer": "data.tokenization",
+}
+
+
+def __getattr__(name):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_LAZY})
+
 
 for _config in (FlashLiteConfig, FlashLiteEncoderConfig, FlashLiteDecoderConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
@@ -52,6 +87,10 @@ register_pipelines()
 register_lora_targets()
 
 __all__ = [
+    "CarefulTrainer",
+    "DistillationTrainer",
+    "EcqCallback",
+    "EcqConfig",
     "FlashLiteCache",
     "FlashLiteConfig",
     "FlashLiteDecoderConfig",
@@ -65,4 +104,16 @@ __all__ = [
     "FlashLitePipeline",
     "FlashLitePreTrainedModel",
     "FlashLiteQuestionAnsweringPipeline",
+    "KDLoss",
+    "PaddingCollator",
+    "SegmentTrainer",
+    "TeacherCache",
+    "add_lora",
+    "load_data",
+    "merge_adapters",
+    "pack",
+    "prepare_qat",
+    "quantize",
+    "tokenize_texts",
+    "train_tokenizer",
 ]

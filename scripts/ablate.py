@@ -21,9 +21,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
-from modeling_flashlite.data import PaddingCollator, load_data, pack, pick_split, tokenize_texts
-from modeling_flashlite.results import write_results
-from modeling_flashlite.tokenization import train_tokenizer
+from modeling_flashlite.data.loading import PaddingCollator, load_data, pack, pick_split, tokenize_texts
+from modeling_flashlite.data.tokenization import train_tokenizer
+from modeling_flashlite.measure.results import write_results
 
 STUDIES = {
     "positions": {name: {"position_encoding": name} for name in POSITION_ENCODINGS},

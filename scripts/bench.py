@@ -27,7 +27,7 @@ from transformers import DynamicCache, Trainer, TrainingArguments
 
 from modeling_flashlite import FlashLiteCache, FlashLiteConfig, FlashLiteForCausalLM
 from modeling_flashlite.attention_flashlite import AxisSpec, BlockSummaries, multi_axis_attention, summarize_blocks
-from modeling_flashlite.benchmarking import (
+from modeling_flashlite.measure.benchmark import (
     SPARSE_LENGTH,
     copy_bandwidth,
     draw_growth,
@@ -40,13 +40,13 @@ from modeling_flashlite.benchmarking import (
     race,
     summarize_race,
 )
-from modeling_flashlite.calibration import quantize
-from modeling_flashlite.distillation import KDLoss
-from modeling_flashlite.parallel import measure_parallel
-from modeling_flashlite.peers import CTranslate2Bart, four_bit_linear, installed, make_models
+from modeling_flashlite.measure.parallel import measure_parallel
+from modeling_flashlite.measure.peers import CTranslate2Bart, four_bit_linear, installed, make_models
+from modeling_flashlite.measure.results import write_results
+from modeling_flashlite.measure.scaling import Device, count_decoder_parameters, plan
 from modeling_flashlite.quantization_flashlite import EcqConfig
-from modeling_flashlite.results import write_results
-from modeling_flashlite.scaling import Device, count_decoder_parameters, plan
+from modeling_flashlite.training.calibration import quantize
+from modeling_flashlite.training.distillation import KDLoss
 
 HEADS, KEY_VALUE_HEADS, HEAD_DIM = 8, 2, 64
 # unlimited memory: both sides see the whole past

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import modeling_flashlite  # noqa: F401  (registers the architecture)
-from modeling_flashlite.hub import DownloadError, download
-from modeling_flashlite.serving import Engine, Limits, Settings
+from modeling_flashlite.publish.hub import DownloadError, download
+from modeling_flashlite.serve.engine import Engine, Limits, Settings
 
 HELP = """\
 /help              this list

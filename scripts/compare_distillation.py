@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
 from modeling_flashlite.cli import finish, parse_args
-from modeling_flashlite.data import PaddingCollator, load_data, pack, pick_split, tokenize_texts
-from modeling_flashlite.distillation import DistillationTrainer, KDLoss, TeacherCache
-from modeling_flashlite.results import write_json, write_results
-from modeling_flashlite.runs import TrainArgs
-from modeling_flashlite.tokenization import train_tokenizer
-from modeling_flashlite.training import CarefulTrainer
+from modeling_flashlite.data.loading import PaddingCollator, load_data, pack, pick_split, tokenize_texts
+from modeling_flashlite.data.tokenization import train_tokenizer
+from modeling_flashlite.measure.results import write_json, write_results
+from modeling_flashlite.training.distillation import DistillationTrainer, KDLoss, TeacherCache
+from modeling_flashlite.training.launch import TrainArgs
+from modeling_flashlite.training.trainers import CarefulTrainer
 
 ARMS = ("scratch", "live", "cached")
 BLOCKS = {"block_size": 32, "relevance_top_k": 2, "is_encoder_decoder": False}

@@ -18,14 +18,15 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, set_seed
 
-from modeling_flashlite.benchmarking import race, summarize_race
 from modeling_flashlite.cli import finish, parse_args
-from modeling_flashlite.data import pick_split
-from modeling_flashlite.evaluation import evaluate_task, generate_texts, label_likelihood
-from modeling_flashlite.measurement import count_parameters
-from modeling_flashlite.peers import make_peer
-from modeling_flashlite.results import write_json, write_results
-from modeling_flashlite.runs import (
+from modeling_flashlite.data.loading import pick_split
+from modeling_flashlite.data.tasks import get_task, prompts_and_references, resolve_columns
+from modeling_flashlite.measure.benchmark import race, summarize_race
+from modeling_flashlite.measure.cost import count_parameters
+from modeling_flashlite.measure.evaluation import evaluate_task, generate_texts, label_likelihood
+from modeling_flashlite.measure.peers import make_peer
+from modeling_flashlite.measure.results import write_json, write_results
+from modeling_flashlite.training.launch import (
     ArchitectureArgs,
     DataArgs,
     ModelArgs,
@@ -35,8 +36,7 @@ from modeling_flashlite.runs import (
     load_splits,
     load_tokenizer,
 )
-from modeling_flashlite.tasks import get_task, prompts_and_references, resolve_columns
-from modeling_flashlite.training import CarefulTrainer
+from modeling_flashlite.training.trainers import CarefulTrainer
 
 OURS = "Flash-Lite"
 STEP = "training step"

@@ -26,18 +26,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainingArg
 from transformers.trainer_callback import ProgressCallback
 
 from modeling_flashlite import FlashLiteConfig
-from modeling_flashlite.calibration import quantize
 from modeling_flashlite.cli import finish, parse_args
-from modeling_flashlite.data import PaddingCollator, load_data, pack, pick_split, require_columns, tokenize_texts
-from modeling_flashlite.distillation import DistillationCallback, KDLoss, TeacherCache, set_loss_function
-from modeling_flashlite.lora import add_lora
-from modeling_flashlite.measurement import measure_generation, model_size
-from modeling_flashlite.perplexity import text_likelihood
-from modeling_flashlite.qat import EcqCallback, prepare_qat
+from modeling_flashlite.data.loading import (
+    PaddingCollator,
+    load_data,
+    pack,
+    pick_split,
+    require_columns,
+    tokenize_texts,
+)
+from modeling_flashlite.data.tokenization import train_tokenizer
+from modeling_flashlite.measure.cost import measure_generation, model_size
+from modeling_flashlite.measure.perplexity import text_likelihood
+from modeling_flashlite.measure.results import write_json, write_results
 from modeling_flashlite.quantization_flashlite import EcqConfig
-from modeling_flashlite.results import write_json, write_results
-from modeling_flashlite.tokenization import train_tokenizer
-from modeling_flashlite.training import CarefulTrainer, last_checkpoint
+from modeling_flashlite.training.calibration import quantize
+from modeling_flashlite.training.distillation import DistillationCallback, KDLoss, TeacherCache, set_loss_function
+from modeling_flashlite.training.lora import add_lora
+from modeling_flashlite.training.qat import EcqCallback, prepare_qat
+from modeling_flashlite.training.trainers import CarefulTrainer, last_checkpoint
 
 
 @dataclass

@@ -11,9 +11,9 @@ from datasets import load_dataset, load_from_disk
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from modeling_flashlite.cli import finish, parse_args
-from modeling_flashlite.distillation import DistillationTrainer, KDLoss, TeacherCache, student_from_teacher
-from modeling_flashlite.lora import add_lora
-from modeling_flashlite.runs import (
+from modeling_flashlite.data.tasks import get_task
+from modeling_flashlite.training.distillation import DistillationTrainer, KDLoss, TeacherCache, student_from_teacher
+from modeling_flashlite.training.launch import (
     ArchitectureArgs,
     DataArgs,
     ModelArgs,
@@ -25,7 +25,7 @@ from modeling_flashlite.runs import (
     make_trainer,
     run,
 )
-from modeling_flashlite.tasks import get_task
+from modeling_flashlite.training.lora import add_lora
 
 
 @dataclass

@@ -4,8 +4,8 @@
     python scripts/export.py --model runs/x --output exported --max-length 1024
 
 Writes decoder.onnx (one graph for prompt and token steps, its cache as plain tensors), for an encoder-decoder also
-encoder.onnx, and onnx_config.json; `OnnxGenerator` in modeling_flashlite/exporting.py runs them. Not supported: GGUF
-and vLLM, which need the architecture written into their own code. Needs the `export` extra. The last line is JSON.
+encoder.onnx, and onnx_config.json; `OnnxGenerator` in modeling_flashlite/publish/onnx_export.py runs them. GGUF and
+vLLM are not supported: they need the architecture in their own code. Needs the `export` extra. The last line is JSON.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import modeling_flashlite  # noqa: F401  (registers the architecture)
-from modeling_flashlite.exporting import ExportError, export_onnx, measure_parity
-from modeling_flashlite.hub import DownloadError, download
+from modeling_flashlite.publish.hub import DownloadError, download
+from modeling_flashlite.publish.onnx_export import ExportError, export_onnx, measure_parity
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -7,8 +7,7 @@ accelerate launch scripts/finetune.py --config scripts/recipes/lora_summarizatio
 from dataclasses import dataclass, field
 
 from modeling_flashlite.cli import finish, parse_args
-from modeling_flashlite.lora import add_lora
-from modeling_flashlite.runs import (
+from modeling_flashlite.training.launch import (
     ArchitectureArgs,
     DataArgs,
     ModelArgs,
@@ -20,7 +19,8 @@ from modeling_flashlite.runs import (
     make_trainer,
     run,
 )
-from modeling_flashlite.training import CarefulTrainer
+from modeling_flashlite.training.lora import add_lora
+from modeling_flashlite.training.trainers import CarefulTrainer
 
 
 @dataclass

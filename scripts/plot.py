@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from modeling_flashlite.cli import finish, parse_args
-from modeling_flashlite.figures import COLOURS, new_axes, save_axes
+from modeling_flashlite.measure.plots import COLOURS, new_axes, save_axes
 
 
 @dataclass

@@ -15,9 +15,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from modeling_flashlite.cards import collect_card, load_written, missing_fields, read_results, render_card, run_snippet
-from modeling_flashlite.hub import Publisher
-from modeling_flashlite.staging import PublishError, list_files, stage
+from modeling_flashlite.publish.cards import (
+    collect_card,
+    load_written,
+    missing_fields,
+    read_results,
+    render_card,
+    run_snippet,
+)
+from modeling_flashlite.publish.hub import Publisher
+from modeling_flashlite.publish.repository import PublishError, list_files, stage
 
 
 def make_parser() -> argparse.ArgumentParser:

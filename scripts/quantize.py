@@ -14,17 +14,15 @@ import torch
 from transformers import AutoTokenizer
 from transformers.trainer_utils import SaveStrategy
 
-from modeling_flashlite.calibration import batches_of, collect_moments, mean_loss, pareto, quantize
-from modeling_flashlite.cards import read_results
 from modeling_flashlite.cli import finish, parse_args
-from modeling_flashlite.data import PaddingCollator
-from modeling_flashlite.distillation import DistillationTrainer, KDLoss
-from modeling_flashlite.lora import add_lora
-from modeling_flashlite.peers import PlainLSQ
-from modeling_flashlite.qat import EcqCallback, prepare_qat
+from modeling_flashlite.data.loading import PaddingCollator
+from modeling_flashlite.measure.peers import PlainLSQ
+from modeling_flashlite.measure.results import command_line, write_results
+from modeling_flashlite.publish.cards import read_results
 from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers, weight_of
-from modeling_flashlite.results import command_line, write_results
-from modeling_flashlite.runs import (
+from modeling_flashlite.training.calibration import batches_of, collect_moments, mean_loss, pareto, quantize
+from modeling_flashlite.training.distillation import DistillationTrainer, KDLoss
+from modeling_flashlite.training.launch import (
     ArchitectureArgs,
     DataArgs,
     ModelArgs,
@@ -35,6 +33,8 @@ from modeling_flashlite.runs import (
     make_trainer,
     run,
 )
+from modeling_flashlite.training.lora import add_lora
+from modeling_flashlite.training.qat import EcqCallback, prepare_qat
 
 METHODS = ("ptq", "qat", "recover", "lsq")
 

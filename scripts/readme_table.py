@@ -168,7 +168,7 @@ def render_speed(folder: Path) -> str:
 
 
 def render_scale(folder: Path) -> str:
-    """The training plan of larger models, by the formulas of `modeling_flashlite/scaling.py`."""
+    """The training plan of larger models, by the formulas of `modeling_flashlite/measure/scaling.py`."""
     results = json.loads((folder / "scaling.json").read_text(encoding="utf-8"))
     rows = [
         [

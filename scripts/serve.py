@@ -19,9 +19,9 @@ import sys
 import uvicorn
 
 import modeling_flashlite  # noqa: F401  (registers the architecture)
-from modeling_flashlite.api import create_app
-from modeling_flashlite.hub import DownloadError, download
-from modeling_flashlite.serving import Engine, Limits
+from modeling_flashlite.publish.hub import DownloadError, download
+from modeling_flashlite.serve.engine import Engine, Limits
+from modeling_flashlite.serve.server import create_app
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     engine = Engine(folder, name, args.trust_remote_code, limits, args.device)
     app = create_app(engine, key, args.max_body)
     if args.web:
-        from modeling_flashlite.web import mount_page
+        from modeling_flashlite.serve.page import mount_page
 
         app = mount_page(app, engine, key)
     host, port = listener.getsockname()[:2]

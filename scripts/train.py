@@ -5,7 +5,7 @@ accelerate launch scripts/train.py --config scripts/recipes/train_segments.yaml 
 """
 
 from modeling_flashlite.cli import finish, parse_args
-from modeling_flashlite.runs import (
+from modeling_flashlite.training.launch import (
     ArchitectureArgs,
     DataArgs,
     ModelArgs,
@@ -17,7 +17,7 @@ from modeling_flashlite.runs import (
     make_trainer,
     run,
 )
-from modeling_flashlite.training import CarefulTrainer, SegmentTrainer
+from modeling_flashlite.training.trainers import CarefulTrainer, SegmentTrainer
 
 
 def main(model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, args: TrainArgs) -> dict:

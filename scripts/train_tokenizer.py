@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from modeling_flashlite.cli import finish, parse_args
-from modeling_flashlite.data import load_data, pick_split, require_columns
-from modeling_flashlite.tokenization import train_tokenizer
+from modeling_flashlite.data.loading import load_data, pick_split, require_columns
+from modeling_flashlite.data.tokenization import train_tokenizer
 
 
 @dataclass

@@ -11,8 +11,8 @@ except ImportError:
     import httpx  # noqa: F401
 
 import modeling_flashlite as flashlite
+from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.quantization_flashlite import EcqConfig
-from modeling_flashlite.tokenization import train_tokenizer
 
 TEXT = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").splitlines()
 HEADS = {

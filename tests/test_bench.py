@@ -11,9 +11,9 @@ import torch
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
 from modeling_flashlite.attention_flashlite import AxisSpec, _axis_masks, summarize_blocks
-from modeling_flashlite.benchmarking import draw_growth, fit_growth, race, summarize_race
-from modeling_flashlite.parallel import measure_parallel
-from modeling_flashlite.scaling import Device, attention_visits, communication, count_decoder_parameters, plan
+from modeling_flashlite.measure.benchmark import draw_growth, fit_growth, race, summarize_race
+from modeling_flashlite.measure.parallel import measure_parallel
+from modeling_flashlite.measure.scaling import Device, attention_visits, communication, count_decoder_parameters, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--shape", "32,2,4,300", "--lengths", "660,700", "--threads", "1", "--repeats", "1", "--seconds", "0.1"]
@@ -66,7 +66,7 @@ def test_peers_that_are_installed_race_too(bench):
 
 def test_translated_peer_answers_like_the_original():
     pytest.importorskip("ctranslate2")
-    from modeling_flashlite.peers import CTranslate2Bart, make_models
+    from modeling_flashlite.measure.peers import CTranslate2Bart, make_models
 
     torch.manual_seed(0)
     bart = make_models(["BART"], (32, 2, 4, 60))["BART"].eval()

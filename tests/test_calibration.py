@@ -9,7 +9,6 @@ from test_quantization import MODELS, build, logits_of
 from transformers import OPTConfig, OPTForCausalLM
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForConditionalGeneration
-from modeling_flashlite.calibration import _watch, batches_of, collect_moments, mean_loss, quantize
 from modeling_flashlite.ecq_search_flashlite import (
     Layer,
     _round_columns,
@@ -21,6 +20,7 @@ from modeling_flashlite.ecq_search_flashlite import (
 )
 from modeling_flashlite.ecq_stream_flashlite import encode_weights
 from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers
+from modeling_flashlite.training.calibration import _watch, batches_of, collect_moments, mean_loss, quantize
 
 
 def _moment(n: int, seed: int) -> torch.Tensor:

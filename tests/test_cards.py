@@ -9,8 +9,8 @@ import yaml
 from checkpoints import RESULTS, WRITTEN, describe, make_model, save_checkpoint
 from huggingface_hub import ModelCard
 
-from modeling_flashlite import cards, staging
-from modeling_flashlite.staging import PublishError, list_files, stage
+from modeling_flashlite.publish import cards, repository
+from modeling_flashlite.publish.repository import PublishError, list_files, stage
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,7 +49,7 @@ def test_stage_takes_what_travels_and_nothing_else(run, tmp_path):
         "tokenizer_config.json",
     }
     config = json.loads((folder / "config.json").read_text())
-    assert set(config["auto_map"]) == set(staging.AUTO_MAP)
+    assert set(config["auto_map"]) == set(repository.AUTO_MAP)
     assert list(config["custom_pipelines"]) == ["translation"]
     assert config["task_specific_params"]["translation"]["num_beams"] == 4
 
@@ -57,7 +57,7 @@ def test_stage_takes_what_travels_and_nothing_else(run, tmp_path):
 def test_auto_map_names_every_head():
     import modeling_flashlite
 
-    for reference in staging.AUTO_MAP.values():
+    for reference in repository.AUTO_MAP.values():
         module, name = reference.split(".")
         assert getattr(modeling_flashlite, name).__module__ == f"modeling_flashlite.{module}"
 
@@ -65,7 +65,7 @@ def test_auto_map_names_every_head():
 def test_latest_checkpoint_of_a_trainer_run_is_found(tmp_path):
     for step in (9, 10):
         make_model("causal").save_pretrained(tmp_path / f"checkpoint-{step}")
-    assert staging.find_checkpoint(tmp_path).name == "checkpoint-10"
+    assert repository.find_checkpoint(tmp_path).name == "checkpoint-10"
 
 
 def spoil_pickle(run):

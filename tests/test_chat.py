@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoints import save_checkpoint
 
-from modeling_flashlite.serving import Engine, Limits, Settings
+from modeling_flashlite.serve.engine import Engine, Limits, Settings
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_flashlite.cli import banner, finish, parse_args
-from modeling_flashlite.runs import TrainArgs
+from modeling_flashlite.training.launch import TrainArgs
 
 
 @dataclass

@@ -11,8 +11,8 @@ from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_flashlite.corpus import hash_fraction, python_corpus
-from modeling_flashlite.data import (
+from modeling_flashlite.data.corpus import hash_fraction, python_corpus
+from modeling_flashlite.data.loading import (
     PaddingCollator,
     _pack_batch,
     column_names,
@@ -23,7 +23,7 @@ from modeling_flashlite.data import (
     segment_streams,
     tokenize_texts,
 )
-from modeling_flashlite.tokenization import train_tokenizer
+from modeling_flashlite.data.tokenization import train_tokenizer
 
 ROWS = [{"en": f"line {i}", "de": f"Zeile {i}"} for i in range(7)]
 documents = st.lists(st.lists(st.integers(3, 90), max_size=25), min_size=1, max_size=12)

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
-from modeling_flashlite.data import PaddingCollator
-from modeling_flashlite.distillation import (
+from modeling_flashlite.data.loading import PaddingCollator
+from modeling_flashlite.training.distillation import (
     DistillationCallback,
     DistillationTrainer,
     KDLoss,
@@ -39,7 +39,7 @@ from modeling_flashlite.distillation import (
     student_from_teacher,
     teacher_logits,
 )
-from modeling_flashlite.divergence import _ForwardKL
+from modeling_flashlite.training.divergence import _ForwardKL
 
 V = 97
 OFF = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)

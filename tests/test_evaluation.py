@@ -25,9 +25,9 @@ from modeling_flashlite import (
     perplexity,
     results,
 )
-from modeling_flashlite.evaluation import classify, evaluate_task, extract_answers, generate_texts
-from modeling_flashlite.tasks import TASKS, get_task
-from modeling_flashlite.tokenization import train_tokenizer
+from modeling_flashlite.data.tasks import TASKS, get_task
+from modeling_flashlite.data.tokenization import train_tokenizer
+from modeling_flashlite.measure.evaluation import classify, evaluate_task, extract_answers, generate_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "the", "cat", "sat", "mat", "dog"]), max_size=8).map(" ".join)

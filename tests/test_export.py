@@ -11,8 +11,8 @@ from checkpoints import HEADS, make_model, save_checkpoint
 for name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(name, reason=f"the export extra is not installed: {name}")
 
-from modeling_flashlite import exporting  # noqa: E402
-from modeling_flashlite.exporting import ExportError, OnnxGenerator, export_onnx, measure_parity  # noqa: E402
+from modeling_flashlite.publish import onnx_export  # noqa: E402
+from modeling_flashlite.publish.onnx_export import ExportError, OnnxGenerator, export_onnx, measure_parity  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,8 +91,8 @@ def test_decoder_graph_is_the_model_for_every_position_encoding(position_encodin
     )
     model = FlashLiteForCausalLM(config).double().eval()
     ids = torch.randint(3, 50, (2, 39))
-    graph = exporting.DecoderGraph(model)
-    keys, values = (torch.zeros(shape).double() for shape in exporting.cache_shapes(model, 40, 2))
+    graph = onnx_export.DecoderGraph(model)
+    keys, values = (torch.zeros(shape).double() for shape in onnx_export.cache_shapes(model, 40, 2))
     with torch.no_grad():
         first, keys, values = graph(ids[:, :30], torch.zeros(2, dtype=torch.long), keys, values)
         second, _, _ = graph(ids[:, 30:], torch.full((2,), 30), keys, values)

@@ -21,9 +21,9 @@ from checkpoints import HEADS, RESULTS, TEXT, WRITTEN, httpx, make_model, make_t
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from modeling_flashlite import cards, hub
-from modeling_flashlite.hub import DownloadError, Publisher, PublishError
-from modeling_flashlite.staging import content_tag, list_files, stage
+from modeling_flashlite.publish import cards, hub
+from modeling_flashlite.publish.hub import DownloadError, Publisher, PublishError
+from modeling_flashlite.publish.repository import content_tag, list_files, stage
 
 ROOT = Path(__file__).parents[1]
 ENDPOINT = os.environ.get("HF_ENDPOINT")
@@ -393,7 +393,7 @@ def test_full_disk_is_said_and_leaves_a_usable_cache(path, repo, staged, tmp_pat
 import sys; sys.path.insert(0, {str(ROOT)!r}); del sys.modules["modeling_flashlite"]
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from modeling_flashlite.hub import download, DownloadError
+from modeling_flashlite.publish.hub import download, DownloadError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:
     download({repo!r})

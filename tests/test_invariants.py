@@ -17,10 +17,10 @@ from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
-from modeling_flashlite.data import segment_streams
-from modeling_flashlite.distillation import KDLoss, set_loss_function
-from modeling_flashlite.lora import add_lora
-from modeling_flashlite.training import (
+from modeling_flashlite.data.loading import segment_streams
+from modeling_flashlite.training.distillation import KDLoss, set_loss_function
+from modeling_flashlite.training.lora import add_lora
+from modeling_flashlite.training.trainers import (
     CarefulTrainer,
     SegmentTrainer,
     last_checkpoint,
@@ -190,7 +190,7 @@ from conftest import TINY
 from test_invariants import arguments, ragged_rows, streams
 from transformers import Seq2SeqTrainingArguments
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
-from modeling_flashlite.training import CarefulTrainer, SegmentTrainer, last_checkpoint
+from modeling_flashlite.training.trainers import CarefulTrainer, SegmentTrainer, last_checkpoint
 folder, kind, slow = sys.argv[1:]
 torch.manual_seed(0)
 model = FlashLiteForCausalLM(FlashLiteConfig(**{{**TINY, "dropout_rate": 0.1, "is_encoder_decoder": False}}))

@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, Olmo2Config, Olmo2ForCausalLM, Seq2SeqTrainingArguments
 
 from modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
-from modeling_flashlite.distillation import KDLoss, set_loss_function
-from modeling_flashlite.lora import TARGET_MODULES, add_lora
-from modeling_flashlite.training import CarefulTrainer
+from modeling_flashlite.training.distillation import KDLoss, set_loss_function
+from modeling_flashlite.training.lora import TARGET_MODULES, add_lora
+from modeling_flashlite.training.trainers import CarefulTrainer
 
 # peft 0.21 itself asks for an attribute that transformers 5.23 renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -19,9 +19,9 @@ from conftest import TINY
 from test_invariants import arguments, ragged_rows, streams
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Seq2SeqTrainingArguments
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM, FlashLiteForConditionalGeneration
-from modeling_flashlite.distillation import KDLoss, set_loss_function
-from modeling_flashlite.lora import add_lora
-from modeling_flashlite.training import CarefulTrainer, SegmentTrainer, last_checkpoint
+from modeling_flashlite.training.distillation import KDLoss, set_loss_function
+from modeling_flashlite.training.lora import add_lora
+from modeling_flashlite.training.trainers import CarefulTrainer, SegmentTrainer, last_checkpoint
 torch.set_num_threads(1)
 folder = sys.argv[1]
 world = int(os.environ.get("WORLD_SIZE", 1))

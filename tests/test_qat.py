@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from modeling_flashlite.ecq_modules_flashlite import EcqLinear, FakeQuantLinear, _FakeQuantize
-from modeling_flashlite.qat import EcqCallback, RateController, prepare_qat
 from modeling_flashlite.quantization_flashlite import EcqConfig
+from modeling_flashlite.training.qat import EcqCallback, RateController, prepare_qat
 
 
 def data(count: int = 64, length: int = 12) -> list[dict]:

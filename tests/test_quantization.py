@@ -37,11 +37,11 @@ from transformers import (
 )
 
 from modeling_flashlite import ecq_stream_flashlite, quantization_flashlite
-from modeling_flashlite.calibration import merge_adapters, quantize
 from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, join, to_quantized
 from modeling_flashlite.ecq_stream_flashlite import CodecError, QuantizedWeight, decode_weights, encode_weights
 from modeling_flashlite.int4_flashlite import empty_tiles, int8_codes, tile_codes
 from modeling_flashlite.quantization_flashlite import EcqConfig, quantizable_layers
+from modeling_flashlite.training.calibration import merge_adapters, quantize
 
 SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=2, tie_word_embeddings=True)

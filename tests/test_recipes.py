@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification
 
 from modeling_flashlite import FlashLiteForConditionalGeneration
 from modeling_flashlite.cli import parse_args
-from modeling_flashlite.distillation import check_teacher_columns
-from modeling_flashlite.runs import ArchitectureArgs, DataArgs, ModelArgs, TrainArgs, load_model
+from modeling_flashlite.training.distillation import check_teacher_columns
+from modeling_flashlite.training.launch import ArchitectureArgs, DataArgs, ModelArgs, TrainArgs, load_model
 
 # peft 0.21 itself asks for an attribute that transformers 5.23 renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

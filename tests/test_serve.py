@@ -21,7 +21,7 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
 import torch  # noqa: E402
 
-from modeling_flashlite.serving import Engine, Job, Limits, QueueFull, RowSampler, Settings, TextAssembler  # noqa: E402
+from modeling_flashlite.serve.engine import Engine, Job, Limits, QueueFull, RowSampler, Settings, TextAssembler  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 LIMITS = ("--max-new-tokens=64", "--max-prompt-tokens=200", "--max-body=20000", "--max-waiting=30", "--timeout=60")

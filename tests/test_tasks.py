@@ -10,11 +10,9 @@ from modeling_flashlite import (
     FlashLiteForQuestionAnswering,
     FlashLiteForSequenceClassification,
 )
-from modeling_flashlite.data import PaddingCollator
-from modeling_flashlite.evaluation import evaluate_task
-from modeling_flashlite.metrics import METRICS
-from modeling_flashlite.preprocessing import answer_span, cut_prompt, preprocess, question_windows
-from modeling_flashlite.tasks import (
+from modeling_flashlite.data.loading import PaddingCollator
+from modeling_flashlite.data.preprocessing import answer_span, cut_prompt, preprocess, question_windows
+from modeling_flashlite.data.tasks import (
     TASKS,
     chat_turns,
     get_task,
@@ -25,7 +23,9 @@ from modeling_flashlite.tasks import (
     resolve_columns,
     texts_of,
 )
-from modeling_flashlite.tokenization import train_tokenizer
+from modeling_flashlite.data.tokenization import train_tokenizer
+from modeling_flashlite.measure.evaluation import evaluate_task
+from modeling_flashlite.measure.metrics import METRICS
 
 CONTEXT = "The tower was built in 1889 by Gustave Eiffel, and it stands in Paris."
 DATA = {

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from modeling_flashlite.tokenization import CHAT_TOKENS, SPECIAL_TOKENS, train_tokenizer
+from modeling_flashlite.data.tokenization import CHAT_TOKENS, SPECIAL_TOKENS, train_tokenizer
 
 TEXTS = [
     "the cat sat on the mat in 1984",

@@ -23,8 +23,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from .configuration_flashlite import FlashLiteConfig
-from .modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
+from ..configuration_flashlite import FlashLiteConfig
+from ..modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 
 __all__ = ["CTranslate2Bart", "PlainLSQ", "four_bit_linear", "installed", "make_models", "make_peer"]
 

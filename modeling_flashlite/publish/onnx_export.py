@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .attention_flashlite import multi_axis_attention_reference
-from .layers_flashlite import position_angles
-from .modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
+from ..attention_flashlite import multi_axis_attention_reference
+from ..layers_flashlite import position_angles
+from ..modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 
 
 class ExportError(ValueError):

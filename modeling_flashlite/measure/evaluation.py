@@ -8,12 +8,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import PaddingCollator
+from ..data.loading import PaddingCollator
+from ..data.preprocessing import cut_prompt, preprocess, question_windows
+from ..data.tasks import Task, label_names, prompts_and_references, references_of, resolve_columns
 from .metrics import METRICS, RESAMPLES
 from .perplexity import label_likelihood, text_likelihood
-from .preprocessing import cut_prompt, preprocess, question_windows
 from .results import write_results
-from .tasks import Task, label_names, prompts_and_references, references_of, resolve_columns
 
 __all__ = [
     "classify",

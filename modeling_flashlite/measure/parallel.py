@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .configuration_flashlite import FlashLiteConfig
-from .modeling_flashlite import FlashLiteForCausalLM
+from ..configuration_flashlite import FlashLiteConfig
+from ..modeling_flashlite import FlashLiteForCausalLM
 from .scaling import communication
 
 __all__ = ["BytesSent", "measure_parallel"]

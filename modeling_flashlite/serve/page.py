@@ -9,7 +9,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
-from .serving import Engine, QueueFull, Settings
+from .engine import Engine, QueueFull, Settings
 
 
 def make_page(engine: Engine) -> gr.Blocks:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .data import column_names, pack, tokenize_texts
+from .loading import column_names, pack, tokenize_texts
 from .tasks import Task, label_names, messages_of, prompts_and_references, references_of, resolve_columns
 
 _OUTPUTS = {"extractive-qa": ("input_ids", "start_positions", "end_positions")}

@@ -16,13 +16,13 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 
-from .cli import banner
-from .configuration_flashlite import FlashLiteConfig
-from .data import PaddingCollator, load_data, pick_split, segment_streams, tokenize_texts
-from .preprocessing import preprocess
-from .tasks import get_task, label_names, resolve_columns, texts_of
-from .tokenization import train_tokenizer
-from .training import CarefulTrainer, last_checkpoint, plot_losses
+from ..cli import banner
+from ..configuration_flashlite import FlashLiteConfig
+from ..data.loading import PaddingCollator, load_data, pick_split, segment_streams, tokenize_texts
+from ..data.preprocessing import preprocess
+from ..data.tasks import get_task, label_names, resolve_columns, texts_of
+from ..data.tokenization import train_tokenizer
+from .trainers import CarefulTrainer, last_checkpoint, plot_losses
 
 __all__ = [
     "ArchitectureArgs",

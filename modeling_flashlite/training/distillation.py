@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .configuration_flashlite import FlashLiteConfig
+from ..configuration_flashlite import FlashLiteConfig
+from ..loss_flashlite import check_loss_function
 from .divergence import KDLoss, divergence, parse_divergence, shared_vocabulary
-from .loss_flashlite import check_loss_function
 from .teacher import (
     TeacherCache,
     check_teacher_columns,
@@ -24,7 +24,7 @@ from .teacher import (
     teacher_logits,
     tokenizer_fingerprint,
 )
-from .training import CarefulTrainer
+from .trainers import CarefulTrainer
 
 __all__ = [
     "DistillationCallback",

@@ -26,10 +26,9 @@ from collections.abc import Callable, Iterable
 import torch
 from transformers import TrainerCallback
 
-from .calibration import batches_of, collect_moments
-from .ecq_modules_flashlite import FakeQuantModule, to_quantized, to_twin
-from .ecq_search_flashlite import search, weight_bytes
-from .quantization_flashlite import (
+from ..ecq_modules_flashlite import FakeQuantModule, to_quantized, to_twin
+from ..ecq_search_flashlite import search, weight_bytes
+from ..quantization_flashlite import (
     EcqConfig,
     attach,
     collect_layers,
@@ -38,6 +37,7 @@ from .quantization_flashlite import (
     install_groups,
     overhead_bytes,
 )
+from .calibration import batches_of, collect_moments
 
 logger = logging.getLogger(__name__)
 _MEMORY = 0.9  # of the running means

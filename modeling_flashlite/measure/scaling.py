@@ -8,7 +8,7 @@ processes move, `tests/test_bench.py` the parameters against a real model's.
 
 from dataclasses import dataclass
 
-from .configuration_flashlite import FlashLiteConfig
+from ..configuration_flashlite import FlashLiteConfig
 
 __all__ = ["Device", "attention_visits", "communication", "count_decoder_parameters", "plan", "training_flops"]
 

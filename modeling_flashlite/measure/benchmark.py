@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .figures import COLOURS, can_draw, new_axes, save_axes
-from .measurement import peak_memory_bytes
+from .cost import peak_memory_bytes
+from .plots import COLOURS, can_draw, new_axes, save_axes
 
 __all__ = [
     "copy_bandwidth",

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .staging import PUBLISHED, PublishError, StagedFile, describe_file, list_files
+from .repository import PUBLISHED, PublishError, StagedFile, describe_file, list_files
 
 
 class DownloadError(RuntimeError):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datasets import ClassLabel, Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .data import column_names, require_columns
+from .loading import column_names, require_columns
 
 # decoder alone, encoder-decoder
 LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")

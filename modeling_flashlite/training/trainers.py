@@ -11,10 +11,10 @@ from transformers import Seq2SeqTrainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .cache_flashlite import FlashLiteCache
-from .data import require_columns
-from .figures import COLOURS, can_draw, new_axes, save_axes
-from .loss_flashlite import chunked_cross_entropy
+from ..cache_flashlite import FlashLiteCache
+from ..data.loading import require_columns
+from ..loss_flashlite import chunked_cross_entropy
+from ..measure.plots import COLOURS, can_draw, new_axes, save_axes
 
 __all__ = ["CarefulTrainer", "SegmentTrainer", "last_checkpoint", "plot_losses"]
 

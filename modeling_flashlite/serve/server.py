@@ -17,7 +17,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 
-from .protocol import (
+from .engine import Engine, Job, QueueFull, Settings
+from .openai_schema import (
     ApiError,
     ChatRequest,
     CompletionRequest,
@@ -28,7 +29,6 @@ from .protocol import (
     render_error,
     usage,
 )
-from .serving import Engine, Job, QueueFull, Settings
 
 STATUS_OF_REASON = {"timeout": 408, "cancelled": 408, "error": 500}
 

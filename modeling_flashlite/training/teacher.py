@@ -14,7 +14,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from .data import PaddingCollator, require_columns
+from ..data.loading import PaddingCollator, require_columns
 
 __all__ = [
     "TeacherCache",

@@ -41,9 +41,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from .staging import HEADS, PublishError, content_tag, find_checkpoint, list_files, read_safetensors_header
+from .repository import HEADS, PublishError, content_tag, find_checkpoint, list_files, read_safetensors_header
 
-TEMPLATE = Path(__file__).parent.parent / "model_cards" / "TEMPLATE.md"
+TEMPLATE = Path(__file__).parents[2] / "model_cards" / "TEMPLATE.md"
 # what a person writes, and what the results files bring
 WRITTEN = (
     "summary",

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .loss_flashlite import IGNORE_INDEX, chunked_sum, divisor
+from ..loss_flashlite import IGNORE_INDEX, chunked_sum, divisor
 
 __all__ = ["KDLoss", "divergence", "shared_vocabulary"]
 

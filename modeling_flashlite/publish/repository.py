@@ -9,9 +9,9 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from .tasks import TASKS
+from ..data.tasks import TASKS
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 AUTO_MAP = {
     "AutoConfig": "configuration_flashlite.FlashLiteConfig",
     "AutoModel": "modeling_flashlite.FlashLiteModel",

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .ecq_search_flashlite import Layer, inverse_factor, search
-from .ecq_stream_flashlite import QuantizedWeight
-from .quantization_flashlite import (
+from ..ecq_search_flashlite import Layer, inverse_factor, search
+from ..ecq_stream_flashlite import QuantizedWeight
+from ..quantization_flashlite import (
     EcqConfig,
     attach,
     collect_layers,

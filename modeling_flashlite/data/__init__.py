@@ -1,0 +1,1 @@
+"""Data sets, tasks and tokenizers: from rows to batches."""

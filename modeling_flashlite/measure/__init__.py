@@ -1,0 +1,1 @@
+"""Evaluation, metrics, benchmarks and the results files that every table comes from."""

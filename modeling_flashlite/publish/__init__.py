@@ -1,0 +1,1 @@
+"""Hub repositories, model cards and ONNX export."""

@@ -1,0 +1,1 @@
+"""The generation engine, the OpenAI-compatible server and the browser page."""

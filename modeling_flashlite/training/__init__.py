@@ -1,0 +1,1 @@
+"""Trainers, distillation, quantization-aware training, calibration and LoRA."""
