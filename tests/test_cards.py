@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -199,12 +200,28 @@ def test_failing_snippet_does_not_publish(run, tmp_path, card):
         cards.run_snippet(card, tmp_path / "staged")
 
 
-def test_committed_cards_are_complete():
-    """Every `model_cards/<name>` is a whole repository whose card names the sum of each file in it."""
-    for card in sorted((ROOT / "model_cards").glob("*/README.md")):
-        front = yaml.safe_load(card.read_text(encoding="utf-8").split("---")[1])
-        assert {"license", "language", "datasets", "pipeline_tag", "model-index"} <= set(front), card
-        text = card.read_text(encoding="utf-8")
-        for file in list_files(card.parent):
-            if not file.name.endswith(".py") and file.name != "README.md":
-                assert file.sha256 in text, f"{card.parent.name}/{file.name} changed after its card was written"
+COMMITTED = sorted(path.parent for path in (ROOT / "model_cards").glob("*/config.json"))
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_card_is_complete(folder):
+    """A committed model has a card that names the checksum of each of its files, and no copy of the code."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(text.split("---")[1])
+    assert {"license", "language", "datasets", "pipeline_tag", "model-index"} <= set(front)
+    for file in list_files(folder):
+        assert not file.name.endswith(".py"), "scripts/publish.py adds the code"
+        if file.name != "README.md":
+            assert file.sha256 in text, f"{file.name} changed after its card was written"
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_model_runs_from_its_hub_folder_without_the_package(folder, tmp_path):
+    """The folder that publish.py builds, in a process that cannot import the package, prints what the card shows."""
+    written = cards.load_written(folder.with_suffix(".yaml"))
+    task = written["task"] if written["task"] in repository.PIPELINE_TASKS else None
+    staged = stage(folder, tmp_path / "staged", task=task)
+    assert {path.name for path in (ROOT / "modeling_flashlite").glob("*_flashlite.py")} <= set(os.listdir(staged))
+    card = cards.collect_card(staged, "you/model", [RESULTS], written)
+    printed = cards.run_snippet(card, staged)
+    assert printed in (folder / "README.md").read_text(encoding="utf-8")
