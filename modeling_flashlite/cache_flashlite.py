@@ -89,21 +89,24 @@ def rows_of_mask(mask: torch.Tensor) -> Rows:
     return Rows(order + row * columns, slot + row * width, counts, mask)
 
 
-def rows_of_documents(starts: torch.Tensor) -> Rows:
-    """Give each document of a packed batch a row of its own. `starts` is bool `[B, T]`, true at first tokens."""
-    batch, columns = starts.shape
-    starts = starts.clone()
-    starts[:, 0] = True
-    flat = starts.flatten()
-    row = flat.cumsum(0) - 1
-    first = flat.nonzero()[:, 0]
-    within = torch.arange(batch * columns, device=starts.device) - first[row]
+def rows_of_documents(starts: torch.Tensor, mask: torch.Tensor) -> Rows:
+    """Give each document of a packed batch a row of its own.
+
+    Args:
+        starts (`BoolTensor` `[B, T]`): true at the first token of each document.
+        mask (`BoolTensor` `[B, T]`): the real columns, at least one.
+    """
+    real = mask.flatten().nonzero()[:, 0]
+    first = starts.flatten()[real]
+    row = first.cumsum(0) - 1
+    within = torch.arange(len(real), device=real.device) - first.nonzero()[:, 0][row]
     counts = torch.bincount(row)
     width = int(counts.max())
-    source = torch.zeros(len(counts), width, dtype=torch.long, device=starts.device)
-    source[row, within] = torch.arange(batch * columns, device=starts.device)
-    slot = (row * width + within).view(batch, columns)
-    return Rows(source, slot, counts, torch.ones_like(starts))
+    source = real.new_zeros(len(counts), width)
+    source[row, within] = real
+    slot = real.new_zeros(mask.numel())
+    slot[real] = row * width + within
+    return Rows(source, slot.view(mask.shape), counts, mask)
 
 
 class FlashLiteCacheLayer(DynamicLayer):
@@ -256,18 +259,21 @@ class FlashLiteCacheLayer(DynamicLayer):
 
     def _reserve(self, slots: int) -> None:
         """Grow the buffers in steps of an eighth, so that appending costs amortised constant time."""
-        spare = slots - self._keys.shape[2]
-        if spare <= 0:
-            return
-        block = self.spec.block_size
-        grow = -(-max(spare, slots // 8, block) // block) * block
-        self._keys, self._values = _grow(self._keys, grow, 2), _grow(self._values, grow, 2)
+        spare, block = slots - self._keys.shape[2], self.spec.block_size
+        if spare > 0:
+            grow = -(-max(spare, slots // 8, block) // block) * block
+            self._keys, self._values = _grow(self._keys, grow, 2), _grow(self._values, grow, 2)
         blocks = self._keys.shape[2] // block - self._summaries.keys.shape[2]
-        spare = blocks, blocks, blocks * (block // self.spec.sub_block_size)
-        self._summaries = BlockSummaries(*map(_grow, self._summaries, spare, (2, 2, 3)))
+        if blocks > 0:  # a segment memory has keys enough, but no summaries
+            spare = blocks, blocks, blocks * (block // self.spec.sub_block_size)
+            self._summaries = BlockSummaries(*map(_grow, self._summaries, spare, (2, 2, 3)))
 
     def _summarize(self, first: int, last: int) -> None:
-        """Refresh the summaries of the blocks `first` to `last`; blocks close in all rows at once or row by row."""
+        """Refresh the summaries of the blocks `first` to `last`, and of those before that have none yet.
+
+        Blocks close in all rows at once or row by row; a segment memory has no summaries until it is used as a cache.
+        """
+        first = min(first, self.summarized)
         if last > first:
             self._closed = None, 0, None
             block = self.spec.block_size
@@ -303,7 +309,12 @@ class FlashLiteCacheLayer(DynamicLayer):
         self._summaries = BlockSummaries(*(part.clone() for part in kept))
         self.fill, self.base = self.fill - shift, self.base + shift
         if not isinstance(self.fill, int):
+            self.summarized = 0
             self._summarize(0, self._used // block)
+        self._forget_columns()
+
+    def _forget_columns(self) -> None:
+        """Drop the oldest columns of the mask, whose tokens have left in every row."""
         if self.mask is not None:
             within = self._later_tokens() <= self._fill_tensor(self.mask.device)[:, None]
             self.mask = self.mask[:, int(within.any(0).int().argmax()) :]
@@ -331,7 +342,8 @@ class FlashLiteCacheLayer(DynamicLayer):
         successor._summaries = summarize_blocks(successor._keys[:, :, :0], successor._values[:, :, :0], self.spec)
         successor.is_initialized, successor.device, successor.dtype = True, keys.device, keys.dtype
         successor.fill, successor.base = fill + counts, self.base
-        successor.columns = self.columns + (tokens if rows is None else rows.mask.shape[1])
+        successor.columns, successor.mask = self.columns, self.mask
+        successor._record_columns(tokens, rows)
         successor.trim()
         return keys, values, successor
 
@@ -353,6 +365,7 @@ class FlashLiteCacheLayer(DynamicLayer):
             shift = (self.fill // block - reach).clamp(min=0) * block
             self._keys, self._values = roll_rows(self._keys, shift), roll_rows(self._values, shift)
         self.fill, self.base = self.fill - shift, self.base + shift
+        self._forget_columns()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last `-tokens_to_remove` columns back.

@@ -213,6 +213,11 @@ class FlashLiteEncoder(FlashLiteStack):
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if packed_rows(inputs_embeds, attention_mask, position_ids) is not None:
+            raise ValueError(
+                "The encoder's position ids restart within a row, which means packed documents, but it reads whole "
+                "rows; give each document a row of its own."
+            )
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
@@ -292,12 +297,16 @@ class FlashLiteDecoder(FlashLiteStack):
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_columns)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        continues = past_key_values is not None or memory is not None
-        rows = None if continues else packed_rows(inputs_embeds, attention_mask, position_ids)
-        if rows is not None and encoder_hidden_states is not None:
+        rows = packed_rows(inputs_embeds, attention_mask, position_ids)
+        wholes = {
+            "an encoder's states belong": encoder_hidden_states,
+            "a cache belongs": past_key_values,
+            "a segment memory belongs": memory,
+        }
+        for belong in (name for name, given in wholes.items() if rows is not None and given is not None):
             raise ValueError(
-                "`decoder_position_ids` restart within a row, which means packed documents, but an encoder's states "
-                "belong to whole rows; give each document a row of its own."
+                f"The decoder's position ids restart within a row, which means packed documents, but {belong} to "
+                "whole rows; give each document a row of its own."
             )
         # a packed batch has no single end to continue from, and what a cache holds depends on the mask's values
         use_cache = use_cache and rows is None and not torch.compiler.is_exporting()
@@ -366,16 +375,26 @@ def padded_rows(states: torch.Tensor, attention_mask: torch.Tensor | None) -> Ro
 def packed_rows(states, attention_mask, position_ids) -> Rows | None:
     """How the columns of packed documents map to rows; `None` where no `position_ids` restart within a row.
 
-    An exported graph cannot look at the positions, and takes each row for one document.
+    From one real token to the next, positions of one document grow by 1, or by the columns between them where these
+    count padding. An exported graph cannot look at the positions, and takes each row for one document.
     """
-    if position_ids is None or states.shape[1] < 2 or torch.compiler.is_exporting():
+    batch, columns = states.shape[:2]
+    if position_ids is None or columns < 2 or torch.compiler.is_exporting():
         return None
-    if attention_mask is not None and not attention_mask.all():
+    positions = position_ids[..., -columns:].expand(batch, -1)
+    if attention_mask is None:
+        mask, starts = torch.ones_like(positions, dtype=torch.bool), positions.diff(dim=-1) != 1
+    else:
+        mask = attention_mask[:, -columns:].bool()
+        column = torch.arange(columns, device=mask.device).expand(batch, -1)
+        # the real column before each column, or the first column where there is none
+        before = torch.where(mask, column, 0).cummax(1).values[:, :-1]
+        step = positions[:, 1:] - positions.gather(1, before)
+        starts = mask[:, 1:] & mask.gather(1, before) & (step != 1) & (step != column[:, 1:] - before)
+    if not starts.any():
         return None
-    jumps = position_ids.diff(dim=-1) != 1
-    if not jumps.any():
-        return None
-    return rows_of_documents(nn.functional.pad(jumps, (1, 0), value=True).expand(states.shape[0], -1))
+    starts = nn.functional.pad(starts, (1, 0))
+    return rows_of_documents(starts | (mask & (mask.cumsum(1) == 1)), mask)
 
 
 def target_positions(hidden_states: torch.Tensor, rows: Rows | None, past: FlashLiteCache | None) -> torch.Tensor:

@@ -78,12 +78,21 @@ SHORT_TAIL = {
 
 
 @settings(max_examples=60, deadline=None)
-@given(shape=shapes, chunks=cuts(), pads=st.tuples(*[st.integers(0, 9)] * 4), seed=st.integers(0, 99))
+@given(
+    shape=shapes,
+    chunks=cuts(),
+    pads=st.tuples(*[st.integers(0, 9)] * 4),
+    segments=st.integers(0, 9),
+    seed=st.integers(0, 99),
+)
 # a row that ends before the other in its chunk, behind more tokens of its own
-@example(shape=SHORT_TAIL, chunks=[(0, 6), (6, 23)], pads=(6, 0, 5, 6), seed=0)
-@example(shape=SHORT_TAIL, chunks=[(0, 5), (5, 11)], pads=(7, 0, 6, 7), seed=0)
-def test_chunks_paddings_and_one_forward_agree(shape, chunks, pads, seed):
-    """Left and right padding, uneven chunks with a cache, and one pass over bare rows give the same logits."""
+@example(shape=SHORT_TAIL, chunks=[(0, 6), (6, 23)], pads=(6, 0, 5, 6), segments=0, seed=0)
+@example(shape=SHORT_TAIL, chunks=[(0, 5), (5, 11)], pads=(7, 0, 6, 7), segments=0, seed=0)
+def test_chunks_paddings_and_one_forward_agree(shape, chunks, pads, segments, seed):
+    """Left and right padding, uneven chunks with a cache, and one pass over bare rows give the same logits.
+
+    So do chunks of which the first `segments` are read with a segment memory, from which the cache goes on.
+    """
     model = causal_model(seed, **shape)
     length = chunks[-1][1]
     rows = [tokens(1, max(1, length - pads[2]), seed), tokens(1, max(1, length - pads[3]), seed + 1)]
@@ -100,7 +109,16 @@ def test_chunks_paddings_and_one_forward_agree(shape, chunks, pads, seed):
             out = model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             parts.append(out.logits)
-    for result in (whole, torch.cat(parts, 1)):
+        memory, continued = model.new_memory(), []
+        for index, (a, b) in enumerate(chunks):
+            if index < segments:
+                out = model(ids[:, a:b], attention_mask=mask[:, a:b], memory=memory)
+                memory = out.memory
+            else:
+                out = model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=memory, use_cache=True)
+            continued.append(out.logits)
+        assert memory.get_seq_length() == length
+    for result in (whole, torch.cat(parts, 1), torch.cat(continued, 1)):
         for index, (row, start) in enumerate(zip(rows, before)):
             torch.testing.assert_close(result[index, start : start + row.shape[1]], truth[index], rtol=0, atol=1e-12)
 
@@ -204,6 +222,54 @@ def test_packed_documents_equal_rows_of_their_own():
         end = start + document.shape[1]
         torch.testing.assert_close(out[:, start:end], model(document).logits, rtol=0, atol=1e-12)
         start = end
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    pads=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+    offset=st.integers(0, 7),
+)
+def test_packed_documents_among_padding_equal_each_alone(sizes, pads, offset):
+    model = causal_model()
+    documents = [tokens(1, size, seed=index) for index, size in enumerate(sizes)]
+    single = tokens(1, sum(sizes) + sum(pads), seed=9)
+    ids = torch.cat([torch.nn.functional.pad(torch.cat(documents, 1), pads), single])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones(1, sum(sizes)), pads), torch.ones(single.shape)]).long()
+    positions = torch.cat([offset + torch.arange(size) for size in sizes])
+    positions = torch.stack([torch.nn.functional.pad(positions, pads), torch.arange(ids.shape[1])])
+    out = model(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(out[1:], model(single).logits, rtol=0, atol=1e-12)
+    start = pads[0]
+    for document in documents:
+        end = start + document.shape[1]
+        torch.testing.assert_close(out[:1, start:end], model(document).logits, rtol=0, atol=1e-12)
+        start = end
+
+
+def test_positions_that_count_padding_or_skip_it_mean_one_document():
+    model, ids = causal_model(), tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[1, 4:6] = 0
+    truth = model(ids, attention_mask=mask).logits
+    for positions in (torch.arange(12)[None], torch.arange(12).expand(2, -1), (mask.cumsum(1) - 1).clamp(min=0)):
+        for past in (None, model.new_memory(), FlashLiteCache(model.config)):
+            past = {"memory" if past is not None and len(positions) == 1 else "past_key_values": past}
+            out = model(ids, attention_mask=mask, position_ids=positions, **past).logits
+            torch.testing.assert_close(out, truth, rtol=0, atol=0)
+
+
+def test_packed_documents_go_with_nothing_that_belongs_to_whole_rows():
+    model, ids = causal_model(), tokens(1, 6)
+    packed = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    filled = model(ids, use_cache=True).past_key_values
+    for past in (FlashLiteCache(model.config), filled):
+        with pytest.raises(ValueError, match="packed documents, but a cache belongs to whole rows"):
+            model(**packed, past_key_values=past)
+    with pytest.raises(ValueError, match="packed documents, but a segment memory belongs to whole rows"):
+        model(**packed, memory=model.new_memory())
+    with pytest.raises(ValueError, match="packed documents, but it reads whole rows"):
+        causal_model(is_encoder_decoder=True)(**packed, decoder_input_ids=ids)
 
 
 @pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
