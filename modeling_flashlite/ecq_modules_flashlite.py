@@ -28,6 +28,7 @@ from .int4_flashlite import (
     tile_codes,
     untile_codes,
 )
+from .linear_flashlite import Linear
 
 # the mixins below are always mixed into a layer
 if TYPE_CHECKING:
@@ -389,7 +390,7 @@ _CLASSES: dict[tuple[type, type], type] = {}
 
 def _subclass(plain: type, mixin: type) -> type:
     """`mixin` for the plain layer, or a class in which a third-party `plain` calls it through `super().forward`."""
-    if plain in (nn.Linear, nn.Embedding, Conv1D):
+    if plain in (nn.Linear, Linear, nn.Embedding, Conv1D):
         return mixin
     key = (plain, mixin)
     if key not in _CLASSES:

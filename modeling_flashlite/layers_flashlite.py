@@ -21,7 +21,7 @@ from transformers.utils import TransformersKwargs
 from .attention_flashlite import dense_attention, multi_axis_attention, multi_axis_attention_reference
 from .cache_flashlite import EncoderCacheLayer, FlashLiteCache, Rows, axis_spec, own_cache
 from .configuration_flashlite import FlashLiteDecoderConfig, FlashLiteEncoderConfig
-from .linear_flashlite import project
+from .linear_flashlite import Linear
 
 
 def product_dtype(states: torch.Tensor) -> torch.dtype:
@@ -38,16 +38,16 @@ class FlashLiteMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., D]` -> `[..., D]`."""
         hidden_states = hidden_states.to(product_dtype(hidden_states))
-        gate, up = project(self.gate_proj, hidden_states), project(self.up_proj, hidden_states)
-        return project(self.down_proj, self.act_fn(gate) * up)
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return self.down_proj(self.act_fn(gate) * up)
 
 
 def position_angles(config, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,13 +97,13 @@ class FlashLiteAttention(nn.Module):
         self.is_causal = config.is_decoder
         width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, width, bias=False)
+        self.k_proj = Linear(config.hidden_size, key_width, bias=False)
+        self.v_proj = Linear(config.hidden_size, key_width, bias=False)
+        self.o_proj = Linear(width, config.hidden_size, bias=False)
         self.is_rotary = config.position_encoding == "rotary"
         if not self.is_rotary:
-            self.r_proj = nn.Linear(config.head_dim, width, bias=False)
+            self.r_proj = Linear(config.head_dim, width, bias=False)
             self.content_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
             self.position_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
 
@@ -117,7 +117,7 @@ class FlashLiteAttention(nn.Module):
 
     def queries(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], weight=None):
         """Queries with their positions, `[B, T, D]` -> `[B, N, T, H or 2 H]`; `weight` is `relative_weight`."""
-        query = project(self.q_proj, hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
         if self.is_rotary:
             return rotate(query, *angles)
         weight = self.relative_weight(query) if weight is None else weight
@@ -132,8 +132,8 @@ class FlashLiteAttention(nn.Module):
     def keys_values(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]):
         """Keys with their positions and values, `[B, S, D]` -> `[B, M, S, H or 2 H]` and `[B, M, S, H]`."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        key = project(self.k_proj, hidden_states).view(shape).transpose(1, 2)
-        value = project(self.v_proj, hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         key = rotate(key, *angles) if self.is_rotary else self.with_sinusoids(key, angles)
         return key, value
 
@@ -171,7 +171,7 @@ class FlashLiteEncoderAttention(FlashLiteAttention):
             out = out.transpose(1, 2)
         else:
             out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
-        return project(self.o_proj, out.reshape(*hidden_states.shape[:-1], -1)), weights
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class FlashLiteDecoderAttention(FlashLiteAttention):
@@ -220,7 +220,7 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
                 slot, real = source.column_slots()
                 out, weights = self._by_column(weights, slot, real, column_value, cross_weights, cross)
         out = out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
-        return project(self.o_proj, out), weights, cross_weights
+        return self.o_proj(out), weights, cross_weights
 
     def _kept_weight(self, hidden_states, past_key_values) -> torch.Tensor | None:
         """`relative_weight`, taken once for all tokens of a generation: it lives as long as the keys in the cache."""

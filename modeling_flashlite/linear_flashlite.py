@@ -1,7 +1,7 @@
-"""Products with float32 weights on a CPU, by the quicker of the two libraries that PyTorch brings.
+"""Linear layers whose float32 products on a CPU use oneDNN where it is faster than MKL.
 
-PyTorch gives bfloat16 to oneDNN and float32 to MKL. On processors that are not of its maker MKL takes twice as long,
-and reads the weight of a single row with one thread. `torch.nn.functional.linear` is the slow truth.
+PyTorch sends bfloat16 products to oneDNN and float32 products to MKL. On non-Intel CPUs MKL takes twice as long, and
+reads the weight of a single row with one thread only. `torch.nn.functional.linear` is the slow truth.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# multiplications (of a single row: half of them) from which on oneDNN's larger overhead does not count
+# multiplications (half as many for a single row) above which the larger overhead of oneDNN is negligible
 _MANY = 1 << 19
 
 
@@ -69,7 +69,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear`, quicker for plain float32 tensors on a CPU: `[..., K]`, `[N, K]` -> `[..., N]`."""
+    """`torch.nn.functional.linear`, faster for plain float32 tensors on a CPU: `[..., K]`, `[N, K]` -> `[..., N]`."""
     if not _takes_onednn(states, weight):
         return F.linear(states, weight, bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (states, weight, bias)):
@@ -77,8 +77,9 @@ def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return _onednn(states, weight, bias)
 
 
-def project(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """`layer(states)`, by [`linear`] where the layer is an `nn.Linear` and nothing hangs on it."""
-    if type(layer) is not nn.Linear or states.dtype != torch.float32 or is_hooked(layer):
-        return layer(states)
-    return linear(states, layer.weight, layer.bias)
+class Linear(nn.Linear):
+    """`nn.Linear` whose product is taken by [`linear`]."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` -> `[..., out_features]`."""
+        return linear(input, self.weight, self.bias)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .ecq_modules_flashlite import FakeQuantLinear
-from .linear_flashlite import is_hooked, linear
+from .linear_flashlite import Linear, is_hooked, linear
 
 # logits of one chunk, 8 MiB in float32: large enough for a full-speed product, small enough to stay in a cache while
 # softmax and its gradient pass over them, which halves the time of the loss on a CPU
@@ -50,7 +50,7 @@ def is_plain_linear(lm_head: nn.Module) -> bool:
     replaced `forward` (offloading, tensor parallelism) would be skipped.
     """
     return (
-        type(lm_head) in (nn.Linear, FakeQuantLinear)
+        type(lm_head) in (nn.Linear, Linear, FakeQuantLinear)
         and type(lm_head.weight) in (nn.Parameter, torch.Tensor)
         and not is_hooked(lm_head)
         and not is_sharded(lm_head)

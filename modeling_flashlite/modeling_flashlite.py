@@ -34,7 +34,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .cache_flashlite import FlashLiteCache
 from .configuration_flashlite import FlashLiteConfig
 from .int4_flashlite import int8_codes
-from .linear_flashlite import project
+from .linear_flashlite import Linear
 from .loss_flashlite import chunked_cross_entropy
 
 # imported to be registered: with it, coded checkpoints load wherever this file does
@@ -200,8 +200,8 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         stack = config.decoder
         self.head_proj = None
         if stack.embedding_size != stack.hidden_size:
-            self.head_proj = nn.Linear(stack.hidden_size, stack.embedding_size, bias=False)
-        self.lm_head = nn.Linear(stack.embedding_size, stack.vocab_size, bias=False)
+            self.head_proj = Linear(stack.hidden_size, stack.embedding_size, bias=False)
+        self.lm_head = Linear(stack.embedding_size, stack.vocab_size, bias=False)
         self.loss_function = chunked_cross_entropy
         self.post_init()
 
@@ -226,13 +226,13 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         Training batches with many logits get none: the loss then runs over chunks of tokens.
         """
         if self.head_proj is not None:
-            hidden_states = project(self.head_proj, hidden_states)
+            hidden_states = self.head_proj(hidden_states)
         vocab_size = self.config.decoder.vocab_size
         chunked = self._loss_runs_head
         large = hidden_states.shape[:-1].numel() * vocab_size > _MAX_TRAINING_LOGITS
         logits = None
         if labels is None or not (self.training and chunked and large):
-            logits = project(self.lm_head, slice_logits_to_keep(hidden_states, logits_to_keep))
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         if labels is None:
             return None, logits
         whole = logits is not None and logits.shape[:2] == hidden_states.shape[:2]
@@ -425,7 +425,7 @@ class FlashLiteTaskModel(FlashLitePreTrainedModel):
         self.num_labels = config.num_labels
         self.model = FlashLiteModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout_rate)
-        setattr(self, self._head_name, nn.Linear(config.decoder.hidden_size, self.num_labels))
+        setattr(self, self._head_name, Linear(config.decoder.hidden_size, self.num_labels))
         self.post_init()
 
     def _run(self, input_ids, attention_mask, inputs_embeds, **kwargs):

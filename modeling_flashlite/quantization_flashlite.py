@@ -30,6 +30,7 @@ from .ecq_modules_flashlite import EcqModule, FakeQuantModule, to_float, to_quan
 from .ecq_search_flashlite import Layer, grid_of, search
 from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weights
 from .int4_flashlite import TILE_ROWS, empty_tiles
+from .linear_flashlite import Linear
 
 Place = tuple[str, int, int]  # of a stream: file, first byte, bytes
 
@@ -128,7 +129,9 @@ def _is_quantizable(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.num_embeddings <= 64):
         return False
     forward = type(module).forward
-    if forward not in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward) and _reads_weight(forward):
+    if forward not in (nn.Linear.forward, Linear.forward, nn.Embedding.forward, Conv1D.forward) and _reads_weight(
+        forward
+    ):
         return False
     shape = module.weight.shape
     return len(shape) == 2 and min(shape) >= 8 and shape.numel() >= 1024

@@ -5,10 +5,7 @@ Shapes: B batch, T target columns, S source columns, D hidden size, E embedding 
 """
 
 import functools
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -35,7 +32,8 @@ from .layers_flashlite import (
     position_angles,
     product_dtype,
 )
-from .linear_flashlite import project
+from .linear_flashlite import Linear
+from .saving_flashlite import AtomicSaving
 from .step_flashlite import DecoderStep
 
 
@@ -46,7 +44,7 @@ class FlashLiteDecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
     memory: FlashLiteCache | None = None
 
 
-class FlashLitePreTrainedModel(PreTrainedModel):
+class FlashLitePreTrainedModel(AtomicSaving, PreTrainedModel):
     """Initialisation, loading and saving, common to all Flash-Lite models."""
 
     config: FlashLiteConfig
@@ -90,52 +88,6 @@ class FlashLitePreTrainedModel(PreTrainedModel):
             self.config.vocab_size = embeddings.weight.shape[0]
         return embeddings
 
-    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
-        """Save as [`PreTrainedModel.save_pretrained`] does, but so that a full disk or a kill costs no older model.
-
-        All files are written into `.incomplete` in the folder first and then take the places of the old ones. A
-        distributed checkpoint, of which each process writes a part, is written in place.
-        """
-        rest = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
-        folder = Path(save_directory)
-        in_place = kwargs.get("distributed_checkpoint") or folder.is_file()
-        if in_place or not self.should_save_on_this_rank(is_main_process):
-            super().save_pretrained(save_directory, **rest)
-        else:
-            if push_to_hub:
-                rest.setdefault("repo_id", folder.name)
-            staging = folder / ".incomplete"
-            _remove(staging)  # of a save that was killed
-            try:
-                super().save_pretrained(staging, **rest)
-                _move_model(staging, folder)
-            finally:
-                _remove(staging)
-        if not in_place:  # other processes may read what one has saved
-            self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
-
-
-def _remove(folder: Path) -> None:
-    if folder.is_dir():
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
-
-
-def _move_model(source: Path, target: Path) -> None:
-    """Move the files of a model, weights first, and remove weights that the old model had and the new one has not."""
-
-    def stem(name: str) -> str:
-        return re.sub(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$", "", name)
-
-    new = sorted(os.listdir(source), key=lambda name: (".safetensors" not in name, name))
-    stems = {stem(name) for name in new if ".safetensors" in name}
-    old = {path.name for path in target.iterdir() if ".safetensors" in path.name and stem(path.name) in stems}
-    for name in new:
-        os.replace(source / name, target / name)
-    for name in old - set(new):
-        (target / name).unlink()
-
 
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_columns: int = 0) -> None:
     """Refuse inputs that cannot be meant.
@@ -175,7 +127,7 @@ class FlashLiteStack(FlashLitePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
         self.embed_proj = None
         if config.embedding_size != config.hidden_size:
-            self.embed_proj = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
+            self.embed_proj = Linear(config.embedding_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList([layer_class(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout_rate)
@@ -185,7 +137,7 @@ class FlashLiteStack(FlashLitePreTrainedModel):
         """Table rows `[B, T, E]` -> first hidden states `[B, T, D]`."""
         hidden_states = inputs_embeds * self.config.embedding_size**0.5
         if self.embed_proj is not None:
-            hidden_states = project(self.embed_proj, hidden_states)
+            hidden_states = self.embed_proj(hidden_states)
         return self.dropout(hidden_states)
 
 

@@ -30,7 +30,7 @@ from .layers_flashlite import (
     product_dtype,
     rotate,
 )
-from .linear_flashlite import is_hooked, linear
+from .linear_flashlite import Linear, is_hooked, linear
 
 # positions whose angles are computed together
 _ANGLES = 64
@@ -145,7 +145,7 @@ def _call(module: nn.Module):
     """What runs a layer: without its hooks' machinery, which costs microseconds, where nothing hangs on it."""
     if is_hooked(module):
         return module
-    if type(module) is nn.Linear:
+    if type(module) in (nn.Linear, Linear):
         return functools.partial(linear, weight=module.weight, bias=module.bias)
     return module.forward
 

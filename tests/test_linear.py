@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from modeling_flashlite import linear_flashlite
-from modeling_flashlite.linear_flashlite import linear, project
+from modeling_flashlite.linear_flashlite import Linear, linear
 
 
 @pytest.fixture
@@ -61,24 +61,25 @@ def test_second_derivatives(calls):
 
 
 def test_only_plain_large_float32_layers_go_there(calls):
-    layer, states = nn.Linear(512, 1024), torch.randn(2, 512)
-    own = type("Own", (nn.Linear,), {})(512, 1024)
-    hooked, replaced = nn.Linear(512, 1024), nn.Linear(512, 1024)
+    layer, states = Linear(512, 1024), torch.randn(2, 512)
+    hooked, replaced = Linear(512, 1024), Linear(512, 1024)
     hooked.register_forward_hook(lambda module, args, output: output + 1)
-    replaced.forward = lambda states: nn.Linear.forward(replaced, states)
-    for other in (own, hooked, replaced):
-        torch.testing.assert_close(project(other, states), other(states))
-    project(nn.Linear(64, 64), torch.randn(1, 64))
-    project(layer.double(), states.double())
-    project(layer.bfloat16(), states.bfloat16())
+    replaced.forward = lambda states: -nn.Linear.forward(replaced, states)
+    hooked_output = hooked(states)
+    torch.testing.assert_close(hooked_output, nn.Linear.forward(hooked, states) + 1, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 1
+    torch.testing.assert_close(replaced(states), -nn.Linear.forward(replaced, states))
+    Linear(64, 64)(torch.randn(1, 64))
+    layer.double()(states.double())
+    layer.bfloat16()(states.bfloat16())
     layer.float()
-    assert project(layer, states[:0]).shape == (0, 1024)
+    assert layer(states[:0]).shape == (0, 1024)
     with torch.autocast("cpu", torch.bfloat16):
-        assert project(layer, states).dtype == torch.bfloat16
-    jacobian = torch.func.jacrev(lambda row: project(layer, row).sum())(states)
+        assert layer(states).dtype == torch.bfloat16
+    jacobian = torch.func.jacrev(lambda row: layer(row).sum())(states)
     torch.testing.assert_close(jacobian, layer.weight.sum(0).expand(2, -1), rtol=1e-4, atol=1e-4)
     with torch.backends.mkldnn.flags(enabled=False):
-        project(layer, states)
-    assert not calls
-    torch.testing.assert_close(project(layer, states), layer(states), rtol=1e-4, atol=1e-4)
+        layer(states)
     assert len(calls) == 1
+    torch.testing.assert_close(layer(states), nn.Linear.forward(layer, states), rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2

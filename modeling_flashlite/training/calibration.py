@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..ecq_search_flashlite import Layer, inverse_factor, search
 from ..ecq_stream_flashlite import QuantizedWeight
+from ..linear_flashlite import Linear
 from ..quantization_flashlite import (
     EcqConfig,
     attach,
@@ -147,7 +148,7 @@ def _with_labels(batch: dict, model) -> dict:
 def _watch(module: nn.Module, record: Callable) -> Callable[[], object]:
     """Calls `record(input, output)` for every product or lookup of a layer; returns what ends that."""
     plain = type(module)
-    if plain.forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward):
+    if plain.forward in (nn.Linear.forward, Linear.forward, nn.Embedding.forward, Conv1D.forward):
 
         def hook(module, args, kwargs, output):
             record(*args, *kwargs.values(), output)

@@ -1,0 +1,65 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""Atomic saving: an interrupted save never costs the model that was in the folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# the mixin is always mixed into a model
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Model
+else:
+    _Model = object
+
+
+class AtomicSaving(_Model):
+    """Gives a [`PreTrainedModel`] a `save_pretrained` that replaces an older model once the new one is complete."""
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+        """Save as [`PreTrainedModel.save_pretrained`] does; a full disk or a kill leaves the older model intact.
+
+        All files are written into `.incomplete` in the folder first and then replace the old ones. A distributed
+        checkpoint, of which each process writes a part, is written in place.
+        """
+        rest = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
+        folder = Path(save_directory)
+        in_place = kwargs.get("distributed_checkpoint") or folder.is_file()
+        if in_place or not self.should_save_on_this_rank(is_main_process):
+            super().save_pretrained(save_directory, **rest)
+        else:
+            if push_to_hub:
+                rest.setdefault("repo_id", folder.name)
+            staging = folder / ".incomplete"
+            _remove(staging)  # left over from a save that was killed
+            try:
+                super().save_pretrained(staging, **rest)
+                _move_model(staging, folder)
+            finally:
+                _remove(staging)
+        if not in_place:  # other processes may read what one has saved
+            self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_dir():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+def _move_model(source: Path, target: Path) -> None:
+    """Move the files of a model, weights first, and remove weights of the old model that the new one does not have."""
+
+    def stem(name: str) -> str:
+        return re.sub(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$", "", name)
+
+    new = sorted(os.listdir(source), key=lambda name: (".safetensors" not in name, name))
+    stems = {stem(name) for name in new if ".safetensors" in name}
+    old = {path.name for path in target.iterdir() if ".safetensors" in path.name and stem(path.name) in stems}
+    for name in new:
+        os.replace(source / name, target / name)
+    for name in old - set(new):
+        (target / name).unlink()
