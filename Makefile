@@ -31,4 +31,4 @@ bench: setup ## speed and memory against named peers
 	$(PYTHON) scripts/bench.py $(ARGS)
 
 card: setup ## rewrite README's table from the results files
-	$(PYTHON) scripts/readme_table.py
+	$(PYTHON) scripts/studies/readme_table.py

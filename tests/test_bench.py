@@ -1,67 +1,66 @@
-"""The bench measures what it says: every verb at a tiny size, and formulas against real models and brute force."""
+"""The benchmarks measure what they say: each at a tiny size, and formulas against real models and brute force."""
 
-import importlib.util
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from verbs import load_script
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
 from modeling_flashlite.attention_flashlite import AxisSpec, _axis_masks, summarize_blocks
 from modeling_flashlite.measure.benchmark import draw_growth, fit_growth, race, summarize_race
 from modeling_flashlite.measure.parallel import measure_parallel
 from modeling_flashlite.measure.scaling import Device, attention_visits, communication, count_decoder_parameters, plan
+from modeling_flashlite.measure.study import BenchArgs
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["--shape", "32,2,4,300", "--lengths", "660,700", "--threads", "1", "--repeats", "1", "--seconds", "0.1"]
+QUICK = {"shape": [32, 2, 4, 300], "lengths": [660, 700], "threads": 1, "repeats": 1, "seconds": 0.1, "peers": []}
 
 
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "scripts/bench.py")
-    module = importlib.util.module_from_spec(spec)
-    # processes that it starts look its functions up by this name
-    sys.modules["bench"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["bench"]
-
-
-def rows_of(bench, verb, *options):
-    args = bench.parse([verb, *QUICK, *options])
-    args.found = []
-    return bench.VERBS[verb](args)
+def rows_of(name, **options):
+    return load_script(f"bench_{name}").measure(BenchArgs(**{**QUICK, **options}))
 
 
 @pytest.mark.parametrize(
-    "verb", ["attention", "decode", "prefill", pytest.param("generate", marks=pytest.mark.slow), "quant"]
+    "name", ["attention", "decode", "prefill", pytest.param("generate", marks=pytest.mark.slow), "quant"]
 )
-def test_verb_races_us_against_a_peer(bench, verb):
-    rows = rows_of(bench, verb)
+def test_bench_races_us_against_a_peer(name):
+    rows = rows_of(name)
     assert {row["length"] for row in rows} and all(row["ms"] > 0 for row in rows)
     assert len({row["name"] for row in rows}) > 1 and all("times_faster" in row for row in rows)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["train", "loss", "load", "memory", "growth", "parallel"])
-def test_verb_measures(bench, verb, monkeypatch):
-    # a process of its own imports the script by its name, along the path of this one
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    rows = rows_of(bench, verb)
+@pytest.mark.parametrize("name", ["train", "loss", "load", "memory", "growth", "parallel"])
+def test_bench_measures(name):
+    rows = rows_of(name)
     assert rows and all(row.get("ms", row.get("MiB")) is not None for row in rows)
 
 
 @pytest.mark.slow
-def test_peers_that_are_installed_race_too(bench):
+def test_peers_that_are_installed_race_too():
     pytest.importorskip("ctranslate2")
-    args = bench.parse(["generate", *QUICK])
-    args.found = ["ctranslate2"]
-    rows = bench.generate(args)
+    rows = rows_of("generate", peers=["ctranslate2"])
     assert {"CTranslate2 float32", "CTranslate2 int8"} <= {row["name"] for row in rows}
     assert all(row["than_CTranslate2_int8"] > 0 for row in rows if row["work"].endswith("sequence to sequence"))
+
+
+def test_runner_runs_each_bench_and_lists_the_files(tmp_path):
+    options = ["--lengths", "128", "--repeats", "1", "--seconds", "0.1", "--threads", "1", "--output", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "scripts/bench.py"), "decode", "attention", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert list(results) == ["decode", "attention"]
+    for name, path in results.items():
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        assert content["task"] == f"bench {name}" and content["rows"] and content["growth"] == []
+        assert f"scripts/studies/bench_{name}.py" in content["command"]
+    unknown = subprocess.run([*command[:2], "decod"], capture_output=True, text=True, check=False)
+    assert unknown.returncode == 2 and "'decod' is unknown" in unknown.stderr
 
 
 def test_translated_peer_answers_like_the_original():
@@ -76,9 +75,9 @@ def test_translated_peer_answers_like_the_original():
     assert theirs == [[f"t{index}" for index in row[1:7]] for row in ours.tolist()]
 
 
-def test_scaling_plan_is_what_the_formulas_say(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "scale", "--output", str(tmp_path)])
-    bench.main()
+def test_scaling_plan_is_what_the_formulas_say(tmp_path):
+    scale = load_script("bench_scale")
+    scale.main(scale.ScaleArgs(str(tmp_path)))
     content = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))
     assert {row["name"] for row in content["rows"]} == {"1 B", "7 B"}
     assert content["assumptions"]["memory"] == Device().memory

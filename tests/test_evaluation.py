@@ -13,7 +13,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
-from test_recipes import load_script
+from verbs import load_script
 
 from modeling_flashlite import (
     FlashLiteForCausalLM,

@@ -67,6 +67,8 @@ WORKSHOP_EDGES = {
     "measure.plots": set(),
     "measure.results": set(),
     "measure.scaling": set(),
+    "measure.study": {"cli", "measure.benchmark", "measure.peers", "measure.results", "measure.workloads"},
+    "measure.workloads": {"training.divergence"},
     "publish.cards": {"publish.repository"},
     "publish.hub": {"publish.repository"},
     "publish.onnx_export": set(),

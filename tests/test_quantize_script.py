@@ -4,13 +4,13 @@ import json
 
 import pytest
 import yaml
-from test_recipes import RECIPES, TINY_RUN, TINY_SHAPE, load_script, run_verb, write_corpus
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
 )
+from verbs import RECIPES, TINY_RUN, TINY_SHAPE, load_script, run_verb, write_corpus
 
 from modeling_flashlite.cli import parse_args
 from modeling_flashlite.ecq_modules_flashlite import EcqModule

@@ -69,7 +69,7 @@ def test_make_targets_exist():
 
 
 def test_tables_are_the_results_files():
-    run(str(ROOT / "scripts/readme_table.py"), "--check", cwd=ROOT)
+    run(str(ROOT / "scripts/studies/readme_table.py"), "--check", cwd=ROOT)
 
 
 def test_readme_is_short():

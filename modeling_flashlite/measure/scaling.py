@@ -2,8 +2,8 @@
 
 Bytes unless a name says otherwise. Notation: P parameters, L layers, D width, V vocabulary, T tokens per device and
 step, n devices. Mixed precision as in FSDP2: shards of the weights, of the gradients and of AdamW's two moments in
-float32, what a layer computes with in bfloat16. `scripts/bench.py parallel` holds the communication against what two
-processes move, `tests/test_bench.py` the parameters against a real model's.
+float32, what a layer computes with in bfloat16. `scripts/studies/bench_parallel.py` compares the communication with
+what two processes send, `tests/test_bench.py` the parameters with those of a real model.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Rewrite the tables in README.md from results files: no number in README is typed by hand.
 
-python scripts/readme_table.py
-python scripts/readme_table.py --check
+python scripts/studies/readme_table.py
+python scripts/studies/readme_table.py --check
 """
 
 import argparse
@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # what each checkpoint is judged by: key of its metrics, and its name in the table
 HEADLINES = {
     "translation": ("bleu", "BLEU"),
@@ -147,7 +147,8 @@ def render_peers(folder: Path) -> str:
     return (
         f"Trained alike for {results['config']['num_train_epochs']:.0f} epochs on {results['dataset']}, with "
         f"{best[0]['parameters'] / 1e6:.1f} M parameters each, {name}: {scores}; {ours} is "
-        f"{', '.join(times)} times as quick as {' / '.join(peers)} (`peers.json`, `scripts/compare_models.py`)."
+        f"{', '.join(times)} times as quick as {' / '.join(peers)} (`peers.json`, "
+        "`scripts/studies/compare_models.py`)."
     )
 
 
@@ -213,7 +214,7 @@ def rewrite(text: str, results: Path) -> str:
         ValueError: README lacks the lines between which a section stands.
     """
     for name, render in SECTIONS.items():
-        start, end = f"<!-- {name}: made by scripts/readme_table.py -->", f"<!-- end of {name} -->"
+        start, end = f"<!-- {name}: made by scripts/studies/readme_table.py -->", f"<!-- end of {name} -->"
         before, found, rest = text.partition(start)
         _, closed, after = rest.partition(end)
         if not found or not closed:

@@ -1,8 +1,8 @@
 """Compare design choices on real text: equal data, equal steps, several seeds.
 
-    python scripts/ablate.py --dataset python --study positions
-    python scripts/ablate.py --dataset train=a.jsonl.xz,validation=b.jsonl.xz --seeds 0 1 2 --steps 600
-    python scripts/ablate.py --study axes --only dense multi-axis --length 4096 --block-size 64 --relevance-top-k 8
+    python scripts/studies/ablate.py --dataset python --study positions
+    python scripts/studies/ablate.py --dataset train=a.jsonl.xz,validation=b.jsonl.xz --seeds 0 1 2 --steps 600
+    python scripts/studies/ablate.py --study axes --only dense multi-axis --length 4096 --block-size 64
 
 Each run trains a small decoder-only model from scratch; the results file keeps every evaluation with the processor
 time of the training up to it, so that the choices can be compared at equal steps and at equal time. Runs that the

@@ -1,7 +1,7 @@
 """Flash-Lite against BART and T5 of transformers: equal parameters, depth, tokenizer, data, steps, schedule and beams.
 
-python scripts/compare_models.py --config scripts/recipes/train_captions.yaml --num_train_epochs 4 --warmup_steps 0.1
-python scripts/compare_models.py --config recipe.yaml --dataset train=a.jsonl.xz,validation=b.jsonl.xz,test=c.jsonl.xz
+python scripts/studies/compare_models.py --config scripts/recipes/train_captions.yaml --num_train_epochs 4
+python scripts/studies/compare_models.py --config recipe.yaml --dataset train=a.jsonl,validation=b.jsonl,test=c.jsonl
 
 A recipe of `train.py` describes everything but the peers. Each model is trained to the end at every learning rate: the
 rate that leads after a few hundred steps may be the worst in the end. The lowest validation loss counts. What is

@@ -1,7 +1,7 @@
 """Does distillation pay? The same student from scratch, with a live teacher and with a cached one, over several seeds.
 
-python scripts/compare_distillation.py
-python scripts/compare_distillation.py --dataset train=a.jsonl.xz,validation=b.jsonl.xz --seeds 0,1,2 --steps 400
+python scripts/studies/compare_distillation.py
+python scripts/studies/compare_distillation.py --dataset train=a.jsonl.xz,validation=b.jsonl.xz --seeds 0,1,2
 
 Every arm runs in a process of its own, so that its memory is its own. Arms that are finished in `work_dir` are kept.
 """

@@ -1,0 +1,168 @@
+"""What the benchmarks run: random inputs, models with random weights, and the calls whose time or memory is measured.
+
+Functions that are measured in a process of their own live here, because that process must be able to import them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ..attention_flashlite import AxisSpec, multi_axis_attention
+from ..configuration_flashlite import FlashLiteConfig
+from ..modeling_flashlite import FlashLiteForCausalLM
+from ..training.divergence import KDLoss
+
+__all__ = [
+    "ATTENTIONS",
+    "HEAD_SHAPE",
+    "SPEC",
+    "attention_inputs",
+    "attention_work",
+    "greedy",
+    "random_decoder",
+    "random_tokens",
+    "training_step",
+]
+
+HEADS, KEY_VALUE_HEADS, HEAD_DIM = 8, 2, 64
+HEAD_SHAPE = {"heads": HEADS, "key_value_heads": KEY_VALUE_HEADS, "head_dim": HEAD_DIM}
+# memory without a limit, so that both sides attend to the whole past
+SPEC = AxisSpec(block_size=64, sub_block_size=16, relevance_top_k=8, memory_blocks=None)
+# memory of 8192 tokens, after which time is linear in the length
+WINDOW = dataclasses.replace(SPEC, memory_blocks=128)
+OURS, DENSE = "multi-axis", "SDPA causal"
+# names in tables and in results files
+OUR_MODEL, BART, T5GEMMA, LLAMA = "Flash-Lite", "BART", "T5Gemma", "Llama"
+SOURCE_TOKENS, NEW_TOKENS, PREFILL_TOKENS = 32, 30, 512
+# width, layers, heads, vocabulary: 75 M parameters, more than a cache holds
+CODED = (1024, 8, 16, 16000)
+
+
+def sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def multi_axis(q, k, v):
+    return multi_axis_attention(q, k, v, SPEC)
+
+
+def windowed(q, k, v):
+    return multi_axis_attention(q, k, v, WINDOW)
+
+
+ATTENTIONS: dict[str, Callable] = {DENSE: sdpa, OURS: multi_axis}
+
+
+def attention_inputs(
+    queries: int, keys: int, *, seed: int = 0, dtype: str = "float32", device: str = "cpu", grad: bool = False
+) -> list[torch.Tensor]:
+    """Random q `[1, H, queries, d]` and k, v `[1, Hkv, keys, d]` of one seed."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (HEADS, queries), (KEY_VALUE_HEADS, keys), (KEY_VALUE_HEADS, keys)
+    tensors = [torch.randn(1, *shape, HEAD_DIM, generator=generator) for shape in shapes]
+    return [tensor.to(device, getattr(torch, dtype)).requires_grad_(grad) for tensor in tensors]
+
+
+def attention_work(function: Callable, length: int, work: str, **inputs) -> Callable[[], object]:
+    """A call without arguments that does `work`, `"forward"` or `"forward+backward"`, over `length` tokens.
+
+    Args:
+        function (`Callable`): attention of q, k, v.
+        length (`int`): tokens.
+        work (`str`): what the call computes.
+        **inputs: `seed`, `dtype` and `device` of [`attention_inputs`].
+    """
+    backward = work == "forward+backward"
+    q, k, v = attention_inputs(length, length, grad=backward, **inputs)
+    grad = torch.randn_like(q)
+    if backward:
+        return lambda: torch.autograd.grad(function(q, k, v), (q, k, v), grad)
+    return torch.inference_mode()(lambda: function(q, k, v))
+
+
+def named_attention_work(name: str, length: int, work: str, seed: int, dtype: str) -> Callable[[], object]:
+    """[`attention_work`] of one of `ATTENTIONS` by its name, for a process of its own."""
+    return attention_work(ATTENTIONS[name], length, work, seed=seed, dtype=dtype)
+
+
+def random_tokens(batch: int, length: int, vocabulary: int, *, seed: int = 0, device: str = "cpu") -> torch.Tensor:
+    """Token ids `[batch, length]`, without the first four, which are special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, vocabulary, (batch, length), generator=generator).to(device)
+
+
+def random_decoder(shape: tuple[int, int, int, int], seed: int = 0) -> FlashLiteForCausalLM:
+    """A decoder-only Flash-Lite of (width, layers, heads, vocabulary) with random float32 weights."""
+    width, layers, heads, vocabulary = shape
+    torch.manual_seed(seed)
+    config = FlashLiteConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        is_encoder_decoder=False,
+    )
+    return FlashLiteForCausalLM(config).eval()
+
+
+def training_step(model, ids: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward over one batch, the optimizer left out."""
+    model.train()
+
+    def step():
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+    return step
+
+
+def greedy(model, ids: torch.Tensor, **kwargs) -> Callable[[], torch.Tensor]:
+    """Greedy generation of exactly `NEW_TOKENS` tokens, whatever random weights would end with."""
+    # min_new_tokens would do it too, but scans the vocabulary for every token
+    model.generation_config.eos_token_id = None
+    count = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1, **kwargs}
+    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **count)
+
+
+def loss_step(seed: int, vocabulary: int, name: str) -> Callable[[], None]:
+    """Forward and backward of a distillation loss over 2048 tokens: from all logits at once, or chunk by chunk."""
+    torch.manual_seed(seed)
+    tokens, width, kept = 2048, 256, 64
+    hidden = torch.randn(1, tokens, width, requires_grad=True)
+    head = torch.nn.Linear(width, vocabulary, bias=False)
+    labels = torch.randint(vocabulary, (1, tokens))
+    ids = torch.randint(vocabulary, (1, tokens, kept)).sort(-1).values
+    teacher = {"teacher_ids": ids, "teacher_weights": torch.rand(1, tokens, kept).softmax(-1) * 0.9}
+    loss = KDLoss("forward", temperature=1.0)
+
+    def step():
+        hidden.grad = head.weight.grad = None
+        logits = head(hidden) if name == "dense" else None
+        loss(hidden, head, labels, logits=logits, **teacher).backward()
+
+    return step
+
+
+def grown_step(seed: int, sizes: dict) -> Callable[[], None]:
+    """A training step of a causal model of two layers with the width, batch, length and vocabulary of `sizes`."""
+    model = random_decoder((sizes["width"], 2, 4, sizes["vocabulary"]), seed)
+    return training_step(model, random_tokens(sizes["batch"], sizes["length"], sizes["vocabulary"], seed=seed))
+
+
+def loading(folder: str, first_token: bool) -> Callable[[], object]:
+    """Load the model in `folder`, and compute one token with it where `first_token` says so.
+
+    A float model is mapped into memory by loading and read by its first token, so the pair is what compares with a
+    coded one. The small model beside `folder` is loaded before, so that imports are not counted.
+    """
+
+    @torch.inference_mode()
+    def run(folder):
+        model = FlashLiteForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        return model(torch.tensor([[4]])) if first_token else model
+
+    run(Path(folder).parent / "small")
+    return lambda: run(folder)
