@@ -145,6 +145,35 @@ class TestLoading:
         assert len(load_data(str(tmp_path))["train"]) == 7
 
     @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize("folder", [False, True])
+    def test_a_tsv_knows_no_quotation(self, tmp_path, streaming, folder):
+        (tmp_path / "train.tsv").write_text('en\tde\n"Go" now\tx\n"a\tb\nc\td\n"e\tf\ng"\th\n')
+        rows = list(load_data(str(tmp_path if folder else tmp_path / "train.tsv"), streaming=streaming)["train"])
+        assert [row["en"] for row in rows] == ['"Go" now', '"a', "c", '"e', 'g"']
+
+    @pytest.mark.parametrize("suffix", ["csv", "tsv"])
+    def test_only_empty_cells_are_missing(self, tmp_path, suffix):
+        cells = ["None", "NA", "null", "nan", "n/a", ""]
+        separator = {"csv": ",", "tsv": "\t"}[suffix]
+        path = tmp_path / f"a.{suffix}"
+        path.write_text(f"text{separator}label\n" + "".join(f"{cell}{separator}x\n" for cell in cells))
+        assert load_data(str(path))["train"]["text"] == [*cells[:-1], None]
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.csv", ""), ("a.csv", "text,label\n"), ("a.txt", "")],
+    )
+    def test_files_without_rows_are_named(self, tmp_path, name, content, streaming):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=rf"a\.{name[2:]} (is empty|has 0 rows), .*at least 1"):
+            load_data(str(tmp_path / name), streaming=streaming)
+        packed = tmp_path / f"{name}.xz"
+        packed.write_bytes(lzma.compress(content.encode()))
+        with pytest.raises(ValueError, match="has 0 rows"):
+            load_data(str(packed), streaming=streaming)
+
+    @pytest.mark.parametrize("streaming", [False, True])
     def test_files_of_several_formats_are_joined_on_their_common_columns(self, tmp_path, streaming):
         path = write_rows(tmp_path / "rows.jsonl")
         (tmp_path / "b.csv").write_text("id,en\n1,x\n2,y\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
@@ -20,13 +20,11 @@ from modeling_flashlite import (
     FlashLiteForConditionalGeneration,
     FlashLiteForQuestionAnswering,
     FlashLiteForSequenceClassification,
-    measurement,
-    metrics,
-    perplexity,
-    results,
 )
 from modeling_flashlite.data.tasks import TASKS, get_task
 from modeling_flashlite.data.tokenization import train_tokenizer
+from modeling_flashlite.measure import cost as measurement
+from modeling_flashlite.measure import metrics, perplexity, results
 from modeling_flashlite.measure.evaluation import classify, evaluate_task, extract_answers, generate_texts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +67,35 @@ class TestMetrics:
         assert metrics.bleu(texts, answers)["bleu"] == pytest.approx(100)
         assert metrics.chrf(texts, answers)["chrf"] == pytest.approx(100)
         assert metrics.rouge(texts, answers)["rougeL"] == metrics.squad(texts, answers)["f1"] == pytest.approx(100)
+
+    @pytest.mark.parametrize(
+        ("text", "words", "bleu"),
+        [
+            ("यह एक परीक्षण वाक्य है।", "unicode", "13a"),
+            ("这是一个测试句子。", "unicode", "zh"),
+            ("これはテストの文です。", "unicode", "char"),
+            ("นี่คือประโยคทดสอบ", "unicode", "char"),
+            ("Это тестовое предложение здесь", "unicode", "13a"),
+            ("this is a naive test", "english", "13a"),
+        ],
+    )
+    def test_every_script_can_be_right_and_wrong(self, text, words, bleu):
+        found = metrics.rouge([text], [[text]], 0) | metrics.bleu([text], [[text]], 0)
+        assert found["rouge1"] == found["rougeL"] == pytest.approx(100) == found["bleu"]
+        assert f"tok:{words}|" in found["rouge_signature"] and f"tok:{bleu}|" in found["bleu_signature"]
+        half = text[: len(text) // 2]
+        assert (
+            0 < metrics.rouge([half], [[text]], 0)["rouge1"] < 100
+            and 0 < metrics.squad([half], [[text]], 0)["f1"] < 100
+        )
+        assert metrics.rouge(["zzz"], [[text]], 0)["rougeL"] == 0
+
+    def test_tokenizers_are_chosen_by_name(self):
+        assert metrics.rouge(["running"], [["run"]], 0)["rouge1"] == 100  # stemmed
+        assert metrics.rouge(["running"], [["run"]], 0, "unicode")["rouge1"] == 0
+        assert "tok:char" in metrics.bleu(["a b"], [["a b"]], 0, "char")["bleu_signature"]
+        with pytest.raises(ValueError, match="english, unicode"):
+            metrics.rouge(["a"], [["a"]], 0, "martian")
 
     def test_references_may_differ_in_number(self):
         assert metrics.bleu(TEXTS, [["x", text, "y"][: 2 + i % 2] for i, text in enumerate(TEXTS)])["bleu"] > 99.9
@@ -377,6 +404,61 @@ def test_labels_by_name_follow_the_model(make, tokenizer):
     found = evaluate_task(get_task("classification"), model, tokenizer, Dataset.from_dict(DATA["classification"]))
     assert [record["references"] for record in found["predictions"]] == [0, 1, 0]
     assert [record["prediction"] for record in found["predictions"]] == classify(model, tokenizer, TEXTS)
+
+
+class TestClasses:
+    """Accuracy compares names, since two label sets may number them differently."""
+
+    NAMES = ("negative", "neutral", "positive")
+
+    @pytest.fixture
+    def judged(self, make, tokenizer):
+        """The model's own answers as labels of a data set, so that its accuracy is 100."""
+        table = dict(enumerate(self.NAMES))
+        model = make(FlashLiteForSequenceClassification, id2label=table, label2id={v: k for k, v in table.items()})
+        texts = [f"{text} {number}" for number in range(3) for text in TEXTS]
+        answers = [self.NAMES[label] for label in classify(model, tokenizer, texts)]
+
+        def accuracy(labels, names=None):
+            rows = Dataset.from_dict({"text": texts, "label": labels})
+            if names:
+                rows = rows.cast_column("label", ClassLabel(names=list(names)))
+            found = evaluate_task(get_task("classification"), model, tokenizer, rows, resamples=0)
+            return found["metrics"]["accuracy"], found["details"]
+
+        return model, answers, accuracy
+
+    def test_the_order_of_the_data_does_not_matter(self, judged):
+        _, answers, accuracy = judged
+        names = self.NAMES[::-1]
+        assert accuracy([names.index(answer) for answer in answers], names)[0] == 100
+        assert accuracy(answers)[0] == accuracy([answer.upper() for answer in answers])[0] == 100
+        assert accuracy([self.NAMES.index(answer) for answer in answers])[0] == 100  # bare numbers
+
+    @pytest.mark.parametrize("numbered", [False, True])
+    def test_an_unknown_name_is_a_wrong_answer(self, judged, numbered):
+        _, answers, accuracy = judged
+        answers = ["mixed", *answers[1:]]
+        names = ("mixed", *self.NAMES[::-1]) if numbered else None
+        value, details = accuracy([names.index(answer) for answer in answers] if numbered else answers, names)
+        assert value == pytest.approx(100 * 8 / 9) and details["unknown_labels"] == "mixed (1 rows)"
+
+    def test_sets_without_a_common_name_are_refused(self, judged):
+        with pytest.raises(ValueError, match="are bad, good, but the model's are negative, neutral, positive"):
+            judged[2](["good", "bad", "good"] * 3)
+
+    def test_rows_without_a_class_are_refused(self, judged):
+        with pytest.raises(ValueError, match="1 rows without a label"):
+            judged[2]([-1, 1, 2] + [0] * 6, None)
+        with pytest.raises(ValueError, match=r"2\.5"):
+            judged[2]([2.5] * 9)
+
+    def test_a_model_without_names_is_compared_by_number(self, judged):
+        model, answers, accuracy = judged
+        model.config.id2label = {number: f"LABEL_{number}" for number in range(3)}
+        value, details = accuracy([self.NAMES.index(answer) for answer in answers], self.NAMES)
+        assert value == 100 and "by number" in details["labels"]
+        assert accuracy(answers)[0] == 100 or len(set(answers)) < 3  # in alphabetical order
 
 
 def test_script_writes_one_results_file(make, tokenizer, tmp_path):

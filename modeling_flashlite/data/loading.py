@@ -1,7 +1,9 @@
 """From any data set to batches: load, tokenise, pack or segment, collate; one function per step."""
 
+import csv
 import difflib
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,12 @@ _BUILDERS = {
 }
 _COMPRESSIONS = {".xz", ".gz", ".bz2", ".zst"}
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+# the words None, NA and null are text; only a cell with nothing in it is missing
+_CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
+# the registered type text/tab-separated-values knows no quotation: a field that begins with a mark is that text
+_TSV_OPTIONS = {**_CSV_OPTIONS, "sep": "\t", "quoting": csv.QUOTE_NONE}
+# how the builders of `datasets` say that a file holds nothing
+_NO_ROWS = ("corresponds to no data", "at least one example", "No columns to parse")
 
 
 def load_data(
@@ -64,6 +72,7 @@ def load_data(
             a file, a glob or a comma-separated list, each with an optional `split=` before it, of json, jsonl, csv,
             tsv, parquet or txt, also compressed with xz, gz, bz2 or zst: `train=a.jsonl.xz,test=b.jsonl.xz`
             (without a `split=` the rows are `train`; several files of one split are joined on their common columns);
+            fields of a tsv are read as they stand, without quotation, and in both tables only an empty cell is `None`;
             a directory of such files; or the id of a data set on the Hub, `owner/name`.
         name (`str`, *optional*): configuration of a Hub data set.
         revision (`str`, *optional*): git revision of a Hub data set.
@@ -86,7 +95,7 @@ def load_data(
         loaded = {split: _load_files(paths, streaming) for split, paths in files.items()}
         splits = IterableDatasetDict(loaded) if streaming else DatasetDict(loaded)
     else:
-        splits = load_dataset(dataset, name, revision=revision, streaming=streaming)
+        splits = load_dataset(dataset, name, revision=revision, streaming=streaming, **_directory_options(dataset))
     if limit is not None:
         splits = type(splits)({split: _take(rows, limit) for split, rows in splits.items()})
     if nested := [pair.partition("=")[2].strip() for pair in (columns or "").split(",") if "." in pair]:
@@ -361,6 +370,15 @@ def _data_files(dataset: str) -> dict[str, list[str]]:
     return files
 
 
+def _directory_options(dataset: str) -> dict:
+    """How the tables of a local directory are read; `datasets` takes the format that most of its files have."""
+    folder = Path(dataset)
+    suffixes = Counter(_suffixes(path) for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else {}
+    known = [suffix for suffix in suffixes if suffix in _BUILDERS]
+    suffix = max(known, key=lambda suffix: suffixes[suffix], default=None)
+    return {".csv": _CSV_OPTIONS, ".tsv": _TSV_OPTIONS}.get(suffix, {})
+
+
 def _load_files(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
     """Read the files of a split: together where they lie together, joined on the columns that all have."""
     groups: dict[tuple[Path, str], list[str]] = {}
@@ -373,11 +391,23 @@ def _load_files(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
                 f"{group[0]!r} ends in {suffix or 'nothing'!r}, but data files end in one of "
                 f"{', '.join(sorted(_BUILDERS))}; convert it."
             )
-        options = {"sep": "\t"} if suffix == ".tsv" else {}
+        options = {".csv": _CSV_OPTIONS, ".tsv": _TSV_OPTIONS}.get(suffix, {})
+        empty = [path for path in group if not Path(path).stat().st_size]
+        if empty:
+            raise ValueError(f"{empty[0]} is empty, but a data file needs at least 1 row; check what wrote it.")
         try:
             part = load_dataset(_BUILDERS[suffix], data_files=group, split="train", streaming=streaming, **options)
-        except DatasetGenerationError as error:
-            raise ValueError(f"{', '.join(group)} cannot be read as {suffix}: {error.__cause__ or error}") from error
+            # a streamed file is first read here
+            rows = len(part) if isinstance(part, Dataset) else next((1 for _ in part), 0)
+        except StopIteration:
+            rows = 0
+        except (DatasetGenerationError, ValueError) as error:
+            cause = error.__cause__ or error
+            if not any(phrase in str(cause) for phrase in _NO_ROWS):
+                raise ValueError(f"{', '.join(group)} cannot be read as {suffix}: {cause}") from error
+            rows = 0
+        if not rows:
+            raise ValueError(f"{', '.join(group)} has 0 rows, but at least 1 is needed; check what wrote it.")
         parts.append(part)
     if len(parts) == 1:
         return parts[0]

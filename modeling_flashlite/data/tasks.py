@@ -191,9 +191,8 @@ def texts_of(value: object) -> list[str]:
 
 def label_names(dataset: Dataset | IterableDataset, column: str) -> list[str]:
     """Names of the classes in the order of their ids; strings are sorted, bare integers are named by their number."""
-    feature = (dataset.features or {}).get(column)
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
+    if names := names_of(dataset, column):
+        return names
     if isinstance(dataset, IterableDataset):
         raise ValueError(
             f"The classes in column {column!r} of a streamed data set are known only when all of it was read; load it "
@@ -208,6 +207,40 @@ def label_names(dataset: Dataset | IterableDataset, column: str) -> list[str]:
             "it, or leave those rows out."
         )
     return [str(value) for value in range(int(max(values)) + 1)]
+
+
+def class_of(value: object, names: list[str] | None = None) -> str:
+    """Name of the class in a cell: a string itself, a number by `names` (of a ClassLabel) or by its digits.
+
+    Raises:
+        `ValueError`: no label, or one that is neither a string nor a whole number from 0.
+    """
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, (Sequence, Mapping)) or value < 0 or value % 1:
+        raise ValueError(
+            f"A label is {value!r}, but classes are all strings or all whole numbers from 0; correct it, or leave "
+            "those rows out."
+        )
+    return str(int(value)) if names is None else names[int(value)]
+
+
+def names_of(dataset: Dataset | IterableDataset, column: str) -> list[str] | None:
+    """Names that a data set itself gives to the numbers in a column, which is then a ClassLabel; else `None`."""
+    feature = (dataset.features or {}).get(column)
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+def ids_by_name(names: Sequence[str]) -> dict[str, int]:
+    """Class ids by name; where that leaves no doubt, also by the name without capitals."""
+    folded = [name.casefold() for name in names]
+    ids = {name: number for number, name in enumerate(folded)} if len(set(folded)) == len(folded) else {}
+    return ids | {name: number for number, name in enumerate(names)}
+
+
+def class_id(name: str, ids: Mapping[str, int]) -> int | None:
+    """Class id of a name in [`ids_by_name`], `None` where the model does not know it."""
+    return ids.get(name, ids.get(name.casefold()))
 
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}

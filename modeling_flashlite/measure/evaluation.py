@@ -1,5 +1,6 @@
 """Judge a model on a task: generate, classify, extract or score, then measure."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -7,10 +8,20 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..data.loading import PaddingCollator
 from ..data.preprocessing import cut_prompt, preprocess, question_windows
-from ..data.tasks import Task, label_names, prompts_and_references, references_of, resolve_columns
+from ..data.tasks import (
+    Task,
+    class_id,
+    class_of,
+    ids_by_name,
+    names_of,
+    prompts_and_references,
+    references_of,
+    resolve_columns,
+)
 from .metrics import METRICS, RESAMPLES
 from .perplexity import label_likelihood, text_likelihood
 from .results import write_results
@@ -24,6 +35,8 @@ __all__ = [
     "text_likelihood",
     "write_results",
 ]
+
+logger = logging.get_logger(__name__)
 
 
 def evaluate_task(
@@ -67,10 +80,10 @@ def evaluate_task(
         scores, protocol = _likelihood(task, model, tokenizer, rows, columns, batch_size, max_source_length, options)
         return {**_sorted_scores(scores), "protocol": protocol, "examples": len(rows), "predictions": []}
     limits = {"batch_size": batch_size, "max_source_length": max_source_length}
-    protocol = {"max_source_length": max_source_length}
+    protocol, said = {"max_source_length": max_source_length}, {}
     if task.name == "classification":
         inputs = [row[columns["text"]] or "" for row in rows]
-        references = _class_ids(model, dataset, columns["label"], rows)
+        references, said = _class_ids(model, dataset, columns["label"], rows)
         found = classify(model, tokenizer, inputs, **limits)
     elif task.name == "extractive-qa":
         inputs = [(row[columns["question"]] or "", row[columns["context"]] or "") for row in rows]
@@ -81,7 +94,7 @@ def evaluate_task(
         inputs, references, templated = _prompts(task, rows, columns, tokenizer, model.config.is_encoder_decoder)
         ends = {"templated": templated, "from_start": task.name == "chat"}
         found = generate_texts(model, tokenizer, inputs, **limits, **ends, **protocol["generation"])
-    scores = {}
+    scores: dict = {**said}
     for group in task.metrics:
         scores |= METRICS[group](found, references, resamples)
     if task.name == "chat":  # a good answer is seldom the one that was given, so its likelihood counts too
@@ -254,17 +267,41 @@ def _batches(lengths: Sequence[int], batch_size: int, description: str) -> Itera
             bar.update(len(order[start : start + batch_size]))
 
 
-def _class_ids(model: PreTrainedModel, dataset, column: str, rows: list[dict]) -> list[int]:
-    """Labels as the class ids of the model: names go by the model's own table, if it knows them."""
-    labels = [row[column] for row in rows]
-    if None in labels:
-        raise ValueError(f"Column {column!r} has {labels.count(None)} rows without a label; leave them out.")
-    if not isinstance(labels[0], str):
-        return [int(label) for label in labels]
-    known = {str(name): int(number) for number, name in model.config.id2label.items()}
-    if not set(labels) <= set(known):
-        known = {name: number for number, name in enumerate(label_names(dataset, column))}
-    return [known[label] for label in labels]
+def _class_ids(model: PreTrainedModel, dataset, column: str, rows: list[dict]) -> tuple[list[int], dict]:
+    """Labels as class ids of the model, by name, and what must be said about them; -1 for a name it does not know.
+
+    Numbers are compared only where one side has no names: bare numbers in the data, or a model of `LABEL_0`, ...; for
+    such a model the names in the data count in alphabetical order, as in a training on them.
+    """
+    labels, names = [row[column] for row in rows], names_of(dataset, column)
+    if without := sum(label is None or (isinstance(label, int) and label < 0) for label in labels):
+        raise ValueError(f"Column {column!r} has {without} rows without a label; leave them out.")
+    known = [str(model.config.id2label[number]) for number in sorted(model.config.id2label, key=int)]
+    nameless = known == [f"LABEL_{number}" for number in range(len(known))]
+    ids, texts = ids_by_name(known), [class_of(label, names) for label in labels]
+    found = [class_id(text, ids) for text in texts]
+    numbers = not isinstance(labels[0], str)
+    if nameless and not numbers and len(set(texts)) <= len(known):
+        order = sorted(set(texts))
+        return [order.index(text) for text in texts], {"labels": f"taken in the order {', '.join(order)}"}
+    if numbers and (nameless or (names is None and not any(label is not None for label in found))):
+        return [int(label) for label in labels], {"labels": "compared by number, for want of names"}
+    unknown = Counter(text for text, label in zip(texts, found) if label is None)
+    if len(unknown) and unknown.total() == len(labels):
+        raise ValueError(
+            f"The classes of {column!r} are {_listed(sorted(unknown))}, but the model's are {_listed(known)}; rename "
+            "one of them (config.id2label), so that both can be compared."
+        )
+    said = (
+        {"unknown_labels": ", ".join(f"{text} ({count} rows)" for text, count in unknown.items())} if unknown else {}
+    )
+    if unknown:
+        logger.warning(f"The model does not know {said['unknown_labels']}: every answer to them counts as wrong.")
+    return [-1 if label is None else label for label in found], said
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _sorted_scores(scores: dict) -> dict:

@@ -7,22 +7,49 @@ packages that they wrap, sacrebleu and rouge_score, are called directly.
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 from sacrebleu.metrics import BLEU, CHRF
 
 RESAMPLES = 1000
+_ROUGE = version("rouge_score")
 CONFIDENCE = 0.95
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# Thai, Lao, Tibetan, Burmese, Khmer, kana
+_UNSPACED = "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff"
+_NO_SPACES = re.compile(f"([{_HAN}{_UNSPACED}])")
+# of all letters: above these shares a text is no longer taken for one of spaced words, or for English
+_MOST_UNSPACED, _MOST_NOT_ASCII = 0.1, 0.01
 
 
-def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], resamples: int = RESAMPLES) -> dict:
-    """Corpus BLEU of detokenised text by sacreBLEU, `bleu` in 0..100, with the signature that makes it comparable."""
-    return _sacrebleu("bleu", BLEU(), predictions, references, resamples)
+def bleu(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    resamples: int = RESAMPLES,
+    tokenize: str | None = None,
+) -> dict:
+    """Corpus BLEU of detokenised text by sacreBLEU, `bleu` in 0..100, with the signature that makes it comparable.
+
+    Args:
+        predictions (`Sequence[str]`): answers.
+        references (`Sequence[Sequence[str]]`): the accepted answers of each.
+        resamples (`int`, *optional*, defaults to 1000): of the bootstrap.
+        tokenize (`str`, *optional*): one of sacreBLEU's tokenizers; if unset, `zh` for references in Chinese, `char`
+            for other scripts without spaces, else its default `13a`. The signature names it.
+    """
+    if tokenize is None:
+        letters = _letters(references)
+        han, unspaced = (len(re.findall(f"[{scripts}]", letters)) for scripts in (_HAN, _UNSPACED))
+        tokenize = "13a" if han + unspaced <= _MOST_UNSPACED * len(letters) else "char" if unspaced else "zh"
+    return _sacrebleu("bleu", BLEU(tokenize=tokenize), predictions, references, resamples)
 
 
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]], resamples: int = RESAMPLES) -> dict:
@@ -30,18 +57,55 @@ def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]], resamp
     return _sacrebleu("chrf", CHRF(), predictions, references, resamples)
 
 
-def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]], resamples: int = RESAMPLES) -> dict:
-    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures in 0..100 by rouge_score, with Porter stemming.
+class UnicodeTokenizer(Tokenizer):
+    """Lower-cased runs of letters, digits and their marks; each character of a script without spaces by itself."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Split a text into words."""
+        text = unicodedata.normalize("NFKC", text).casefold()
+        kept = "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in text)
+        return _NO_SPACES.sub(r" \1 ", kept).split()
+
+
+_ROUGE_TOKENIZERS: dict[str, Tokenizer] = {
+    "english": DefaultTokenizer(use_stemmer=True),
+    "unicode": UnicodeTokenizer(),
+}
+
+
+def rouge(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    resamples: int = RESAMPLES,
+    tokenize: str | None = None,
+) -> dict:
+    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures in 0..100 by rouge_score, with a signature that names the tokenizer.
 
     With several references the one with the best value counts, for each measure by itself.
+
+    Args:
+        predictions (`Sequence[str]`): answers.
+        references (`Sequence[Sequence[str]]`): the accepted answers of each.
+        resamples (`int`, *optional*, defaults to 1000): of the bootstrap.
+        tokenize (`str`, *optional*): `english`, rouge_score's own, which sees ASCII letters and digits only and stems
+            words; or `unicode`, which stems nothing. If unset, `unicode` where more than one in a hundred of the
+            references' letters is not ASCII.
     """
     _check_pairs(predictions, references)
     names = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(names, use_stemmer=True)
+    if tokenize is None:
+        letters = _letters(references)
+        foreign = sum(not letter.isascii() for letter in letters)
+        tokenize = "unicode" if foreign > _MOST_NOT_ASCII * len(letters) else "english"
+    if tokenize not in _ROUGE_TOKENIZERS:
+        raise ValueError(f"tokenize is {tokenize!r}, but must be one of {', '.join(_ROUGE_TOKENIZERS)}.")
+    scorer = RougeScorer(names, tokenizer=_ROUGE_TOKENIZERS[tokenize])
     scores = [
         scorer.score_multi(list(answers) or [""], text) for text, answers in zip(predictions, references, strict=True)
     ]
-    result = {}
+    result: dict = {
+        "rouge_signature": f"tok:{tokenize}|stem:{'yes' if tokenize == 'english' else 'no'}|version:{_ROUGE}"
+    }
     for name in names:
         result |= with_interval(name, [100 * score[name].fmeasure for score in scores], resamples)
     return result
@@ -50,7 +114,8 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]], resam
 def squad(predictions: Sequence[str], references: Sequence[Sequence[str]], resamples: int = RESAMPLES) -> dict:
     """SQuAD's exact match and token F1, `exact_match` and `f1` in 0..100, best over the accepted answers.
 
-    Text is lower-cased, stripped of punctuation and of the articles a, an, the. A question without accepted answers
+    Text is lower-cased, stripped of punctuation and of the articles a, an, the; each character of a script without
+    spaces is a token of its own, as in MLQA (arXiv 1910.07475). A question without accepted answers
     is unanswerable, and the empty prediction is right (SQuAD 2.0).
     """
     _check_pairs(predictions, references)
@@ -159,8 +224,13 @@ def _sacrebleu(name: str, metric: BLEU | CHRF, predictions, references, resample
     return result | _interval(name, samples)
 
 
+def _letters(references: Sequence[Sequence[str]]) -> str:
+    """All letters of all references, one after another."""
+    return "".join(char for answers in references for answer in answers for char in answer if char.isalpha())
+
+
 def _token_f1(prediction: str, answer: str) -> float:
-    found, wanted = normalize_answer(prediction).split(), normalize_answer(answer).split()
+    found, wanted = (_NO_SPACES.sub(r" \1 ", normalize_answer(text)).split() for text in (prediction, answer))
     if not found or not wanted:
         return float(found == wanted)
     shared = sum((Counter(found) & Counter(wanted)).values())
