@@ -45,7 +45,7 @@ def main(model_args: ModelArgs, data: DataArgs, lora: LoraArgs, args: TrainArgs)
     splits = load_splits(data)
     tokenizer = load_tokenizer(model_args, data, args.output_dir, splits)
     model = load_model(model_args, ArchitectureArgs(), tokenizer, data, splits)
-    rows = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder)
+    rows = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder, model.config)
     if lora.lora_r:
         model = add_lora(
             model,

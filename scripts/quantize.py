@@ -139,7 +139,7 @@ def main(
     splits = load_splits(data)
     model = load_model(model_args, shape, tokenizer, data, splits)
     collator = PaddingCollator(tokenizer)
-    rows, held_out = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder)
+    rows, held_out = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder, model.config)
     calibration = batches_of(rows, model, collator, args.train_batch_size, options.calibration_batches)
     evaluation = batches_of(held_out or rows, model, collator, args.eval_batch_size)
     if options.rates:

@@ -25,7 +25,7 @@ def main(model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, args: T
     with args.main_process_first(desc="prepare the tokenizer"):
         tokenizer = load_tokenizer(model_args, data, args.output_dir, splits)
     model = load_model(model_args, shape, tokenizer, data, splits)
-    rows = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder)
+    rows = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder, model.config)
     trainer = make_trainer(SegmentTrainer if data.segment_length else CarefulTrainer, model, args, tokenizer, rows)
     return finish(run(trainer, "train"))
 

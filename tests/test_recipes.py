@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import ClassLabel, Dataset
 from transformers import AutoModelForSequenceClassification
 from verbs import RECIPES, SCRIPTS, TINY_RUN, TINY_SHAPE, VERBS, argument_classes, load_script, run_verb, write_corpus
 
@@ -185,6 +186,26 @@ def test_curves_of_runs_are_drawn(ground, tmp_path):
     with pytest.raises(SystemExit, match="no curves of 'kd'"):
         (tmp_path / "compared.json").write_text(json.dumps(compared))
         script.main(*parse_args([script.PlotArgs], [*argv, "--key=kd"]))
+
+
+def test_a_classifier_keeps_the_order_that_it_has_learned(ground, tmp_path):
+    _, dataset = ground
+    overrides = [*TINY_SHAPE, "--vocab_size=300", "--task=classification", "--columns=text=sentence"]
+    run_verb("train_classification", dataset, tmp_path / "a", overrides)
+    table = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a").config.id2label
+    assert table == {0: "even", 1: "odd"}
+    for order, after in (("odd,even", table), ("odd,even,none", dict(enumerate(("odd", "even", "none"))))):
+        names = order.split(",")
+        rows = [{"text": f"number {i}", "label": names[i % len(names)]} for i in range(12)]
+        parts = {
+            name: Dataset.from_list(rows).cast_column("label", ClassLabel(names=names)) for name in ("train", "dev")
+        }
+        for name, part in parts.items():
+            part.to_parquet(tmp_path / f"{name}.parquet")
+        again = f"train={tmp_path}/train.parquet,validation={tmp_path}/dev.parquet"
+        run_verb("train_classification", again, tmp_path / "b", [f"--model={tmp_path / 'a'}", "--columns=text=text"])
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "b")
+        assert model.config.id2label == after and model.score.out_features == len(after)
 
 
 @pytest.mark.parametrize("path", sorted((SCRIPTS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

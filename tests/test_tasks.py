@@ -217,6 +217,19 @@ def test_labels_become_class_ids(tokenizer):
     assert label_names(Dataset.from_dict({"label": [0, 2]}), "label") == ["0", "1", "2"]
 
 
+def test_labels_find_the_model_s_number_by_name(tokenizer):
+    """The order of the model wins over that of the data, which differs from split to split."""
+    task, classes = get_task("classification"), ["neg", "neutral", "pos"]
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+    named = rows.cast_column("label", ClassLabel(names=["POS", "neg"]))
+    assert preprocess(task, named, tokenizer, classes=classes)["labels"] == [2, 0]
+    assert preprocess(task, rows, tokenizer, classes=classes)["labels"] == [0, 1]  # bare numbers
+    with pytest.raises(ValueError, match="class 'mixed', but the model's are neg, neutral, pos"):
+        preprocess(task, Dataset.from_dict({"text": ["a"], "label": ["mixed"]}), tokenizer, classes=classes)
+    with pytest.raises(ValueError, match="None"):
+        preprocess(task, Dataset.from_dict({"text": ["a", "b"], "label": [0, None]}), tokenizer, classes=classes)
+
+
 class TestLengths:
     def test_cut_prompts_keep_their_end(self):
         assert cut_prompt(list(range(30)), 20) == [*range(12), *range(22, 30)]

@@ -7,7 +7,18 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from .loading import column_names, pack, tokenize_texts
-from .tasks import Task, label_names, messages_of, prompts_and_references, references_of, resolve_columns
+from .tasks import (
+    Task,
+    class_id,
+    class_of,
+    ids_by_name,
+    label_names,
+    messages_of,
+    names_of,
+    prompts_and_references,
+    references_of,
+    resolve_columns,
+)
 
 _OUTPUTS = {"extractive-qa": ("input_ids", "start_positions", "end_positions")}
 
@@ -44,8 +55,8 @@ def preprocess(
         too_long (`str`, *optional*, defaults to `"truncate"`): what happens above these limits: `truncate`, `drop`
             the row, or `error`. Extractive question answering slides a window instead.
         num_proc (`int`, *optional*): worker processes.
-        classes (`list[str]`, *optional*): of classification, names in the order of their ids; those of these rows if
-            unset, in which a class may be missing that other splits have.
+        classes (`list[str]`, *optional*): of classification, names in the order of the model's ids; those of these
+            rows if unset, in which a class may be missing that other splits have. Labels find their id by name.
     """
     if too_long not in ("truncate", "drop", "error"):
         raise ValueError(f"too_long is {too_long!r}, but must be 'truncate', 'drop' or 'error'.")
@@ -65,6 +76,7 @@ def preprocess(
     encode = _Encoder(task, columns, tokenizer, encoder_decoder, max_source_length, max_target_length, too_long)
     if task.name == "classification":
         encode.classes = label_names(dataset, columns["label"]) if classes is None else classes
+        encode.names = names_of(dataset, columns["label"])
     options = {"batched": True, "remove_columns": column_names(dataset)}
     if isinstance(dataset, Dataset):
         options |= {"num_proc": num_proc, "desc": f"prepare {task.name}"}
@@ -88,6 +100,7 @@ class _Encoder:
     max_target_length: int
     too_long: str
     classes: list[str] = field(default_factory=list)
+    names: list[str] | None = None  # that the rows themselves give to their numbers
 
     def __call__(self, batch: dict) -> dict[str, list]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -170,9 +183,19 @@ class _Encoder:
             if self.too_long == "drop":
                 return []
             _raise_too_long("text", len(ids), self.max_source_length, "max_source_length")
-        label = row[self.columns["label"]]
-        label = self.classes.index(label) if isinstance(label, str) else int(label)
-        return [{"input_ids": ids[: self.max_source_length], "labels": label}]
+        return [{"input_ids": ids[: self.max_source_length], "labels": self._class_id(row[self.columns["label"]])}]
+
+    def _class_id(self, label: object) -> int:
+        name = class_of(label, self.names)
+        number = class_id(name, ids_by_name(self.classes))
+        if number is None and self.names is None and not isinstance(label, str) and int(name) < len(self.classes):
+            return int(name)  # bare numbers have no other name
+        if number is None:
+            raise ValueError(
+                f"A row has the class {name!r}, but the model's are {', '.join(self.classes)}; leave such rows out, "
+                "or train on rows that have it."
+            )
+        return number
 
     def _questions(self, row: dict) -> list[dict]:
         question, context = row[self.columns["question"]] or "", row[self.columns["context"]] or ""

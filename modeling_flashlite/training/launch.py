@@ -20,7 +20,7 @@ from ..cli import banner
 from ..configuration_flashlite import FlashLiteConfig
 from ..data.loading import PaddingCollator, load_data, pick_split, segment_streams, tokenize_texts
 from ..data.preprocessing import preprocess
-from ..data.tasks import get_task, label_names, resolve_columns, texts_of
+from ..data.tasks import class_id, get_task, ids_by_name, label_names, resolve_columns, texts_of
 from ..data.tokenization import train_tokenizer
 from .trainers import CarefulTrainer, last_checkpoint, plot_losses
 
@@ -154,6 +154,26 @@ def class_names(data: DataArgs, splits) -> list[str] | None:
     return names
 
 
+def label_tables(classes: list[str]) -> dict:
+    """The two tables of a config that name the classes."""
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: number for number, name in enumerate(classes)}}
+
+
+def head_changes(config, classes: list[str]) -> dict:
+    """What must be changed of a checkpoint so that its head has `classes`; nothing where it has learned them before.
+
+    A trained head keeps its own order of the classes: the rows find their ids by name.
+    """
+    known = [str(config.id2label[number]) for number in sorted(config.id2label)]
+    ids = ids_by_name(known)
+    if all(class_id(name, ids) is not None for name in classes):
+        return {}
+    trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    if trained and len(known) != len(classes):
+        return {**label_tables(classes), "ignore_mismatched_sizes": True}  # a head of other classes is made anew
+    return label_tables(classes)
+
+
 def load_model(
     model: ModelArgs, shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, data: DataArgs, splits
 ) -> PreTrainedModel:
@@ -163,10 +183,13 @@ def load_model(
     """
     encoder_decoder, classes = is_encoder_decoder(data, model), class_names(data, splits)
     auto = getattr(transformers, get_task(data.task).auto_class_for(encoder_decoder))
-    changed = {}
-    if classes is not None:
-        changed["id2label"] = dict(enumerate(classes))
-        changed["label2id"] = {name: index for index, name in enumerate(classes)}
+    changed: dict = {}
+    if classes is not None and model.model:
+        changed |= head_changes(
+            AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code), classes
+        )
+    elif classes is not None:
+        changed |= label_tables(classes)
     if model.model:
         if shape.dropout_rate is not None:
             changed["dropout_rate"] = shape.dropout_rate
@@ -188,10 +211,20 @@ def load_model(
 
 
 def load_rows(
-    data: DataArgs, args: Seq2SeqTrainingArguments, tokenizer: PreTrainedTokenizerBase, splits, encoder_decoder: bool
+    data: DataArgs,
+    args: Seq2SeqTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    splits,
+    encoder_decoder: bool,
+    config=None,
 ) -> tuple:
-    """Training and validation examples; validation is `None` where the dataset has no such split."""
+    """Training and validation examples; validation is `None` where the dataset has no such split.
+
+    With the model's `config`, labels become the ids that it gives to their names.
+    """
     classes = class_names(data, splits)
+    if classes is not None and config is not None:
+        classes = [str(config.id2label[number]) for number in sorted(config.id2label)]
     names = ["train"] + [name for name in ("validation", "valid", "val", "dev") if name in splits][:1]
     prepared = []
     with args.main_process_first(desc="prepare the data"):
