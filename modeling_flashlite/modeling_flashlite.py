@@ -234,6 +234,7 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         if labels is None or not (self.training and chunked and large):
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         if labels is None:
+            self._check_labels_are_not_missed(kwargs)
             return None, logits
         whole = logits is not None and logits.shape[:2] == hidden_states.shape[:2]
         if chunked:
@@ -244,6 +245,16 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
             logits=logits if whole or not chunked else None, labels=labels, vocab_size=vocab_size, **kwargs
         )
         return loss, logits
+
+    def _check_labels_are_not_missed(self, kwargs: dict) -> None:
+        """Refuse a step of a `Trainer` that keeps the labels to itself, so that the loss hook would not be called."""
+        taught = kwargs.get("teacher_ids") is not None or kwargs.get("teacher_weights") is not None
+        hooked = self.loss_function is not chunked_cross_entropy and kwargs.get("num_items_in_batch") is not None
+        if taught or hooked:
+            raise ValueError(
+                "No `labels` arrive at the model, so its `loss_function` cannot be called: the Trainer keeps them "
+                "under `label_smoothing_factor` or `compute_loss_func`; set neither, or use `DistillationTrainer`."
+            )
 
 
 class FlashLiteForConditionalGeneration(FlashLiteHeadModel, GenerationMixin):
@@ -300,6 +311,13 @@ class FlashLiteForConditionalGeneration(FlashLiteHeadModel, GenerationMixin):
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = shift_tokens_right(labels, self.config)
+        given = (labels, decoder_input_ids, decoder_inputs_embeds)
+        if kwargs.get("num_items_in_batch") is not None and all(value is None for value in given):
+            raise ValueError(
+                "Neither `labels` nor `decoder_input_ids` arrive at the model: the Trainer keeps the labels under "
+                "`label_smoothing_factor` or `compute_loss_func`; use a collator that knows the model, "
+                "`PaddingCollator(tokenizer, model=model)` or `DataCollatorForSeq2Seq(tokenizer, model)`."
+            )
         if input_ids is None and inputs_embeds is None and encoder_outputs is None:
             raise ValueError("No encoder input is given; give `input_ids`, `inputs_embeds` or `encoder_outputs`.")
         outputs = self.model(

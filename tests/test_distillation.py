@@ -547,6 +547,72 @@ def test_students_of_other_families_learn_from_the_teacher(tmp_path, family, cac
     assert logs[0]["loss"] == pytest.approx((0.3 * ce + 0.7 * kd).item(), rel=1e-3)
 
 
+SMOOTHED = {"label_smoothing_factor": 0.2}
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+@pytest.mark.parametrize("family", ["causal", "seq2seq", "Llama", "T5"])
+def test_label_smoothing_is_part_of_the_distillation_loss(tmp_path, tiny_config, family, cached):
+    tokenizer, seq2seq = make_tokenizer(), family in ("T5", "seq2seq")
+    torch.manual_seed(5)
+    ours = {"causal": FlashLiteForCausalLM, "seq2seq": FlashLiteForConditionalGeneration}.get(family)
+    student = ours(tiny_config(is_encoder_decoder=seq2seq)) if ours else other(family)
+    rows = seq2seq_rows(4) if seq2seq else with_labels(causal_rows(4))
+    teacher, collator = (t5() if seq2seq else llama()), PaddingCollator(tokenizer)
+    batch = collator(list(rows))
+    with torch.no_grad():
+        log_p, log_q = (
+            teacher_logits(model.eval(), batch, seq2seq)[0].double().log_softmax(-1) for model in (teacher, student)
+        )
+    labels = batch["labels"] if seq2seq else nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    mask = labels != -100
+    ce = nn.functional.cross_entropy(log_q[mask], labels[mask], label_smoothing=0.2)
+    kd = oracle("forward", log_p, log_q)[mask].mean()
+    if cached:
+        rows = TeacherCache(teacher, tokenizer, k=V, mode="topk", temperature=1.0, dtype="float32").annotate(rows)
+    trainer = DistillationTrainer(
+        student,
+        arguments(tmp_path, max_steps=1, **SMOOTHED),
+        teacher=None if cached else teacher,
+        loss=KDLoss("forward", alpha=0.3, temperature=1.0),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        data_collator=collator,
+    )
+    trainer.train()
+    (log,) = [log for log in trainer.state.log_history if "kd" in log]
+    assert log["loss"] == pytest.approx((0.3 * ce + 0.7 * kd).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("shown", [False, True], ids=["hook", "hook and callback"])
+@pytest.mark.parametrize("causal", [False, True], ids=["seq2seq", "causal"])
+def test_the_stock_trainer_is_refused_where_it_would_not_call_the_hook(tmp_path, tiny_config, causal, shown):
+    tokenizer = make_tokenizer()
+    rows = with_labels(causal_rows()) if causal else seq2seq_rows()
+    model = (FlashLiteForCausalLM if causal else FlashLiteForConditionalGeneration)(
+        tiny_config(is_encoder_decoder=not causal)
+    )
+    loss = model.loss_function = KDLoss()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=2, **SMOOTHED),
+        train_dataset=TeacherCache(llama() if causal else t5(), tokenizer, k=8).annotate(rows),
+        data_collator=PaddingCollator(tokenizer, model=model),
+        callbacks=[DistillationCallback(loss)] if shown else None,
+    )
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_another_loss_beside_the_distillation_is_refused(tmp_path, causal_config):
+    with pytest.raises(ValueError, match="compute_loss_func would replace"):
+        DistillationTrainer(
+            FlashLiteForCausalLM(causal_config), arguments(tmp_path), teacher=llama(), compute_loss_func=print
+        )
+
+
 def test_plain_trainer_distils_a_causal_model_of_transformers(tmp_path):
     """Its hook gets logits and unshifted labels; hooks that are called in yet other ways are refused."""
     tokenizer, student = make_tokenizer(), llama(seed=5)

@@ -8,16 +8,27 @@ import sys
 import textwrap
 import time
 
+import checkpoints
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import LabelSmoother
 
-from modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
-from modeling_flashlite.data.loading import segment_streams
+from modeling_flashlite import (
+    FlashLiteForCausalLM,
+    FlashLiteForConditionalGeneration,
+    FlashLiteForQuestionAnswering,
+)
+from modeling_flashlite.data.loading import PaddingCollator, segment_streams
 from modeling_flashlite.training.distillation import KDLoss, set_loss_function
 from modeling_flashlite.training.lora import add_lora
 from modeling_flashlite.training.trainers import (
@@ -129,8 +140,37 @@ def test_label_smoothing_is_the_usual_one_and_stays_out_of_the_model(tmp_path, t
         stock = Trainer(model, TrainingArguments(**arguments(tmp_path, label_smoothing_factor=0.2)))
         torch.testing.assert_close(loss, stock.compute_loss(model, dict(batch)))
     assert model.loss_function is hook
-    set_loss_function(model, KDLoss())
-    assert CarefulTrainer(model, args, train_dataset=rows).label_smoother is not None
+    set_loss_function(model, KDLoss())  # smooths by itself
+    assert CarefulTrainer(model, args, train_dataset=rows).label_smoother is None
+    set_loss_function(model, lambda hidden_states, lm_head, labels, **kwargs: hidden_states.sum())
+    with pytest.raises(ValueError, match="label_smoothing_factor is 0.2.*never be called"):
+        CarefulTrainer(model, args, train_dataset=rows)
+
+
+def test_label_smoothing_of_positions_is_refused(tmp_path, tiny_config):
+    args = Seq2SeqTrainingArguments(**arguments(tmp_path, label_smoothing_factor=0.2))
+    with pytest.raises(ValueError, match="learns from start_positions, end_positions"):
+        CarefulTrainer(FlashLiteForQuestionAnswering(tiny_config()), args)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["plain", "with the model"])
+def test_stock_seq2seq_trainer_smooths_as_with_the_usual_collator(tmp_path, seq2seq_config, known):
+    """The stock Trainer keeps the labels from the model, whose decoder inputs the collator must make then."""
+    model, tokenizer = FlashLiteForConditionalGeneration(seq2seq_config), checkpoints.make_tokenizer()
+    rows = [{"input_ids": [5, 6, 7, 8][:n], "labels": [9, 10, 11, 2][:n]} for n in (4, 3)]
+    args = Seq2SeqTrainingArguments(**arguments(tmp_path, label_smoothing_factor=0.1))
+    usual = DataCollatorForSeq2Seq(tokenizer, model)
+    ours = PaddingCollator(tokenizer, model=model if known else None)
+    stock = Seq2SeqTrainer(model, args, data_collator=ours, train_dataset=rows, eval_dataset=rows)
+    if known:
+        expected = Seq2SeqTrainer(model, args, data_collator=usual, eval_dataset=rows).evaluate()["eval_loss"]
+        assert stock.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        stock.train()
+        return
+    for run in (stock.evaluate, stock.train):
+        with pytest.raises(ValueError, match=r"PaddingCollator\(tokenizer, model=model\)"):
+            run()
+    assert stock.state.global_step == 0
 
 
 class PoisonedTrainer(CarefulTrainer):

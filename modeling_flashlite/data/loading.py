@@ -19,7 +19,7 @@ from datasets import (
     load_dataset,
 )
 from datasets.exceptions import DatasetGenerationError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .corpus import hash_fraction, python_corpus
 
@@ -288,16 +288,20 @@ class PaddingCollator:
     """Pad the per-token columns of a batch to their longest rows and stack the rest; text columns are left out.
 
     Labels are padded with -100, `input_ids` with the tokenizer's pad token, everything else (masks, positions,
-    cached teacher columns `[T, K]`) with 0. The model makes its decoder inputs from the labels. An attention mask is
-    added unless the rows are packed: there `position_ids` alone tell the documents apart, padding included.
+    cached teacher columns `[T, K]`) with 0. The model makes its decoder inputs from the labels; where the labels do
+    not reach it, as under the Trainer's label smoothing, they must be made here, for which `model` is needed. A mask
+    is added unless the rows are packed: there `position_ids` alone tell the documents apart, padding included.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): gives the pad token and the padding side of `input_ids`.
         pad_to_multiple_of (`int`, *optional*): rounds lengths up, for accelerators that like it.
+        model (`PreTrainedModel`, *optional*): adds the `decoder_input_ids` that an encoder-decoder makes of its
+            labels, as `DataCollatorForSeq2Seq` does.
     """
 
     tokenizer: PreTrainedTokenizerBase
     pad_to_multiple_of: int | None = None
+    model: PreTrainedModel | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         if not rows:
@@ -305,7 +309,16 @@ class PaddingCollator:
         batch = {key: [np.asarray(row[key]) for row in rows] for key in rows[0] if not isinstance(rows[0][key], str)}
         if "input_ids" in batch and not {"attention_mask", "position_ids"} & set(batch):
             batch["attention_mask"] = [np.ones(len(ids), dtype=np.int64) for ids in batch["input_ids"]]
-        return {key: self._stack(key, values) for key, values in batch.items()}
+        stacked = {key: self._stack(key, values) for key, values in batch.items()}
+        shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if (
+            shift is not None
+            and "labels" in stacked
+            and "decoder_input_ids" not in stacked
+            and stacked["labels"].dim() == 2
+        ):
+            stacked["decoder_input_ids"] = shift(labels=stacked["labels"])
+        return stacked
 
     def _stack(self, key: str, values: list[np.ndarray]) -> torch.Tensor:
         if values[0].ndim:

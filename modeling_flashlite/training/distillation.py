@@ -53,12 +53,14 @@ class DistillationCallback(TrainerCallback, ExportableState):
 
     Args:
         loss (`KDLoss`): the hook of the model in training.
+        smooths (`bool`, *optional*, defaults to `False`): whether the trainer gives label smoothing to the hook; the
+            stock `Trainer` calls no hook under label smoothing, which is refused.
     """
 
     momentum, step_size = 0.99, 5e-4
 
-    def __init__(self, loss: KDLoss):
-        self.loss = loss
+    def __init__(self, loss: KDLoss, smooths: bool = False):
+        self.loss, self.smooths = loss, smooths
         self.start = parse_divergence(loss.divergence)[1]
         self.taid = {"t": self.start, "gain": 0.0, "last": None}
 
@@ -67,6 +69,11 @@ class DistillationCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"taid": self.taid}}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if args.label_smoothing_factor and not self.smooths:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}, for which the stock Trainer keeps the "
+                "labels from the model, so that KDLoss would never be called; set it to 0, or use DistillationTrainer."
+            )
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         if isinstance(saved, dict):
             self.taid = saved["attributes"]["taid"]
@@ -138,6 +145,10 @@ class DistillationTrainer(CarefulTrainer):
         **kwargs,
     ):
         loss = KDLoss() if loss is None else loss
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func would replace the distillation loss; pass it as loss, or leave it out."
+            )
         if encoder_match not in (None, "states", "relations"):
             raise ValueError(f"encoder_match is {encoder_match!r}, but must be 'states', 'relations' or None.")
         if (on_policy or encoder_match) and (teacher is None or not model.config.is_encoder_decoder):
@@ -162,7 +173,7 @@ class DistillationTrainer(CarefulTrainer):
         if teacher is None and self.processing_class is not None and self.train_dataset is not None:
             check_teacher_columns(self.train_dataset, self.processing_class, loss)
         # ahead of the progress bar and of TensorBoard, which print what is in the logs by then
-        self.callback_handler.callbacks.insert(0, DistillationCallback(loss))
+        self.callback_handler.callbacks.insert(0, DistillationCallback(loss, smooths=True))
         self.teacher = None if teacher is None else teacher.to(self.args.device)
         self.on_policy, self.encoder_match, self.encoder_weight = on_policy, encoder_match, encoder_weight
 
@@ -204,7 +215,14 @@ class DistillationTrainer(CarefulTrainer):
         seq2seq = model_config(self.model).is_encoder_decoder
         shifted = {"shift_labels": labels} if seq2seq else {"labels": labels}
         columns, self._columns = self._columns, {}
-        return self.loss(logits=outputs["logits"], num_items_in_batch=num_items_in_batch, **shifted, **columns)
+        smoothing = self.args.label_smoothing_factor
+        return self.loss(
+            logits=outputs["logits"],
+            num_items_in_batch=num_items_in_batch,
+            label_smoothing=smoothing,
+            **shifted,
+            **columns,
+        )
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

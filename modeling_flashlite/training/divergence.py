@@ -177,9 +177,12 @@ class KDLoss:
         logits: torch.Tensor | None = None,
         kd_only: bool = False,
         shift_labels: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
         **kwargs,
     ) -> torch.Tensor:
         """See [`chunked_cross_entropy`]; teacher tensors are `[B, T, K]` or `[B, T, V]`, one row per state.
+
+        `label_smoothing` is part of the training's cross-entropy alone: the teacher's distributions are smooth.
 
         Without hidden states it is the hook of transformers' own causal models: `logits` `[B, T, V]` and `labels`
         that are the tokens themselves, or `shift_labels` that are each state's target.
@@ -211,11 +214,12 @@ class KDLoss:
         else:
             columns, signal = (), None
         alpha = 1.0 if not training else 0.0 if kd_only else self.alpha
+        smoothing = label_smoothing if training else 0.0
 
         def row_loss(logits, labels, *teacher):
             # without a share in the loss it is only shown
             with torch.set_grad_enabled(torch.is_grad_enabled() and alpha > 0):
-                ce = F.cross_entropy(logits, labels, reduction="sum")
+                ce = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
             if signal is None:
                 return (ce,)
             kd, true_kd, best = signal(self._softened(logits), *teacher)

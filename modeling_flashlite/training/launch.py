@@ -282,7 +282,7 @@ def make_trainer(
         args=args,
         train_dataset=rows[0],
         eval_dataset=rows[1],
-        data_collator=PaddingCollator(tokenizer),
+        data_collator=PaddingCollator(tokenizer, model=model),
         processing_class=tokenizer,
         **options,
     )

@@ -1,5 +1,6 @@
 """Trainers that stop on a broken loss, survive a full disk, and carry segment memory from step to step."""
 
+import inspect
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,6 @@ from transformers.utils import logging
 
 from ..cache_flashlite import FlashLiteCache
 from ..data.loading import require_columns
-from ..loss_flashlite import chunked_cross_entropy
 from ..measure.plots import COLOURS, can_draw, new_axes, save_axes
 
 __all__ = ["CarefulTrainer", "SegmentTrainer", "last_checkpoint", "plot_losses"]
@@ -36,16 +36,36 @@ class CarefulTrainer(Seq2SeqTrainer):
     """`Seq2SeqTrainer` whose mishaps cost no checkpoint.
 
     A loss that is not finite stops the training before the optimizer sees it; the batch is kept for inspection. A
-    checkpoint that cannot be written completely is removed, and the one before it stays.
+    checkpoint that cannot be written completely is removed, and the one before it stays. Label smoothing is part of
+    the model's loss hook, which is called with `label_smoothing`.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._loss_options: dict[str, float] = {}
-        if self.label_smoother is not None and getattr(self.model, "loss_function", None) is chunked_cross_entropy:
-            # our loss smooths by itself, without all logits and without a second softmax
+        if self.label_smoother is not None:
+            self._smooth_in_the_loss()
+
+    def _smooth_in_the_loss(self) -> None:
+        """Leave label smoothing to the model's loss hook, which the `Trainer` would no longer call.
+
+        The `Trainer` smooths by taking the labels away from the model and judging its logits. A hook that takes
+        `label_smoothing` does it without all logits and without a second softmax.
+        """
+        factor, hook = self.args.label_smoothing_factor, getattr(self.model, "loss_function", None)
+        if hook is not None and "label_smoothing" in inspect.signature(hook).parameters:
             self.label_smoother = None
-            self._loss_options["label_smoothing"] = self.args.label_smoothing_factor
+            self._loss_options["label_smoothing"] = factor
+        elif hook is not None and "lm_head" in inspect.signature(hook).parameters:
+            raise ValueError(
+                f"label_smoothing_factor is {factor}, but the Trainer smooths by keeping the labels from the model, "
+                f"and {hook} would never be called; set it to 0, or let the hook take label_smoothing."
+            )
+        elif "labels" not in self.label_names:
+            raise ValueError(
+                f"label_smoothing_factor is {factor}, but {type(self.model).__name__} learns from "
+                f"{', '.join(self.label_names)}, which the Trainer cannot smooth; set it to 0."
+            )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss as usual and check that it is a number."""
