@@ -10,6 +10,13 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_rope_utils import RopeParameters
 
 POSITION_ENCODINGS = ("transformer_xl", "rotary")
+# fields of a converted model with a few possible values
+_CHOICES = {
+    "position_encoding": POSITION_ENCODINGS,
+    "rope_dtype": ("float64", "float32"),
+    "qk_norm": (None, "head", "projection"),
+    "norm_placement": ("pre", "post", "both"),
+}
 
 _TP_PLAN = {
     "layers.*.self_attn.q_proj": "colwise",
@@ -26,6 +33,18 @@ _TP_PLAN_XL = {
     "layers.*.self_attn.r_proj": "colwise",
     "layers.*.self_attn.content_bias": "colwise",
     "layers.*.self_attn.position_bias": "colwise",
+}
+# a norm over heads: each device holds all of it, and sees the gradient of its own heads only
+_TP_PLAN_HEAD_NORM = {
+    "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+}
+# a norm over the whole projection needs all of it on every device
+_TP_PLAN_PROJECTION_NORM = {
+    "layers.*.self_attn.q_proj": "colwise_gather_output",
+    "layers.*.self_attn.k_proj": "colwise_gather_output",
+    "layers.*.self_attn.v_proj": "colwise_gather_output",
+    "layers.*.self_attn.o_proj": "rowwise_split_input",
 }
 _PP_PLAN = {
     "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -57,6 +76,27 @@ class FlashLiteStackConfig(PreTrainedConfig):
             https://huggingface.co/papers/1901.02860, section 3.3) or `"rotary"`, whose attention is quicker but which
             ended higher at equal steps and at equal time.
         rope_parameters (`dict`, *optional*): parameters of the rotary embedding, as everywhere in transformers.
+        rope_dtype (`str`, defaults to `"float64"`): type in which angles are taken. `"float32"` is what the models of
+            transformers do, and so do models converted from them: frequencies in float32, angles in the wider of
+            float32 and the model's own type.
+        layer_types (`list[str]`, *optional*): for layers with `rope_parameters` of their own (nested by these names),
+            the name of each layer's.
+        no_rope_layers (`list[int]`, *optional*): 1 for each layer that encodes positions, 0 for one that does not
+            (SmolLM3).
+        attention_bias (`bool`, defaults to `False`): whether all four projections of the attention have biases
+            (Llama).
+        qkv_bias (`bool`, defaults to `False`): whether those of queries, keys and values have biases (Qwen2).
+        mlp_bias (`bool`, defaults to `False`): whether the projections of the feed-forward network have biases.
+        qk_norm (`str`, *optional*): RMS norm of queries and keys before their positions: `"head"` normalises each
+            head (Qwen3, Gemma 3), `"projection"` all heads together (OLMo 2).
+        norm_placement (`str`, defaults to `"pre"`): RMS norms before attention and feed-forward network (`"pre"`),
+            after them (`"post"`, OLMo 2) or both (`"both"`, Gemma 3).
+        rms_norm_offset (`float`, defaults to 0.0): what is added to the weights of the RMS norms; 1.0 in Gemma 3.
+        embedding_multiplier (`float`, *optional*): factor of the embeddings; defaults to `embedding_size ** 0.5`.
+        attention_multiplier (`float`, *optional*): factor of the attention's dot products; defaults to
+            `head_dim ** -0.5`.
+        residual_multiplier (`float`, defaults to 1.0): factor of what each branch adds to the residual stream
+            (Granite).
         rms_norm_eps (`float`, defaults to 1e-6): epsilon of the RMS norms.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         dropout_rate (`float`, defaults to 0.0): dropout of the embeddings and of each residual branch.
@@ -82,7 +122,19 @@ class FlashLiteStackConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     position_encoding: str = "transformer_xl"
     rope_parameters: RopeParameters | dict | None = None
+    rope_dtype: str = "float64"
+    layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None
+    attention_bias: bool = False
+    qkv_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: str | None = None
+    norm_placement: str = "pre"
     rms_norm_eps: float = 1e-6
+    rms_norm_offset: int | float = 0.0
+    embedding_multiplier: int | float | None = None
+    attention_multiplier: int | float | None = None
+    residual_multiplier: int | float = 1.0
     initializer_range: float = 0.02
     dropout_rate: int | float = 0.0
     use_cache: bool = True
@@ -111,7 +163,20 @@ class FlashLiteStackConfig(PreTrainedConfig):
     @property
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
         """How tensor parallelism cuts the modules that this config builds."""
-        return _TP_PLAN if self.position_encoding == "rotary" else _TP_PLAN | _TP_PLAN_XL
+        plan = _TP_PLAN if self.position_encoding == "rotary" else _TP_PLAN | _TP_PLAN_XL
+        return plan | {"head": _TP_PLAN_HEAD_NORM, "projection": _TP_PLAN_PROJECTION_NORM}.get(self.qk_norm, {})
+
+    @property
+    def rope_kinds(self) -> list[str | None]:
+        """The rotary embedding of each layer: a key of `rope_parameters` where they are nested, `"none"` for none."""
+        kinds = self.layer_types if self._is_nested else None
+        kinds = [None] * self.num_hidden_layers if kinds is None else list(kinds)
+        rotated = self.no_rope_layers or [1] * len(kinds)
+        return [kind if rotates else "none" for kind, rotates in zip(kinds, rotated)]
+
+    @property
+    def _is_nested(self) -> bool:
+        return self.layer_types is not None and bool(set(self.layer_types) & set(self.rope_parameters or ()))
 
     def validate_architecture(self):
         """Refuse sizes that cannot work. Part of the validation that `@strict` runs."""
@@ -133,10 +198,21 @@ class FlashLiteStackConfig(PreTrainedConfig):
                 f"`num_attention_heads` ({heads}) must be a multiple of `num_key_value_heads` ({groups}); choose "
                 f"`num_key_value_heads` among the divisors of {heads}."
             )
-        if self.position_encoding not in POSITION_ENCODINGS:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, but it must be one of {choices}; choose one of them."
+                )
+        for name in ("layer_types", "no_rope_layers"):
+            value = getattr(self, name)
+            if value is not None and len(value) < self.num_hidden_layers:
+                raise ValueError(
+                    f"`{name}` has {len(value)} entries, but there are {self.num_hidden_layers} layers; give one for "
+                    "each."
+                )
+        if self._is_nested and (missing := set(self.layer_types) - set(self.rope_parameters)):
             raise ValueError(
-                f"`position_encoding` is {self.position_encoding!r}, but it must be one of {POSITION_ENCODINGS}; "
-                "choose one of them."
+                f"`rope_parameters` lacks {sorted(missing)}, which `layer_types` names; give each type its parameters."
             )
         if self.head_dim % 2:
             raise ValueError(
@@ -171,6 +247,7 @@ class FlashLiteDecoderConfig(FlashLiteStackConfig):
             all of them, which is dense attention.
         memory_blocks (`int`, *optional*, defaults to 512): past blocks that a token can reach at all (W), hence the
             length of the segment memory and of the cache; `None` keeps everything.
+        logits_scaling (`float`, defaults to 1.0): what the logits of the language-model head are divided by (Granite).
     """
 
     model_type = "flashlite_decoder"
@@ -180,6 +257,7 @@ class FlashLiteDecoderConfig(FlashLiteStackConfig):
     sub_block_size: int | None = None
     relevance_top_k: int | None = 8
     memory_blocks: int | None = 512
+    logits_scaling: int | float = 1.0
 
     def __post_init__(self, **kwargs):
         if self.sub_block_size is None:

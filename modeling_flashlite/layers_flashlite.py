@@ -23,6 +23,9 @@ from .cache_flashlite import EncoderCacheLayer, FlashLiteCache, Rows, axis_spec,
 from .configuration_flashlite import FlashLiteDecoderConfig, FlashLiteEncoderConfig
 from .linear_flashlite import Linear
 
+# rotary embeddings whose frequencies depend on the length of the text
+LENGTH_ROPES = ("dynamic", "longrope")
+
 
 def product_dtype(states: torch.Tensor) -> torch.dtype:
     """The type in which matrix products of `states` are taken: what several of them read is cast to it once.
@@ -38,9 +41,10 @@ class FlashLiteMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        size, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(size, width, bias=bias)
+        self.up_proj = Linear(size, width, bias=bias)
+        self.down_proj = Linear(width, size, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -50,23 +54,71 @@ class FlashLiteMLP(nn.Module):
         return self.down_proj(self.act_fn(gate) * up)
 
 
-def position_angles(config, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine `[B, 1, T, H / 2]` of the angles of `positions` `[B, T]`.
+class FlashLiteRMSNorm(nn.RMSNorm):
+    """`x (w + offset) / sqrt(mean(x^2) + eps)` of each run of `size` dimensions of `[..., n size]`.
+
+    The norms of queries and keys take runs of a head; a model whose norms have an offset (Gemma 3) takes one run.
+    """
+
+    def __init__(self, size: int, config):
+        super().__init__(size, eps=config.rms_norm_eps)
+        self.offset = config.rms_norm_offset
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(states.dtype, torch.float32)
+        runs = states.to(wide).unflatten(-1, (-1, *self.normalized_shape))
+        weight = self.weight.to(wide) + self.offset
+        return nn.functional.rms_norm(runs, self.normalized_shape, weight, self.eps).flatten(-2).to(states.dtype)
+
+
+def state_norm(config) -> nn.RMSNorm:
+    """The norm of states `[..., D]`."""
+    if config.rms_norm_offset:
+        return FlashLiteRMSNorm(config.hidden_size, config)
+    return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+def head_norm(config, heads: int) -> nn.Module:
+    """The norm of queries or keys `[..., N H]` before their positions; it changes nothing where there is none."""
+    if config.qk_norm is None:
+        return nn.Identity()
+    return FlashLiteRMSNorm(config.head_dim * (heads if config.qk_norm == "projection" else 1), config)
+
+
+def position_angles(
+    config, positions: torch.Tensor, dtype: torch.dtype, kind: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine `[B, 1, T, H / 2]` of the angles of `positions` `[B, T]`, for layers of one of `rope_kinds`.
 
     Angles are taken in float64: in float32 they are off by 2.6e-2 at position one million, and a score would depend on
-    more than the distance. Nothing is stored, so there is no buffer to lose in half precision.
+    more than the distance. Models that were trained with float32 angles keep those (`rope_dtype`). Nothing is stored,
+    so there is no buffer to lose in half precision.
     """
-    rope = config.rope_parameters
-    scaling = 1.0
-    if rope["rope_type"] == "default":
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device) / config.head_dim
-        frequencies = rope["rope_theta"] ** -exponent
-    else:
-        # the frequencies of these two depend on the length at hand; asking for it stalls an accelerator
-        length = int(positions.max()) + 1 if rope["rope_type"] in ("dynamic", "longrope") else None
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, positions.device, seq_len=length)
-    angles = positions[:, None, :, None] * frequencies.to(torch.float64)
+    wide = torch.float64 if config.rope_dtype == "float64" else torch.promote_types(dtype, torch.float32)
+    frequencies, scaling = rope_frequencies(config, positions, kind)
+    angles = positions[:, None, :, None].to(wide) * frequencies.to(wide)
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+
+def rope_frequencies(config, positions: torch.Tensor, kind: str | None) -> tuple[torch.Tensor, float]:
+    """Angle per position `[H / 2]` of each pair of dimensions, and the factor of cosines and sines."""
+    if kind == "none":
+        return torch.zeros(config.head_dim // 2, device=positions.device), 1.0
+    rope = config.rope_parameters if kind is None else config.rope_parameters[kind]
+    if rope["rope_type"] == "default":
+        dtype = getattr(torch, config.rope_dtype)
+        exponent = torch.arange(0, config.head_dim, 2, dtype=dtype, device=positions.device) / config.head_dim
+        return 1.0 / rope["rope_theta"] ** exponent, 1.0
+    # the frequencies of these two depend on the length at hand; asking for it stalls an accelerator
+    length = int(positions.max()) + 1 if rope["rope_type"] in LENGTH_ROPES else None
+    return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, positions.device, seq_len=length, layer_type=kind)
+
+
+def layer_angles(config, positions: torch.Tensor, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """[`position_angles`] of each layer; layers of one kind share them."""
+    kinds = config.rope_kinds
+    angles = {kind: position_angles(config, positions, dtype, kind) for kind in set(kinds)}
+    return [angles[kind] for kind in kinds]
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -93,14 +145,17 @@ class FlashLiteAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
+        self.scaling = config.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         self.is_causal = config.is_decoder
         width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, width, bias=False)
-        self.k_proj = Linear(config.hidden_size, key_width, bias=False)
-        self.v_proj = Linear(config.hidden_size, key_width, bias=False)
-        self.o_proj = Linear(width, config.hidden_size, bias=False)
+        bias = config.attention_bias or config.qkv_bias
+        self.q_proj = Linear(config.hidden_size, width, bias=bias)
+        self.k_proj = Linear(config.hidden_size, key_width, bias=bias)
+        self.v_proj = Linear(config.hidden_size, key_width, bias=bias)
+        self.o_proj = Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = head_norm(config, config.num_attention_heads)
+        self.k_norm = head_norm(config, config.num_key_value_heads)
         self.is_rotary = config.position_encoding == "rotary"
         if not self.is_rotary:
             self.r_proj = Linear(config.head_dim, width, bias=False)
@@ -117,7 +172,8 @@ class FlashLiteAttention(nn.Module):
 
     def queries(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], weight=None):
         """Queries with their positions, `[B, T, D]` -> `[B, N, T, H or 2 H]`; `weight` is `relative_weight`."""
-        query = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        query = self.q_norm(self.q_proj(hidden_states))
+        query = query.view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
         if self.is_rotary:
             return rotate(query, *angles)
         weight = self.relative_weight(query) if weight is None else weight
@@ -132,7 +188,7 @@ class FlashLiteAttention(nn.Module):
     def keys_values(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]):
         """Keys with their positions and values, `[B, S, D]` -> `[B, M, S, H or 2 H]` and `[B, M, S, H]`."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states)).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         key = rotate(key, *angles) if self.is_rotary else self.with_sinusoids(key, angles)
         return key, value
@@ -248,17 +304,18 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
     def _encoder_keys(self, encoder_hidden_states, context, past_key_values):
         """Keys and values of the encoder's states; computed once where a cache keeps them."""
         if not isinstance(past_key_values, EncoderDecoderCache):
-            return self.keys_values(encoder_hidden_states, context.encoder_angles())
+            return self.keys_values(encoder_hidden_states, context.encoder_angles()[self.layer_idx])
         if past_key_values.is_updated.get(self.layer_idx):
             layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
             return self._positioned(layer, context), layer.values
         sources = None if self.training else context.sources()
         if sources is None:
-            key, value = self.keys_values(encoder_hidden_states, context.encoder_angles())
+            key, value = self.keys_values(encoder_hidden_states, context.encoder_angles()[self.layer_idx])
         else:
             # once for each source, which also makes its rows the same to the last bit
             first, number = sources
-            angles = tuple(table if len(table) == 1 else table[first] for table in context.encoder_angles())
+            tables = context.encoder_angles()[self.layer_idx]
+            angles = tuple(table if len(table) == 1 else table[first] for table in tables)
             key, value = (x[number] for x in self.keys_values(encoder_hidden_states[first], angles))
         past_key_values.cross_attention_cache.update(key[..., : self.head_dim], value, self.layer_idx)
         past_key_values.is_updated[self.layer_idx] = True
@@ -275,10 +332,10 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
         if self.is_rotary:
             return layer.keys
         if torch.compiler.is_compiling():
-            return self.with_sinusoids(layer.keys, context.encoder_angles())
+            return self.with_sinusoids(layer.keys, context.encoder_angles()[self.layer_idx])
         view, whole = getattr(layer, "_positioned", (None, None))
         if view is None or view is not layer.keys:
-            whole = self._hold(layer, self.with_sinusoids(layer.keys, context.encoder_angles()))
+            whole = self._hold(layer, self.with_sinusoids(layer.keys, context.encoder_angles()[self.layer_idx]))
         return whole
 
     def _hold(self, layer, whole: torch.Tensor) -> torch.Tensor:
@@ -300,7 +357,7 @@ class DecoderContext:
     rows: Rows | None = None
     memory: FlashLiteCache | None = None
     next_memory: FlashLiteCache | None = None
-    encoder_angles: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None
+    encoder_angles: Callable[[], list[tuple[torch.Tensor, torch.Tensor]]] | None = None
     encoder_mask: torch.Tensor | None = None
     sources: Callable[[], tuple[torch.Tensor, torch.Tensor] | None] = lambda: None
 
@@ -323,43 +380,56 @@ def equal_sources(states: torch.Tensor, mask: torch.Tensor | None) -> tuple[torc
     return fresh.nonzero()[:, 0], fresh.cumsum(0) - 1
 
 
-class FlashLiteEncoderLayer(GradientCheckpointingLayer):
-    """`x += attention(norm(x))`, `x += mlp(norm(x))`."""
+class FlashLiteLayer(GradientCheckpointingLayer):
+    """`x += r norm(attention(norm(x)))`, `x += r norm(mlp(norm(x)))`, common to both stacks.
+
+    The norms stand before the branches or after them (`norm_placement`); r is `residual_multiplier`.
+    """
+
+    def __init__(self, config, attention: FlashLiteAttention):
+        super().__init__()
+        before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        self.input_layernorm = state_norm(config) if before else nn.Identity()
+        self.self_attn = attention
+        self.attention_output_norm = state_norm(config) if after else nn.Identity()
+        self.post_attention_layernorm = state_norm(config) if before else nn.Identity()
+        self.mlp = FlashLiteMLP(config)
+        self.mlp_output_norm = state_norm(config) if after else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.residual_multiplier = config.residual_multiplier
+
+    def add_branches(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """States `[..., D]` before the layer and what its attention gives -> states after the layer."""
+        hidden_states = self._add(hidden_states, self.attention_output_norm(attended))
+        output = self.mlp(self.post_attention_layernorm(hidden_states))
+        return self._add(hidden_states, self.mlp_output_norm(output))
+
+    def _add(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        return torch.add(hidden_states, self.dropout(branch), alpha=self.residual_multiplier)
+
+
+class FlashLiteEncoderLayer(FlashLiteLayer):
+    """A layer of the dense encoder."""
 
     def __init__(self, config: FlashLiteEncoderConfig, layer_idx: int):
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = FlashLiteEncoderAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = FlashLiteMLP(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        super().__init__(config, FlashLiteEncoderAttention(config, layer_idx))
 
     def forward(self, hidden_states, angles, attention_mask=None, **kwargs: Unpack[TransformersKwargs]):
         """`[B, S, D]` -> `[B, S, D]`."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), angles, attention_mask, **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        return self.add_branches(hidden_states, attended)
 
 
-class FlashLiteDecoderLayer(GradientCheckpointingLayer):
-    """`x += attention(norm(x), encoder)`, `x += mlp(norm(x))`; the same with and without an encoder."""
+class FlashLiteDecoderLayer(FlashLiteLayer):
+    """A layer of the sparse decoder; the same with and without an encoder."""
 
     def __init__(self, config: FlashLiteDecoderConfig, layer_idx: int):
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = FlashLiteDecoderAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = FlashLiteMLP(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        super().__init__(config, FlashLiteDecoderAttention(config, layer_idx))
 
     def forward(self, hidden_states, encoder_hidden_states, angles, context, past_key_values=None):
         """`[B, T, D]` -> `[B, T, D]`."""
+        normed = self.input_layernorm(hidden_states)
         attended, _, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            encoder_hidden_states,
-            angles,
-            context,
-            past_key_values=past_key_values,
+            normed, encoder_hidden_states, angles, context, past_key_values=past_key_values
         )
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        return self.add_branches(hidden_states, attended)

@@ -227,6 +227,8 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         """
         if self.head_proj is not None:
             hidden_states = self.head_proj(hidden_states)
+        if self.config.decoder.logits_scaling != 1:
+            hidden_states = hidden_states / self.config.decoder.logits_scaling
         vocab_size = self.config.decoder.vocab_size
         chunked = self._loss_runs_head
         large = hidden_states.shape[:-1].numel() * vocab_size > _MAX_TRAINING_LOGITS

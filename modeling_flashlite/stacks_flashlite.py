@@ -28,9 +28,11 @@ from .layers_flashlite import (
     FlashLiteDecoderLayer,
     FlashLiteEncoderAttention,
     FlashLiteEncoderLayer,
+    FlashLiteRMSNorm,
     equal_sources,
-    position_angles,
+    layer_angles,
     product_dtype,
+    state_norm,
 )
 from .linear_flashlite import Linear
 from .saving_flashlite import AtomicSaving
@@ -72,6 +74,8 @@ class FlashLitePreTrainedModel(AtomicSaving, PreTrainedModel):
             for name in ("position_bias", "content_bias"):
                 if hasattr(module, name):
                     init.zeros_(getattr(module, name))
+        elif isinstance(module, FlashLiteRMSNorm) and module.offset:
+            init.constant_(module.weight, 1.0 - module.offset)
 
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
         embeddings = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
@@ -125,17 +129,19 @@ class FlashLiteStack(FlashLitePreTrainedModel):
     def __init__(self, config, layer_class):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
+        multiplier = config.embedding_multiplier
+        self.embedding_multiplier = config.embedding_size**0.5 if multiplier is None else multiplier
         self.embed_proj = None
         if config.embedding_size != config.hidden_size:
             self.embed_proj = Linear(config.embedding_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList([layer_class(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = state_norm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.gradient_checkpointing = False
 
     def embed(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Table rows `[B, T, E]` -> first hidden states `[B, T, D]`."""
-        hidden_states = inputs_embeds * self.config.embedding_size**0.5
+        hidden_states = inputs_embeds * self.embedding_multiplier
         if self.embed_proj is not None:
             hidden_states = self.embed_proj(hidden_states)
         return self.dropout(hidden_states)
@@ -174,10 +180,9 @@ class FlashLiteEncoder(FlashLiteStack):
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
         hidden_states = self.embed(inputs_embeds)
-        angles = position_angles(
-            self.config, source_positions(hidden_states, attention_mask), product_dtype(hidden_states)
-        )
-        for layer in self.layers:
+        positions = source_positions(hidden_states, attention_mask)
+        all_angles = layer_angles(self.config, positions, product_dtype(hidden_states))
+        for layer, angles in zip(self.layers, all_angles):
             hidden_states = layer(hidden_states, angles, attention_mask=mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.dropout(self.norm(hidden_states)))
 
@@ -287,8 +292,9 @@ class FlashLiteDecoder(FlashLiteStack):
     def _run_layers(self, hidden_states, encoder_hidden_states, context, past_key_values) -> torch.Tensor:
         past = context.memory if past_key_values is None else own_cache(past_key_values)
         positions = target_positions(hidden_states, context.rows, past)
-        angles = position_angles(self.config, positions, product_dtype(hidden_states))
-        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while a draft exits early
+        all_angles = layer_angles(self.config, positions, product_dtype(hidden_states))
+        # fewer layers run while a draft exits early
+        for layer, angles in zip(self.layers[: self.config.num_hidden_layers], all_angles):
             hidden_states = layer(
                 hidden_states, encoder_hidden_states, angles, context, past_key_values=past_key_values
             )
@@ -311,7 +317,7 @@ class FlashLiteDecoder(FlashLiteStack):
                     f"{tuple(encoder_hidden_states.shape[:2])}; give one entry per source token."
                 )
             positions, dtype = source_positions(encoder_hidden_states, mask), product_dtype(encoder_hidden_states)
-            context.encoder_angles = functools.cache(lambda: position_angles(self.config, positions, dtype))
+            context.encoder_angles = functools.cache(lambda: layer_angles(self.config, positions, dtype))
             context.encoder_mask = None if mask is None else mask.bool()
             context.sources = functools.cache(lambda: equal_sources(encoder_hidden_states, mask))
         return context

@@ -23,9 +23,11 @@ from .cache_flashlite import FlashLiteCacheLayer, own_cache
 from .ecq_modules_flashlite import join
 from .int4_flashlite import TILE_ROWS
 from .layers_flashlite import (
+    LENGTH_ROPES,
     FlashLiteDecoderAttention,
     FlashLiteDecoderLayer,
     FlashLiteMLP,
+    FlashLiteRMSNorm,
     position_angles,
     product_dtype,
     rotate,
@@ -53,6 +55,14 @@ class DecoderStep:
         self.decoder, self.dtype = decoder, dtype
         self.layers: list[LayerStep] = [LayerStep(layer) for layer in decoder.layers] if _is_plain(decoder) else []
         self._tables: Any = None
+        config = decoder.config
+        self.kinds = config.rope_kinds
+        ropes = [
+            config.rope_parameters if kind is None else config.rope_parameters[kind]
+            for kind in set(self.kinds) - {"none"}
+        ]
+        by_length = any(rope["rope_type"] in LENGTH_ROPES for rope in ropes)
+        self.positions = 1 if by_length else _ANGLES
 
     def __deepcopy__(self, memo):
         # a copy of a cache shares the weights
@@ -97,16 +107,16 @@ class DecoderStep:
         alike = isinstance(first, FlashLiteCacheLayer) and isinstance(first.fill, int) and isinstance(first.base, int)
         return alike and first.mask is None
 
-    def angles(self, position: int, like: torch.Tensor) -> "Angles":
-        """The angles of one position, from tables of some positions."""
-        first, index = position - position % _ANGLES, position % _ANGLES
-        if self._tables is None or self._tables[0] != first or self._tables[1].cos.device != like.device:
-            positions = torch.arange(first, first + _ANGLES, device=like.device)[None]
+    def angles(self, position: int, like: torch.Tensor) -> "dict[str | None, Angles]":
+        """The angles of one position for each kind of layer, from tables of some positions."""
+        first, index = position - position % self.positions, position % self.positions
+        if self._tables is None or self._tables[:2] != (first, like.device):
+            positions = torch.arange(first, first + self.positions, device=like.device)[None]
             dtype = torch.promote_types(like.dtype, torch.float32)
-            cos, sin = (table[0, 0] for table in position_angles(self.decoder.config, positions, dtype))
-            pairs = (cos, sin), (cos, cos), (sin, sin)
-            self._tables = first, Angles(cos, sin, *(torch.cat(pair, dim=1) for pair in pairs))
-        return Angles(*(table[index] for table in self._tables[1]))
+            config, kinds = self.decoder.config, set(self.kinds)
+            tables = {kind: _tables(*position_angles(config, positions, dtype, kind)) for kind in kinds}
+            self._tables = first, like.device, tables
+        return {kind: Angles(*(table[index] for table in tables)) for kind, tables in self._tables[2].items()}
 
     def __call__(self, hidden_states: torch.Tensor, past_key_values, encoder_mask, context) -> torch.Tensor:
         """States `[B, 1, D]` of the newest tokens before the layers -> after them; the cache grows in place.
@@ -120,8 +130,14 @@ class DecoderStep:
         cross = own is not past_key_values
         for index, layer in enumerate(self.layers):
             encoder = layer.encoder_keys(past_key_values, encoder_mask, context) if cross else None
-            states = layer(states, own.layers[index], angles, encoder)
+            states = layer(states, own.layers[index], angles[self.kinds[index]], encoder)
         return states[:, None]
+
+
+def _tables(cos: torch.Tensor, sin: torch.Tensor) -> Angles:
+    cos, sin = cos[0, 0], sin[0, 0]
+    pairs = (cos, sin), (cos, cos), (sin, sin)
+    return Angles(cos, sin, *(torch.cat(pair, dim=1) for pair in pairs))
 
 
 def _is_plain(decoder) -> bool:
@@ -130,15 +146,23 @@ def _is_plain(decoder) -> bool:
     if config._attn_implementation != "sdpa" or config.output_attentions or config.output_hidden_states:
         return False
     for layer in decoder.layers:
-        norms = layer.input_layernorm, layer.post_attention_layernorm
+        norms = _norms(layer)
         skipped = layer, layer.self_attn, layer.mlp, *norms
-        classes = FlashLiteDecoderLayer, FlashLiteDecoderAttention, FlashLiteMLP, nn.RMSNorm, nn.RMSNorm
-        if tuple(map(type, skipped)) != classes or any(map(is_hooked, skipped)):
+        classes = FlashLiteDecoderLayer, FlashLiteDecoderAttention, FlashLiteMLP
+        if tuple(map(type, skipped[:3])) != classes or any(map(is_hooked, skipped)):
+            return False
+        if not {type(norm) for norm in norms} <= {nn.RMSNorm, FlashLiteRMSNorm, nn.Identity}:
             return False
         direct = [p for module in skipped for p in module.parameters(recurse=False)]
         if any(type(p) is not nn.Parameter or p.device.type == "meta" for p in direct):
             return False
     return not nn.modules.module._has_any_global_hook()
+
+
+def _norms(layer: FlashLiteDecoderLayer) -> list[nn.Module]:
+    """The four places of a norm in a layer, in their order."""
+    names = "input_layernorm", "attention_output_norm", "post_attention_layernorm", "mlp_output_norm"
+    return [getattr(layer, name) for name in names]
 
 
 def _call(module: nn.Module):
@@ -161,7 +185,9 @@ class LayerStep:
         self.gate_up = _together([layer.mlp.gate_proj, layer.mlp.up_proj])
         self.o, self.down = _call(attention.o_proj), _call(layer.mlp.down_proj)
         self.act = _call(layer.mlp.act_fn)
-        self.norms = [_norm_weight(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.norms = list(map(_norm_of, _norms(layer)))
+        self.head_norms = _call(attention.q_norm), _call(attention.k_norm)
+        self.multiplier = layer.residual_multiplier
         self.groups, self.is_rotary = attention.num_key_value_groups, attention.is_rotary
         self.query_map = None if self.is_rotary else self._query_map()
         self._encoder: Any = None
@@ -195,11 +221,11 @@ class LayerStep:
 
     def __call__(self, states, cache, angles: Angles, encoder: "EncoderKeys | None") -> torch.Tensor:
         """States `[B, D]` -> `[B, D]`."""
-        normed = _norm(states, self.norms[0])
-        query, key, value = self.query_key_value(normed)
-        query = self._query(query, angles)
+        before, after, before_mlp, after_mlp = self.norms
+        query, key, value = self.query_key_value(before(states))
+        query = self._query(self.head_norms[0](query), angles)
         batch = states.shape[0]
-        key = key.view(batch, -1, 1, self.head_dim)
+        key = self.head_norms[1](key).view(batch, -1, 1, self.head_dim)
         value = value.view(key.shape)
         if self.is_rotary:
             key = rotate(key, angles.cos, angles.sin)
@@ -207,10 +233,9 @@ class LayerStep:
             key = torch.cat([key, angles.both.to(key.dtype).expand(key.shape)], dim=-1)
         keys, values = cache.update(key, value)
         attended = self._attend(query, keys, values, cache, encoder).reshape(batch, -1)
-        states = states + self.o(attended.to(states.dtype))
-        normed = _norm(states, self.norms[1])
-        gate, up = self.gate_up(normed)
-        return states + self.down(self.act(gate) * up)
+        states = torch.add(states, after(self.o(attended.to(states.dtype))), alpha=self.multiplier)
+        gate, up = self.gate_up(before_mlp(states))
+        return torch.add(states, after_mlp(self.down(self.act(gate) * up)), alpha=self.multiplier)
 
     def _query(self, projected: torch.Tensor, angles: Angles) -> torch.Tensor:
         """Scaled queries with their positions, `[B, N H]` -> `[B M, G, H or 2 H]`."""
@@ -322,16 +347,21 @@ def _beams(sources: torch.Tensor | None, mask: torch.Tensor | None) -> int:
     return beams if alike and all(bool((states == states[:, :1]).all()) for states in alike) else 1
 
 
-def _norm_weight(norm: nn.RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and floor of a norm for [`_norm`], `sqrt(D) w` and `sqrt(D eps)`."""
-    wide = torch.promote_types(norm.weight.dtype, torch.float32)
-    size = norm.normalized_shape[0]
-    eps = torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
-    return norm.weight.detach().to(wide) * size**0.5, norm.weight.new_tensor((size * eps) ** 0.5, dtype=wide)
+def _norm_of(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The norm of a module as a function of `[B, D]`, in half of the time of the operator for one token.
 
+    `x w / sqrt(mean(x^2) + eps) = x (sqrt(D) w) / hypot(|x|, sqrt(D eps))`.
+    """
+    if type(module) is nn.Identity:
+        return module.forward
+    wide = torch.promote_types(module.weight.dtype, torch.float32)
+    size = module.normalized_shape[0]
+    eps = torch.finfo(module.weight.dtype).eps if module.eps is None else module.eps
+    weight = (module.weight.detach().to(wide) + getattr(module, "offset", 0.0)) * size**0.5
+    floor = module.weight.new_tensor((size * eps) ** 0.5, dtype=wide)
 
-def _norm(states: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """`x w / sqrt(mean(x^2) + eps)` of `[B, D]`, in half of the time of the operator for one token."""
-    weight, floor = norm
-    length = torch.linalg.vector_norm(states, 2, -1, True, dtype=weight.dtype)
-    return (states * weight).div_(torch.hypot(length, floor)).to(states.dtype)
+    def norm(states: torch.Tensor) -> torch.Tensor:
+        length = torch.linalg.vector_norm(states, 2, -1, True, dtype=wide)
+        return (states * weight).div_(torch.hypot(length, floor)).to(states.dtype)
+
+    return norm

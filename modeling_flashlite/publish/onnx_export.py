@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..attention_flashlite import multi_axis_attention_reference
-from ..layers_flashlite import position_angles
+from ..layers_flashlite import LENGTH_ROPES, layer_angles
 from ..modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 
 
@@ -32,8 +32,8 @@ class EncoderGraph(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        angles = position_angles(self.decoder.config, positions, states.dtype)
-        pairs = [layer.self_attn.keys_values(states, angles) for layer in self.decoder.layers]
+        all_angles = layer_angles(self.decoder.config, positions, states.dtype)
+        pairs = [layer.self_attn.keys_values(states, angles) for layer, angles in zip(self.decoder.layers, all_angles)]
         return states, torch.stack([key for key, _ in pairs]), torch.stack([value for _, value in pairs])
 
 
@@ -53,9 +53,9 @@ class DecoderGraph(nn.Module):
         decoder = self.decoder
         states = decoder.embed(decoder.embed_tokens(input_ids))
         slots = position[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
-        angles = position_angles(decoder.config, slots, states.dtype)
+        all_angles = layer_angles(decoder.config, slots, states.dtype)
         new_keys, new_values = [], []
-        for index, layer in enumerate(decoder.layers):
+        for index, (layer, angles) in enumerate(zip(decoder.layers, all_angles)):
             attention, normed = layer.self_attn, layer.input_layernorm(states)
             key, value = attention.keys_values(normed, angles)
             new_keys.append(_write(keys[index], key, slots))
@@ -70,11 +70,11 @@ class DecoderGraph(nn.Module):
                 scaling=attention.scaling,
                 cross=cross,
             )
-            states = states + attention.o_proj(out.transpose(1, 2).flatten(2))
-            states = states + layer.mlp(layer.post_attention_layernorm(states))
+            states = layer.add_branches(states, attention.o_proj(out.transpose(1, 2).flatten(2)))
         states = decoder.norm(states)
         if self.head.head_proj is not None:
             states = self.head.head_proj(states)
+        states = states / decoder.config.logits_scaling
         return self.head.lm_head(states), torch.stack(new_keys), torch.stack(new_values)
 
 
@@ -91,9 +91,13 @@ def check_exportable(model, max_length: int) -> None:
         raise ExportError(
             "ONNX has no operator for entropy-coded weights; call model.dequantize() first and export the float model."
         )
-    rope = model.model.decoder.config.rope_parameters
-    if rope["rope_type"] in ("dynamic", "longrope"):
-        raise ExportError(f"rope_type {rope['rope_type']} depends on the length, which a graph cannot; use another.")
+    stack = model.model.decoder.config
+    for kind in set(stack.rope_kinds) - {"none"}:
+        rope = stack.rope_parameters if kind is None else stack.rope_parameters[kind]
+        if rope["rope_type"] in LENGTH_ROPES:
+            raise ExportError(
+                f"rope_type {rope['rope_type']} depends on the length, which a graph cannot; use another."
+            )
     block = model.model.decoder.config.block_size
     if max_length < block or max_length % block:
         raise ExportError(f"max_length is {max_length}, it must be a positive multiple of block_size = {block}.")
