@@ -6,6 +6,11 @@ Importing the package registers its classes with the Auto classes of transformer
 
 import importlib
 
+# first: it says in one sentence that the library is too old for what follows
+from .compat_flashlite import check_version  # noqa: F401
+
+# isort: split
+
 from transformers import (
     AutoConfig,
     AutoModel,

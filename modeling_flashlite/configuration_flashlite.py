@@ -4,9 +4,11 @@
 import inspect
 from typing import Any
 
+# first: it says in one sentence that the library is too old for what follows
+from .compat_flashlite import CACHE, sub_config_specs  # isort: split
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_rope_utils import RopeParameters
 
 POSITION_ENCODINGS = ("transformer_xl", "rotary")
@@ -108,7 +110,7 @@ class FlashLiteStackConfig(PreTrainedConfig):
     """
 
     base_model_pp_plan = _PP_PLAN
-    keys_to_ignore_at_inference = ["past_key_values", "memory"]
+    keys_to_ignore_at_inference = [CACHE, "memory"]
 
     vocab_size: int = 16000
     hidden_size: int = 384
@@ -314,11 +316,9 @@ class FlashLiteConfig(PreTrainedConfig):
 
     model_type = "flashlite"
     base_model_fsdp_plan = {}  # type: ignore[var-annotated]  # the stacks have their own
-    keys_to_ignore_at_inference = ["past_key_values", "memory"]
-    sub_configs_defaults = {
-        "encoder": SubConfigSpec(config_class=FlashLiteEncoderConfig, optional=True),
-        "decoder": SubConfigSpec(config_class=FlashLiteDecoderConfig),
-    }
+    keys_to_ignore_at_inference = [CACHE, "memory"]
+    sub_configs = {"encoder": FlashLiteEncoderConfig, "decoder": FlashLiteDecoderConfig}  # type: ignore[assignment]
+    sub_configs_defaults = sub_config_specs(sub_configs, optional="encoder")
 
     encoder: FlashLiteEncoderConfig | dict[Any, Any] | None = None
     decoder: FlashLiteDecoderConfig | dict[Any, Any] | None = None

@@ -15,8 +15,6 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 
 from .attention_flashlite import dense_attention, multi_axis_attention, multi_axis_attention_reference
 from .cache_flashlite import EncoderCacheLayer, FlashLiteCache, Rows, axis_spec, own_cache
@@ -215,7 +213,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 class FlashLiteEncoderAttention(FlashLiteAttention):
     """Dense bidirectional attention."""
 
-    def forward(self, hidden_states, angles, attention_mask=None, **kwargs: Unpack[TransformersKwargs]):
+    def forward(self, hidden_states, angles, attention_mask=None):
         """`[B, S, D]` -> `[B, S, D]` and the weights `[B, N, S, S]`, where the implementation gives them."""
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -226,7 +224,7 @@ class FlashLiteEncoderAttention(FlashLiteAttention):
             weights, out = None, dense_attention(query, key, value, attention_mask, scaling=self.scaling)
             out = out.transpose(1, 2)
         else:
-            out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs)
+            out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
@@ -237,9 +235,9 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
         super().__init__(config, layer_idx)
         self.spec = axis_spec(config)
 
-    def forward(self, hidden_states, encoder_hidden_states, angles, context: "DecoderContext", past_key_values=None):
+    def forward(self, hidden_states, encoder_hidden_states, angles, context: "DecoderContext"):
         """`[B, T, D]` -> `[B, T, D]`, the weights of decoder keys `[B, N, T, S]` and those of encoder keys."""
-        rows, layer = context.rows, None
+        rows, past_key_values, layer = context.rows, context.past_key_values, None
         hidden_states = hidden_states.to(product_dtype(hidden_states))
         weight = self._kept_weight(hidden_states, past_key_values)
         query, (key, value) = self.queries(hidden_states, angles, weight), self.keys_values(hidden_states, angles)
@@ -348,13 +346,15 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
 class DecoderContext:
     """What all layers of one decoder forward share.
 
-    `rows` maps padded or packed columns to rows (`None` where every column is real), `memory` is the segment memory
-    before this segment, `next_memory` receives the one after it (written again, alike, when a checkpointed layer is
-    recomputed), and `encoder_angles`, `sources` (see [`equal_sources`]; functions: a cache makes them needless) and
-    `encoder_mask` belong to the encoder's keys.
+    `rows` maps padded or packed columns to rows (`None` where every column is real), `past_key_values` is the cache
+    (here, since checkpointed layers drop an argument of that name), `memory` is the segment memory before this
+    segment, `next_memory` receives the one after it (written again, alike, when a checkpointed layer is recomputed),
+    and `encoder_angles`, `sources` (see [`equal_sources`]; functions: a cache makes them needless) and `encoder_mask`
+    belong to the encoder's keys.
     """
 
     rows: Rows | None = None
+    past_key_values: EncoderDecoderCache | FlashLiteCache | None = None
     memory: FlashLiteCache | None = None
     next_memory: FlashLiteCache | None = None
     encoder_angles: Callable[[], list[tuple[torch.Tensor, torch.Tensor]]] | None = None
@@ -414,9 +414,9 @@ class FlashLiteEncoderLayer(FlashLiteLayer):
     def __init__(self, config: FlashLiteEncoderConfig, layer_idx: int):
         super().__init__(config, FlashLiteEncoderAttention(config, layer_idx))
 
-    def forward(self, hidden_states, angles, attention_mask=None, **kwargs: Unpack[TransformersKwargs]):
+    def forward(self, hidden_states, angles, attention_mask=None):
         """`[B, S, D]` -> `[B, S, D]`."""
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), angles, attention_mask, **kwargs)
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), angles, attention_mask)
         return self.add_branches(hidden_states, attended)
 
 
@@ -426,10 +426,8 @@ class FlashLiteDecoderLayer(FlashLiteLayer):
     def __init__(self, config: FlashLiteDecoderConfig, layer_idx: int):
         super().__init__(config, FlashLiteDecoderAttention(config, layer_idx))
 
-    def forward(self, hidden_states, encoder_hidden_states, angles, context, past_key_values=None):
+    def forward(self, hidden_states, encoder_hidden_states, angles, context):
         """`[B, T, D]` -> `[B, T, D]`."""
         normed = self.input_layernorm(hidden_states)
-        attended, _, _ = self.self_attn(
-            normed, encoder_hidden_states, angles, context, past_key_values=past_key_values
-        )
+        attended, _, _ = self.self_attn(normed, encoder_hidden_states, angles, context)
         return self.add_branches(hidden_states, attended)

@@ -7,7 +7,6 @@ D hidden size, E embedding size, V vocabulary.
 
 import contextlib
 import copy
-import inspect
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -27,11 +26,11 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .cache_flashlite import FlashLiteCache
+from .compat_flashlite import CACHE, CacheNames, check_arguments, named_arguments, takes_cache
 from .configuration_flashlite import FlashLiteConfig
 from .int4_flashlite import int8_codes
 from .linear_flashlite import Linear
@@ -41,6 +40,8 @@ from .loss_flashlite import chunked_cross_entropy
 from .quantization_flashlite import EcqConfig  # noqa: F401
 from .stacks_flashlite import FlashLiteDecoder, FlashLiteDecoderOutput, FlashLiteEncoder, FlashLitePreTrainedModel
 
+logger = logging.get_logger(__name__)
+
 # training logits of more elements than this are never built: the loss then runs chunk by chunk over the tokens
 _MAX_TRAINING_LOGITS = 2**20
 # per model, what decoding in batches of more than 16 rows holds of its 4-bit layers: one byte a weight, while it lives
@@ -48,21 +49,21 @@ _INT8_CODES: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @dataclass
-class FlashLiteModelOutput(Seq2SeqModelOutput):
+class FlashLiteModelOutput(CacheNames, Seq2SeqModelOutput):
     """What the encoder-decoder returns; `memory` is the decoder's segment memory, where one was given."""
 
     memory: FlashLiteCache | None = None
 
 
 @dataclass
-class FlashLiteCausalLMOutput(CausalLMOutputWithPast):
+class FlashLiteCausalLMOutput(CacheNames, CausalLMOutputWithPast):
     """What the decoder-only language model returns; `memory` is its segment memory, where one was given."""
 
     memory: FlashLiteCache | None = None
 
 
 @dataclass
-class FlashLiteSeq2SeqLMOutput(Seq2SeqLMOutput):
+class FlashLiteSeq2SeqLMOutput(CacheNames, Seq2SeqLMOutput):
     """What the sequence-to-sequence model returns; `memory` is the decoder's segment memory, where one was given."""
 
     memory: FlashLiteCache | None = None
@@ -92,6 +93,7 @@ class FlashLiteModel(FlashLitePreTrainedModel):
         """An empty segment memory, to be passed as `memory` with the first segment."""
         return FlashLiteCache(self.config)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -120,12 +122,21 @@ class FlashLiteModel(FlashLitePreTrainedModel):
                 `input_ids` shifted to the right.
             decoder_attention_mask: real target tokens `[B, T]` or `[B, past + T]`.
             encoder_outputs: what the encoder returned before, instead of running it.
-            past_key_values: cache of the target tokens before; it grows in place.
+            past_key_values: cache of the target tokens before; it grows in place. It may be called `cache` too.
             use_cache: whether to return (and make) a cache.
             memory: the decoder's segment memory before this segment; the output's `memory` holds the one after it.
         """
-        own = {"past_key_values": past_key_values, "use_cache": use_cache, "memory": memory, **kwargs}
+        check_arguments(self, kwargs, packed=position_ids is not None)
+        recorded = self._recorded(kwargs)
+        own = {"past_key_values": past_key_values, "use_cache": use_cache, "memory": memory, **recorded}
         if not self.config.is_encoder_decoder:
+            self._refuse_encoder_arguments(
+                decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask,
+                decoder_position_ids=decoder_position_ids,
+                encoder_outputs=encoder_outputs,
+                decoder_inputs_embeds=decoder_inputs_embeds,
+            )
             outputs = self.decoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -148,7 +159,7 @@ class FlashLiteModel(FlashLitePreTrainedModel):
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
-                **kwargs,
+                **recorded,
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
@@ -163,7 +174,7 @@ class FlashLiteModel(FlashLitePreTrainedModel):
         )
         return FlashLiteModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             decoder_hidden_states=outputs.hidden_states,
             decoder_attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -172,6 +183,19 @@ class FlashLiteModel(FlashLitePreTrainedModel):
             encoder_attentions=encoder_outputs.attentions,
             memory=outputs.memory,
         )
+
+    def _recorded(self, kwargs: dict) -> dict:
+        """What the stacks record: as asked for, or else as the config says."""
+        names = "output_attentions", "output_hidden_states"
+        asked = {name: kwargs.get(name) for name in names}
+        return {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
+
+    def _refuse_encoder_arguments(self, **arguments) -> None:
+        for name in (name for name, value in arguments.items() if value is not None):
+            raise ValueError(
+                f"`{name}` is given, but this model has no encoder; its tokens go into `input_ids`, and what belongs "
+                "to them into `attention_mask` and `position_ids`."
+            )
 
 
 def shift_tokens_right(labels: torch.Tensor, config: FlashLiteConfig) -> torch.Tensor:
@@ -185,6 +209,19 @@ def shift_tokens_right(labels: torch.Tensor, config: FlashLiteConfig) -> torch.T
     shifted = labels.roll(1, dims=-1)
     shifted[..., 0] = start
     return shifted.masked_fill(shifted == -100, pad)
+
+
+def kept_states(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The states `[B, T, D]` whose logits are asked for.
+
+    `logits_to_keep` is the number of last positions (0: all), positions `[P]` of every row or `[B, P]` of each, or a
+    mask (bool `[B, T]`), whose states come in one row, `[P, D]`.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.dim() == 2 and logits_to_keep.dtype != torch.bool:
+        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+    return hidden_states[logits_to_keep] if logits_to_keep.dim() == 2 else hidden_states[:, logits_to_keep]
 
 
 class FlashLiteHeadModel(FlashLitePreTrainedModel):
@@ -205,11 +242,6 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         self.loss_function = chunked_cross_entropy
         self.post_init()
 
-    def __setattr__(self, name, value):
-        super().__setattr__(name, value)
-        if name == "loss_function":  # a hook that takes the head runs it itself, over chunks of tokens
-            self._loss_runs_head = "lm_head" in inspect.signature(value).parameters
-
     def new_memory(self) -> FlashLiteCache:
         """An empty segment memory, to be passed as `memory` with the first segment."""
         return self.model.new_memory()
@@ -220,7 +252,7 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         with super()._optimize_model_for_decode(), int8_codes(_INT8_CODES.setdefault(self, WeakIdKeyDictionary())):
             yield
 
-    def _head(self, hidden_states, labels, logits_to_keep, **kwargs):
+    def _head(self, hidden_states, labels, logits_to_keep, teacher, kwargs):
         """Loss and logits of the decoder's states `[B, T, D]`; `labels` `[B, T]` are aligned with them.
 
         Training batches with many logits get none: the loss then runs over chunks of tokens.
@@ -230,23 +262,26 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         if self.config.decoder.logits_scaling != 1:
             hidden_states = hidden_states / self.config.decoder.logits_scaling
         vocab_size = self.config.decoder.vocab_size
-        chunked = self._loss_runs_head
+        chunked = "lm_head" in self._loss_arguments  # it runs the head itself
         large = hidden_states.shape[:-1].numel() * vocab_size > _MAX_TRAINING_LOGITS
         logits = None
         if labels is None or not (self.training and chunked and large):
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            logits = self.lm_head(kept_states(hidden_states, logits_to_keep))
         if labels is None:
             self._check_labels_are_not_missed(kwargs)
             return None, logits
         whole = logits is not None and logits.shape[:2] == hidden_states.shape[:2]
-        if chunked:
-            kwargs.update(hidden_states=hidden_states, lm_head=self.lm_head)
-        else:
-            kwargs.update(shift_labels=labels)
-        loss = self.loss_function(
-            logits=logits if whole or not chunked else None, labels=labels, vocab_size=vocab_size, **kwargs
-        )
-        return loss, logits
+        own = {"hidden_states": hidden_states, "lm_head": self.lm_head} if chunked else {"shift_labels": labels}
+        own |= {name: value for name, value in kwargs.items() if name in self._loss_arguments - {"num_items_in_batch"}}
+        teacher = {name: value for name, value in teacher.items() if value is not None}
+        if teacher.keys() - self._loss_arguments:
+            logger.warning_once(
+                f"{' and '.join(teacher)} are given, but the loss function does not read them; to distil, set "
+                "`model.loss_function = KDLoss()`."
+            )
+        logits_read = logits if whole or not chunked else None
+        arguments = {"logits": logits_read, "labels": labels, "vocab_size": vocab_size, **own, **teacher}
+        return self._loss(arguments, labels, kwargs.get("num_items_in_batch")), logits
 
     def _check_labels_are_not_missed(self, kwargs: dict) -> None:
         """Refuse a step of a `Trainer` that keeps the labels to itself, so that the loss hook would not be called."""
@@ -277,6 +312,7 @@ class FlashLiteForConditionalGeneration(FlashLiteHeadModel, GenerationMixin):
         """Decoder inputs of `labels` `[B, T]`; the collators of the library call this."""
         return shift_tokens_right(labels, self.config)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -311,6 +347,7 @@ class FlashLiteForConditionalGeneration(FlashLiteHeadModel, GenerationMixin):
             Loss and logits `[B, T, V]`. A training batch with labels and more than 2^20 logits gets none of them: its
             loss runs over chunks of tokens.
         """
+        check_arguments(self, kwargs, self._loss_arguments, packed=position_ids is not None)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = shift_tokens_right(labels, self.config)
         given = (labels, decoder_input_ids, decoder_inputs_embeds)
@@ -335,16 +372,10 @@ class FlashLiteForConditionalGeneration(FlashLiteHeadModel, GenerationMixin):
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             memory=memory,
-            **kwargs,
+            **self.model._recorded(kwargs),
         )
-        loss, logits = self._head(
-            outputs.last_hidden_state,
-            labels,
-            logits_to_keep,
-            teacher_ids=teacher_ids,
-            teacher_weights=teacher_weights,
-            **kwargs,
-        )
+        teacher = {"teacher_ids": teacher_ids, "teacher_weights": teacher_weights}
+        loss, logits = self._head(outputs.last_hidden_state, labels, logits_to_keep, teacher, kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return FlashLiteSeq2SeqLMOutput(loss=loss, logits=logits, **fields)
 
@@ -357,6 +388,7 @@ class FlashLiteForCausalLM(FlashLiteHeadModel, GenerationMixin):
     def __init__(self, config: FlashLiteConfig):
         super().__init__(decoder_only(config))
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -386,6 +418,9 @@ class FlashLiteForCausalLM(FlashLiteHeadModel, GenerationMixin):
             Loss and logits `[B, T, V]`. A training batch with labels and more than 2^20 logits gets none of them: its
             loss runs over chunks of tokens.
         """
+        # not an argument by name: the Trainer would take it for one of the labels that every batch must have
+        shifted = kwargs.pop("shift_labels", None)
+        check_arguments(self, kwargs, self._loss_arguments, packed=position_ids is not None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -394,32 +429,20 @@ class FlashLiteForCausalLM(FlashLiteHeadModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             memory=memory,
-            **kwargs,
+            **self.model._recorded(kwargs),
         )
-        shifted = kwargs.pop("shift_labels", None)
         if labels is not None and shifted is None:
             shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        loss, logits = self._head(
-            outputs.last_hidden_state,
-            shifted,
-            logits_to_keep,
-            teacher_ids=teacher_ids,
-            teacher_weights=teacher_weights,
-            **kwargs,
-        )
+        teacher = {"teacher_ids": teacher_ids, "teacher_weights": teacher_weights}
+        loss, logits = self._head(outputs.last_hidden_state, shifted, logits_to_keep, teacher, kwargs)
         return FlashLiteCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             memory=outputs.memory,
         )
-
-
-# `generate` looks for it before every token of a model that brings its own code: kept here, it is found, not made
-for _model_class in (FlashLiteForConditionalGeneration, FlashLiteForCausalLM):
-    _model_class.forward.__signature__ = inspect.signature(_model_class.forward)
 
 
 def decoder_only(config: FlashLiteConfig) -> FlashLiteConfig:
@@ -429,6 +452,10 @@ def decoder_only(config: FlashLiteConfig) -> FlashLiteConfig:
     config = copy.deepcopy(config)
     config.is_encoder_decoder, config.encoder = False, None
     return config
+
+
+# what the task heads hand on
+_MODEL_ARGUMENTS = named_arguments(FlashLiteModel.forward) | {"output_attentions", "output_hidden_states"}
 
 
 class FlashLiteTaskModel(FlashLitePreTrainedModel):
@@ -450,13 +477,15 @@ class FlashLiteTaskModel(FlashLitePreTrainedModel):
 
     def _run(self, input_ids, attention_mask, inputs_embeds, **kwargs):
         """Outputs of the base model, and the head's scores `[B, T, labels]` of each token."""
+        known = _MODEL_ARGUMENTS | self._loss_arguments
+        check_arguments(self, kwargs, known, packed=kwargs.get("position_ids") is not None)
+        kwargs = {name: value for name, value in kwargs.items() if name in _MODEL_ARGUMENTS}
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        if self.config.is_encoder_decoder:
-            if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
-                kwargs.update(decoder_input_ids=input_ids, decoder_inputs_embeds=inputs_embeds)
-                kwargs.setdefault("decoder_attention_mask", attention_mask)
-        else:
-            kwargs = {name: value for name, value in kwargs.items() if not name.startswith(("decoder_", "encoder_"))}
+        given = kwargs.get("decoder_input_ids") is not None or kwargs.get("decoder_inputs_embeds") is not None
+        if self.config.is_encoder_decoder and not given:
+            kwargs.update(decoder_input_ids=input_ids, decoder_inputs_embeds=inputs_embeds)
+            if kwargs.get("decoder_attention_mask") is None:
+                kwargs["decoder_attention_mask"] = attention_mask
         outputs = self.model(**inputs, **kwargs)
         return outputs, getattr(self, self._head_name)(self.dropout(outputs.last_hidden_state))
 
@@ -509,7 +538,8 @@ class FlashLiteForSequenceClassification(FlashLiteTaskModel):
         logits = scores[torch.arange(len(scores), device=scores.device), last]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            arguments = {"logits": logits, "labels": labels, "pooled_logits": logits, "config": self.config}
+            loss = self._loss(arguments, labels, kwargs.get("num_items_in_batch"))
         return task_output(
             outputs, Seq2SeqSequenceClassifierOutput, SequenceClassifierOutputWithPast, loss=loss, logits=logits
         )
@@ -555,7 +585,10 @@ class FlashLiteForTokenClassification(FlashLiteTaskModel):
             decoder_inputs_embeds=decoder_inputs_embeds,
             **kwargs,
         )
-        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        loss = None
+        if labels is not None:
+            arguments = {"logits": logits, "labels": labels, "config": self.config}
+            loss = self._loss(arguments, labels, kwargs.get("num_items_in_batch"))
         return task_output(outputs, FlashLiteTokenClassifierOutput, TokenClassifierOutput, loss=loss, logits=logits)
 
 
@@ -595,7 +628,9 @@ class FlashLiteForQuestionAnswering(FlashLiteTaskModel):
         start_logits, end_logits = scores[..., 0].contiguous(), scores[..., 1].contiguous()
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+            arguments = {"start_logits": start_logits, "end_logits": end_logits}
+            arguments |= {"start_positions": start_positions, "end_positions": end_positions}
+            loss = self._loss(arguments, start_positions, kwargs.get("num_items_in_batch"))
         return task_output(
             outputs,
             Seq2SeqQuestionAnsweringModelOutput,

@@ -14,12 +14,11 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import PreTrainedModel
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_flashlite import FlashLiteCache, Rows, own_cache, prepare_cache, rows_of_documents, rows_of_mask
+from .compat_flashlite import CACHE, CacheNames, named_arguments, takes_cache
 from .configuration_flashlite import FlashLiteConfig, FlashLiteDecoderConfig, FlashLiteEncoderConfig
 from .layers_flashlite import (
     DecoderContext,
@@ -40,7 +39,7 @@ from .step_flashlite import DecoderStep
 
 
 @dataclass
-class FlashLiteDecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+class FlashLiteDecoderOutput(CacheNames, BaseModelOutputWithPastAndCrossAttentions):
     """What the decoder returns; `memory` is the segment memory after this segment, where one was given."""
 
     memory: FlashLiteCache | None = None
@@ -54,10 +53,14 @@ class FlashLitePreTrainedModel(AtomicSaving, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["FlashLiteEncoderLayer", "FlashLiteDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "memory", "context"]
+    _skip_keys_device_placement = ["cache", "past_key_values", "memory", "context"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _supports_context_parallel = False
+    # every head divides its loss by the `num_items_in_batch` that the Trainer counts
+    accepts_loss_kwargs = True
+    # what the loss hook names; the library's own hooks, which are not assigned, name nothing that counts here
+    _loss_arguments: frozenset[str] = frozenset()
 
     def __setattr__(self, name, value):
         if name == "loss_function" and isinstance(value, nn.Module):
@@ -66,6 +69,23 @@ class FlashLitePreTrainedModel(AtomicSaving, PreTrainedModel):
                 "and it would be ignored; assign a plain callable such as a function or a dataclass."
             )
         super().__setattr__(name, value)
+        if name == "loss_function":
+            super().__setattr__("_loss_arguments", named_arguments(value))
+
+    def _loss(self, arguments: dict, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None):
+        """The loss hook's value for `arguments`, which hold `labels` (-100 is ignored) by whatever name.
+
+        Where `num_items_in_batch` is given, the loss is this batch's share of the mean over so many labels. A hook
+        that does not name it returns the mean over its own labels, which is brought to that share here.
+        """
+        if "num_items_in_batch" in self._loss_arguments:
+            return self.loss_function(num_items_in_batch=num_items_in_batch, **arguments)
+        loss = self.loss_function(**arguments)
+        if num_items_in_batch is None:
+            return loss
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss * ((labels != -100).sum().to(loss.device) / num_items_in_batch)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -158,7 +178,6 @@ class FlashLiteEncoder(FlashLiteStack):
         super().__init__(config, FlashLiteEncoderLayer)
         self.post_init()
 
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -166,8 +185,20 @@ class FlashLiteEncoder(FlashLiteStack):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> tuple | BaseModelOutput:
+        r"""Run the encoder over `[B, S]` tokens.
+
+        Args:
+            input_ids, inputs_embeds: tokens `[B, S]` or table rows `[B, S, E]`; exactly one of them.
+            attention_mask: real tokens `[B, S]`; padding may stand on any side.
+            position_ids: `[B, S]`. Positions are counted from the mask; ones that restart within a row are refused.
+            output_attentions, output_hidden_states: what to record; `capture_outputs` reads them.
+
+        Raises:
+            ValueError: for inputs that cannot be meant; see `check_inputs`.
+        """
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -183,7 +214,7 @@ class FlashLiteEncoder(FlashLiteStack):
         positions = source_positions(hidden_states, attention_mask)
         all_angles = layer_angles(self.config, positions, product_dtype(hidden_states))
         for layer, angles in zip(self.layers, all_angles):
-            hidden_states = layer(hidden_states, angles, attention_mask=mask, **kwargs)
+            hidden_states = layer(hidden_states, angles, attention_mask=mask)
         return BaseModelOutput(last_hidden_state=self.dropout(self.norm(hidden_states)))
 
 
@@ -209,6 +240,7 @@ class FlashLiteDecoder(FlashLiteStack):
         super().__init__(config, FlashLiteDecoderLayer)
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -222,7 +254,8 @@ class FlashLiteDecoder(FlashLiteStack):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         memory: FlashLiteCache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> tuple | FlashLiteDecoderOutput:
         r"""Run the decoder over `[B, T]` tokens.
 
@@ -232,11 +265,12 @@ class FlashLiteDecoder(FlashLiteStack):
                 side.
             position_ids: `[B, T]`. Positions are counted from the mask; given ones tell, by restarting, where the
                 documents of a packed batch begin.
-            past_key_values: cache of the tokens before; it grows in place.
+            past_key_values: cache of the tokens before; it grows in place. It may be called `cache` too.
             use_cache: whether to return (and make) a cache.
             encoder_hidden_states, encoder_attention_mask: `[B, S, D]` states of the encoder and their mask `[B, S]`.
             memory: segment memory before this segment, from `new_memory()` or the previous output. The output's
                 `memory` holds the one after it. It works in training too, where nothing flows back into it.
+            output_attentions, output_hidden_states: what to record; `capture_outputs` reads them.
 
         Raises:
             ValueError: for inputs that cannot be meant; see `check_inputs`.
@@ -249,6 +283,16 @@ class FlashLiteDecoder(FlashLiteStack):
             raise ValueError(
                 f"`past_key_values` is a {type(past_key_values).__name__}, but must be a cache; pass a "
                 "`FlashLiteCache`, an empty `DynamicCache`, or none."
+            )
+        if memory is not None and not isinstance(memory, FlashLiteCache):
+            raise ValueError(
+                f"`memory` is a {type(memory).__name__}, but must be a `FlashLiteCache`; start from this model's "
+                "`new_memory()`."
+            )
+        if past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "`past_key_values` is given in training with gradient checkpointing, which would write every token "
+                "into it twice; pass the past as `memory`, or disable one of them."
             )
         past_columns = 0 if past_key_values is None else past_key_values.get_seq_length()
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_columns)
@@ -273,35 +317,34 @@ class FlashLiteDecoder(FlashLiteStack):
             rows = padded_rows(inputs_embeds, attention_mask)
         hidden_states = self.embed(inputs_embeds)
         make_context = functools.cache(
-            lambda: self._context(rows, memory, encoder_hidden_states, encoder_attention_mask)
+            lambda: self._context(rows, past_key_values, memory, encoder_hidden_states, encoder_attention_mask)
         )
-        step = None if rows is not None else DecoderStep.of(self, past_key_values, hidden_states, **kwargs)
+        recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        step = None if rows is not None else DecoderStep.of(self, past_key_values, hidden_states, **recorded)
         next_memory = None
         if step is not None:
             hidden_states = step(hidden_states, past_key_values, encoder_attention_mask, make_context)
         else:
             context = make_context()
-            hidden_states = self._run_layers(hidden_states, encoder_hidden_states, context, past_key_values)
+            hidden_states = self._run_layers(hidden_states, encoder_hidden_states, context)
             next_memory = context.next_memory
         return FlashLiteDecoderOutput(
             last_hidden_state=self.dropout(self.norm(hidden_states)),
-            past_key_values=past_key_values if use_cache else None,
             memory=next_memory,
+            **{CACHE: past_key_values if use_cache else None},
         )
 
-    def _run_layers(self, hidden_states, encoder_hidden_states, context, past_key_values) -> torch.Tensor:
-        past = context.memory if past_key_values is None else own_cache(past_key_values)
+    def _run_layers(self, hidden_states, encoder_hidden_states, context) -> torch.Tensor:
+        past = context.memory if context.past_key_values is None else own_cache(context.past_key_values)
         positions = target_positions(hidden_states, context.rows, past)
         all_angles = layer_angles(self.config, positions, product_dtype(hidden_states))
         # fewer layers run while a draft exits early
         for layer, angles in zip(self.layers[: self.config.num_hidden_layers], all_angles):
-            hidden_states = layer(
-                hidden_states, encoder_hidden_states, angles, context, past_key_values=past_key_values
-            )
+            hidden_states = layer(hidden_states, encoder_hidden_states, angles, context)
         return hidden_states
 
-    def _context(self, rows, memory, encoder_hidden_states, encoder_attention_mask) -> DecoderContext:
-        context = DecoderContext(rows=rows, memory=memory)
+    def _context(self, rows, past_key_values, memory, encoder_hidden_states, encoder_attention_mask) -> DecoderContext:
+        context = DecoderContext(rows, past_key_values, memory)
         if memory is not None:
             if len(memory.layers) != len(self.layers):
                 raise ValueError(
@@ -334,21 +377,23 @@ def packed_rows(states, attention_mask, position_ids) -> Rows | None:
     """How the columns of packed documents map to rows; `None` where no `position_ids` restart within a row.
 
     From one real token to the next, positions of one document grow by 1, or by the columns between them where these
-    count padding. An exported graph cannot look at the positions, and takes each row for one document.
+    count padding, or by 1 from the padding column before, as `generate` counts behind a prompt padded on the right. An
+    exported graph cannot look at the positions, and takes each row for one document.
     """
     batch, columns = states.shape[:2]
     if position_ids is None or columns < 2 or torch.compiler.is_exporting():
         return None
     positions = position_ids[..., -columns:].expand(batch, -1)
+    starts = positions.diff(dim=1) != 1
     if attention_mask is None:
-        mask, starts = torch.ones_like(positions, dtype=torch.bool), positions.diff(dim=-1) != 1
+        mask = torch.ones_like(positions, dtype=torch.bool)
     else:
         mask = attention_mask[:, -columns:].bool()
         column = torch.arange(columns, device=mask.device).expand(batch, -1)
         # the real column before each column, or the first column where there is none
         before = torch.where(mask, column, 0).cummax(1).values[:, :-1]
         step = positions[:, 1:] - positions.gather(1, before)
-        starts = mask[:, 1:] & mask.gather(1, before) & (step != 1) & (step != column[:, 1:] - before)
+        starts &= mask[:, 1:] & mask.gather(1, before) & (step != 1) & (step != column[:, 1:] - before)
     if not starts.any():
         return None
     starts = nn.functional.pad(starts, (1, 0))

@@ -22,7 +22,8 @@ SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 # floors 0 and 1, what travels: every edge by name; imports go down, never up
 EDGES = {
     "attention_tiles": set(),
-    "configuration": set(),
+    "compat": set(),
+    "configuration": {"compat"},
     "huffman": set(),
     "int4": set(),
     "linear": set(),
@@ -39,8 +40,8 @@ EDGES = {
     "cache": {"attention"},
     "layers": {"attention", "cache", "configuration", "linear"},
     "step": {"attention", "cache", "ecq_modules", "int4", "layers", "linear"},
-    "stacks": {"cache", "configuration", "layers", "linear", "saving", "step"},
-    "modeling": {"cache", "configuration", "int4", "linear", "loss", "quantization", "stacks"},
+    "stacks": {"cache", "compat", "configuration", "layers", "linear", "saving", "step"},
+    "modeling": {"cache", "compat", "configuration", "int4", "linear", "loss", "quantization", "stacks"},
 }
 # floor 2, the workshop, one folder per activity: it stands on everything that travels, and on these of its own floor
 WORKSHOP_EDGES = {

@@ -1,0 +1,132 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""What differs between the versions of transformers that Flash-Lite runs on, and which arguments a model takes.
+
+No other file asks for a version. Published checkpoints carry this file for years, so it asks what the library has
+rather than how old it is.
+"""
+
+import functools
+import inspect
+import re
+
+import transformers
+
+# the oldest version that works, and the newest that the tests have seen
+OLDEST, NEWEST = "5.16.0", "5.24.0"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    parts = [int(part) for part in re.match(r"\d+(?:\.\d+)*", version).group().split(".")]
+    return *parts, *[0] * (3 - len(parts))
+
+
+def check_version(version: str) -> None:
+    """Refuse a transformers `version` that is too old, and warn about one that no test has seen.
+
+    Raises:
+        ImportError: `version` is older than `OLDEST`.
+    """
+    if _release(version) < _release(OLDEST):
+        raise ImportError(
+            f"transformers {version} is installed, but Flash-Lite needs {OLDEST} or newer; run "
+            f'`pip install "transformers>={OLDEST}"`.'
+        )
+    if _release(version)[:2] > _release(NEWEST)[:2]:
+        transformers.utils.logging.get_logger(__name__).warning(
+            f"transformers {version} is newer than {NEWEST}, the newest that Flash-Lite was tested with; if outputs "
+            f'look wrong, run `pip install "transformers<={NEWEST}"`.'
+        )
+
+
+check_version(transformers.__version__)
+
+# the rest needs a library that is new enough
+from transformers import configuration_utils  # noqa: E402
+from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: E402
+from transformers.utils import TransformersKwargs  # noqa: E402
+
+# 5.24 renamed `past_key_values` to `cache`, in what `generate` passes and in the outputs (transformers #43949 and
+# after); it deprecates the old name
+_NAMES = ("cache", "past_key_values")
+CACHE = next(name for name in _NAMES if name in BaseModelOutputWithPast.__dataclass_fields__)
+_OTHER_NAME = next(name for name in _NAMES if name != CACHE)
+
+
+class CacheNames:
+    """Gives an output class the cache under both of its names; the field itself is called `CACHE`."""
+
+
+setattr(CacheNames, _OTHER_NAME, property(lambda self: getattr(self, CACHE), doc="The cache, by its other name."))
+
+
+def takes_cache(forward):
+    """Let a `forward` with `past_key_values` take the cache as `cache` too.
+
+    The signature is kept where `generate`, which looks at it before every token of a model that brings its own code,
+    finds it without making it.
+    """
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, cache=None, **kwargs):
+        if cache is not None:
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError("Got both `cache` and `past_key_values`, two names of one argument; give one.")
+            kwargs["past_key_values"] = cache
+        return forward(self, *args, **kwargs)
+
+    signature = inspect.signature(forward)
+    parameters = list(signature.parameters.values())
+    place = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
+    annotation = signature.parameters["past_key_values"].annotation
+    parameters.insert(
+        place, inspect.Parameter("cache", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    )
+    wrapper.__signature__ = signature.replace(parameters=parameters)
+    return wrapper
+
+
+def sub_config_specs(classes: dict[str, type], optional: str) -> dict:
+    """The `sub_configs_defaults` of a composite config whose part `optional` may be `None`.
+
+    They came after 5.16, which asks for `sub_configs` alone.
+    """
+    spec = getattr(configuration_utils, "SubConfigSpec", None)
+    if spec is None:
+        return {}
+    return {name: spec(config_class=part, optional=name == optional) for name, part in classes.items()}
+
+
+# what a `forward` takes beyond its own arguments, and who reads it
+_RECORDED = {"output_attentions", "output_hidden_states"}  # the stacks, which record them
+_SCALED = {"num_items_in_batch"}  # the loss
+# collators of packed rows repeat here what `position_ids` say; alone, nobody would read them
+_PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+def check_arguments(model, given: dict, known=(), packed: bool = False) -> None:
+    """Refuse arguments that nobody would read.
+
+    Args:
+        model (`nn.Module`): whose `forward` got them.
+        given (`dict`): the arguments beyond those that `forward` names.
+        known (collection of `str`): further names that are read, such as those of a loss function.
+        packed (`bool`): whether position ids are given.
+
+    Raises:
+        TypeError: an argument is not known, in Python's own words.
+    """
+    allowed = _RECORDED | _SCALED | (_PACKED if packed else set())
+    for name, value in given.items():
+        # tools may fill every field of `TransformersKwargs`, with nothing
+        if name in allowed or name in known or (value is None and name in TransformersKwargs.__optional_keys__):
+            continue
+        raise TypeError(f"{type(model).__name__}.forward() got an unexpected keyword argument {name!r}")
+
+
+def named_arguments(function) -> frozenset[str]:
+    """The arguments that `function` names; those that it only swallows in `**kwargs` do not count."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some functions of C have no signature
+        return frozenset()
+    return frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
