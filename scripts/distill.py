@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import load_dataset, load_from_disk
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from modeling_flashlite.checkpoint import load_language_model, read_tokenizer
 from modeling_flashlite.cli import finish, parse_args
 from modeling_flashlite.data.tasks import get_task
 from modeling_flashlite.training.distillation import DistillationTrainer, KDLoss, TeacherCache, student_from_teacher
@@ -51,12 +51,6 @@ class DistillArgs:
     lora_r: int = field(default=0, metadata={"help": "train adapters of this rank instead of all weights"})
 
 
-def load_teacher(name: str, trust_remote_code: bool):
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(name, trust_remote_code=trust_remote_code)
-
-
 def cached_rows(distill: DistillArgs, args: TrainArgs, teacher, tokenizer, rows):
     """The annotated training rows: from the folder if it is there, else made now, else from the Hub."""
     folder = Path(distill.teacher_cache or f"{args.output_dir}/teacher_cache")
@@ -74,12 +68,13 @@ def cached_rows(distill: DistillArgs, args: TrainArgs, teacher, tokenizer, rows)
 def main(
     model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, distill: DistillArgs, args: TrainArgs
 ) -> dict:
-    teacher = load_teacher(distill.teacher, model_args.trust_remote_code) if distill.teacher else None
+    code = {"trust_remote_code": model_args.trust_remote_code}
+    teacher = load_language_model(distill.teacher, device="cpu", **code) if distill.teacher else None
     if teacher is None and (distill.live or distill.keep_layers or not distill.teacher_cache):
         raise SystemExit("distill.py: no teacher is given; pass --teacher, or --teacher_cache with annotated rows.")
     if not get_task(data.task).generates:
         raise SystemExit(f"distill.py: {data.task} generates no text to learn from a teacher; use train.py for it.")
-    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer or model_args.model or distill.teacher)
+    tokenizer = read_tokenizer(model_args.tokenizer or model_args.model or distill.teacher, **code)
     splits = load_splits(data)
     encoder_decoder = is_encoder_decoder(data, model_args) if teacher is None else teacher.config.is_encoder_decoder
     train_rows, validation_rows = load_rows(data, args, tokenizer, splits, encoder_decoder)

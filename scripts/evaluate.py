@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 import modeling_flashlite  # noqa: F401  registers the Auto classes
+from modeling_flashlite.checkpoint import CheckpointArgs, read_config, read_tokenizer
 from modeling_flashlite.cli import finish, parse_args
 from modeling_flashlite.data.loading import load_data, pick_split
 from modeling_flashlite.data.tasks import Task, get_task, resolve_columns
@@ -22,18 +23,6 @@ from modeling_flashlite.publish.cards import read_results
 
 # the start of a text that is continued when the speed of text generation is measured
 PROMPT_CHARACTERS = 400
-
-
-@dataclass
-class ModelArgs:
-    model: str = field(metadata={"help": "directory or Hub id"})
-    revision: str | None = field(default=None, metadata={"help": "git revision on the Hub"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run the code that comes with the checkpoint"})
-    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16"})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; the accelerator if there is one"})
-    memory_blocks: int | None = field(
-        default=None, metadata={"help": "blocks of segment memory; the checkpoint's own"}
-    )
 
 
 @dataclass
@@ -54,6 +43,9 @@ class EvalArgs:
         default=None, metadata={"help": "results file; runs/results/<model>-<task>.json if unset"}
     )
     predictions: str | None = field(default=None, metadata={"help": "file for the predictions, as JSON"})
+    memory_blocks: int | None = field(
+        default=None, metadata={"help": "blocks of segment memory; the checkpoint's own"}
+    )
     batch_size: int = field(default=16, metadata={"help": "rows at a time"})
     max_source_length: int = field(default=512, metadata={"help": "tokens of an input"})
     num_beams: int | None = field(default=None, metadata={"help": "beams; the task's own if unset"})
@@ -75,14 +67,14 @@ class EvalArgs:
     float_results: str | None = field(default=None, metadata={"help": "results file of it before quantization"})
 
 
-def load_model(args: ModelArgs, task: Task) -> PreTrainedModel:
+def load_model(args: CheckpointArgs, task: Task, memory_blocks: int | None) -> PreTrainedModel:
     """Load the model with the head that the task needs; generation goes by what the checkpoint is."""
-    shared = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(args.model, **shared)
-    if args.memory_blocks is not None:
-        config.get_text_config(decoder=True).memory_blocks = args.memory_blocks
+    config = read_config(args.model, **args.hub)
+    if memory_blocks is not None:
+        config.get_text_config(decoder=True).memory_blocks = memory_blocks
     auto = getattr(transformers, task.auto_class_for(config.is_encoder_decoder))
-    model, info = auto.from_pretrained(args.model, config=config, dtype=args.dtype, output_loading_info=True, **shared)
+    options = {"config": config, "dtype": args.dtype, "output_loading_info": True, **args.hub}
+    model, info = auto.from_pretrained(args.model, **options)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{args.model} has no weights for {', '.join(missing[:3])}, {len(missing)} in all: it was not trained for"
@@ -91,7 +83,7 @@ def load_model(args: ModelArgs, task: Task) -> PreTrainedModel:
     return model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
-def main(model_args: ModelArgs, data_args: DataArgs, eval_args: EvalArgs) -> dict:
+def main(model_args: CheckpointArgs, data_args: DataArgs, eval_args: EvalArgs) -> dict:
     set_seed(eval_args.seed)
     task = get_task(data_args.task)
     splits = load_data(
@@ -102,8 +94,8 @@ def main(model_args: ModelArgs, data_args: DataArgs, eval_args: EvalArgs) -> dic
         columns=data_args.columns,
     )
     rows = pick_split(splits, data_args.split)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model, revision=model_args.revision)
-    model = load_model(model_args, task)
+    tokenizer = read_tokenizer(model_args.model, **model_args.hub)
+    model = load_model(model_args, task, eval_args.memory_blocks)
     chosen = {"num_beams": eval_args.num_beams, "max_new_tokens": eval_args.max_new_tokens}
     result = evaluate_task(
         task,
@@ -164,4 +156,4 @@ def measure_speed(model: PreTrainedModel, tokenizer, task: Task, prompts: list, 
 
 
 if __name__ == "__main__":
-    main(*parse_args((ModelArgs, DataArgs, EvalArgs), description=__doc__))
+    main(*parse_args((CheckpointArgs, DataArgs, EvalArgs), description=__doc__))

@@ -8,48 +8,41 @@ encoder.onnx, and onnx_config.json; `OnnxGenerator` in modeling_flashlite/publis
 vLLM are not supported: they need the architecture in their own code. Needs the `export` extra. The last line is JSON.
 """
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
 import modeling_flashlite  # noqa: F401  (registers the architecture)
+from modeling_flashlite.checkpoint import CheckpointArgs, load_language_model
+from modeling_flashlite.cli import parse_args
 from modeling_flashlite.publish.hub import DownloadError, download
 from modeling_flashlite.publish.onnx_export import ExportError, export_onnx, measure_parity
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="Hub id or folder")
-    add("--revision", help="branch, tag or commit")
-    add("--output", type=Path, required=True, help="folder for the graphs")
-    add("--max-length", type=int, default=512, help="slots of the decoder's cache, a multiple of block_size")
-    add("--tolerance", type=float, default=1e-3, help="largest difference of a logit that is accepted")
-    return parser
+@dataclass
+class ExportArgs:
+    output: str = field(metadata={"help": "folder for the graphs"})
+    max_length: int = field(default=512, metadata={"help": "slots of the decoder's cache, a multiple of block_size"})
+    tolerance: float = field(default=1e-3, metadata={"help": "largest difference of a logit that is accepted"})
 
 
 def main(argv: list[str] | None = None) -> int:
     """Export and compare; 1 when they differ, 2 when the checkpoint cannot be exported."""
-    args = make_parser().parse_args(argv)
+    checkpoint, args = parse_args((CheckpointArgs, ExportArgs), argv, description=__doc__)
+    output = Path(args.output)
     try:
-        folder = download(args.model, args.revision)
-        config = AutoConfig.from_pretrained(folder)
-        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto_class.from_pretrained(folder)
+        folder = download(checkpoint.model, checkpoint.revision)
+        model = load_language_model(str(folder), device="cpu", dtype=checkpoint.dtype, **checkpoint.hub)
         if getattr(model, "is_quantized", False):
             print("ONNX has no operator for entropy-coded weights: exporting their float values", flush=True)
             model = model.dequantize()
-        files = export_onnx(model, args.output, args.max_length)
+        files = export_onnx(model, output, args.max_length)
     except (ExportError, DownloadError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
-    parity = measure_parity(model, args.output)
-    for path in sorted(args.output.iterdir()):
+    parity = measure_parity(model, output)
+    for path in sorted(output.iterdir()):
         print(f"{path.stat().st_size:>14,}  {path.name}")
     for name, value in parity.items():
         print(f"{name:>14}  {value:.3g}")

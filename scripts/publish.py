@@ -8,13 +8,14 @@ from --card and --results). An incomplete card does not publish. The access toke
 `hf auth login`, never from the command line. The last line printed is JSON.
 """
 
-import argparse
 import json
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from modeling_flashlite.cli import parse_args
 from modeling_flashlite.publish.cards import (
     collect_card,
     load_written,
@@ -27,38 +28,45 @@ from modeling_flashlite.publish.hub import Publisher
 from modeling_flashlite.publish.repository import PublishError, list_files, stage
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+@dataclass
+class PublishArgs:
+    run: str = field(metadata={"help": "folder of a saved model or of a training run"})
+    repo: str = field(metadata={"help": "repository, user/name"})
+    push: bool = field(default=False, metadata={"help": "upload; without it nothing leaves this machine"})
+    save: str | None = field(default=None, metadata={"help": "also write the complete repository to this folder"})
+    card: str | None = field(default=None, metadata={"help": "card.yaml (default: the one in the run)"})
+    results: list[str] | None = field(
+        default=None, metadata={"help": "results files (default: results/*.json in the run)"}
     )
-    add = parser.add_argument
-    add("--run", type=Path, required=True, help="folder of a saved model or of a training run")
-    add("--repo", required=True, help="repository, user/name")
-    add("--push", action="store_true", help="upload; without it nothing leaves this machine")
-    add("--save", type=Path, help="also write the complete repository to this folder")
-    add("--card", type=Path, help="card.yaml (default: the one in the run)")
-    add("--results", type=Path, nargs="*", help="results files (default: results/*.json in the run)")
-    add("--task", help="what an encoder-decoder is for: translation, summarization, abstractive-qa, ...")
-    add("--message", default="Publish checkpoint", help="title of the commit")
-    add("--branch", help="branch to commit to")
-    add("--tag", help="tag that the card pins (default: one that follows from the files)")
-    add("--pr", action="store_true", help="open a pull request instead of committing")
-    add("--private", action="store_true", help="make a new repository private")
-    add("--gated", choices=("auto", "manual"), help="ask readers to request access")
-    add("--parent-commit", help="refuse unless the branch still stands at this commit")
-    return parser
+    task: str | None = field(
+        default=None, metadata={"help": "what an encoder-decoder is for: translation, summarization, abstractive-qa"}
+    )
+    message: str = field(default="Publish checkpoint", metadata={"help": "title of the commit"})
+    branch: str | None = field(default=None, metadata={"help": "branch to commit to"})
+    tag: str | None = field(default=None, metadata={"help": "tag that the card pins (default: made from the files)"})
+    pr: bool = field(default=False, metadata={"help": "open a pull request instead of committing"})
+    private: bool = field(default=False, metadata={"help": "make a new repository private"})
+    gated: str | None = field(default=None, metadata={"help": "ask readers to request access: auto or manual"})
+    parent_commit: str | None = field(
+        default=None, metadata={"help": "refuse unless the branch still stands at this commit"}
+    )
+
+    def __post_init__(self):
+        if self.gated not in (None, "auto", "manual"):
+            raise ValueError(f"gated is {self.gated!r}, but must be auto or manual")
 
 
-def prepare(args: argparse.Namespace, folder: Path) -> tuple[dict, list[str]]:
+def prepare(args: PublishArgs, folder: Path) -> tuple[dict, list[str]]:
     """Stage the files and write the card; return the card's fields and what it lacks."""
-    written = load_written(args.card or args.run / "card.yaml")
-    results = read_results(args.results if args.results is not None else sorted(args.run.glob("results/*.json")))
+    run = Path(args.run)
+    written = load_written(Path(args.card) if args.card else run / "card.yaml")
+    results = read_results(args.results if args.results is not None else sorted(run.glob("results/*.json")))
     base = written.get("base_model")
     task = args.task or written.get("task")
-    stage(args.run, folder, task=task, base_model=base if base not in (None, "none") else None)
+    stage(run, folder, task=task, base_model=base if base not in (None, "none") else None)
     card = collect_card(folder, args.repo, results, written, revision=args.tag)
     try:
-        card["snippet_output"] = run_snippet(card, folder, args.run) if card["example"] else None
+        card["snippet_output"] = run_snippet(card, folder, run) if card["example"] else None
     except PublishError as error:
         return card, [str(error), *missing_fields({**card, "snippet_output": "failed"})]
     missing = missing_fields(card)
@@ -69,7 +77,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[dict, list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 when published or ready, 1 when something is missing or refused."""
-    args = make_parser().parse_args(argv)
+    (args,) = parse_args((PublishArgs,), argv, description=__doc__)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "repository"
         try:

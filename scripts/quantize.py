@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 from transformers.trainer_utils import SaveStrategy
 
 from modeling_flashlite.cli import finish, parse_args
@@ -30,6 +29,7 @@ from modeling_flashlite.training.launch import (
     load_model,
     load_rows,
     load_splits,
+    load_tokenizer,
     make_trainer,
     run,
 )
@@ -135,8 +135,8 @@ def main(
         raise SystemExit(f"quantize.py: method is {options.method!r}, but must be one of {', '.join(METHODS)}.")
     if not model_args.model:
         raise SystemExit("quantize.py: no model is given; pass --model with a folder or Hub id of a trained one.")
-    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer or model_args.model)
     splits = load_splits(data)
+    tokenizer = load_tokenizer(model_args, data, args.output_dir, splits)
     model = load_model(model_args, shape, tokenizer, data, splits)
     collator = PaddingCollator(tokenizer)
     rows, held_out = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder, model.config)

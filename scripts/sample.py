@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 
 import modeling_flashlite  # noqa: F401  (registers the architecture)
+from modeling_flashlite.checkpoint import CheckpointArgs, load_language_model, read_tokenizer
 from modeling_flashlite.cli import finish, parse_args
 
 
 @dataclass
 class SampleArgs:
-    model: str = field(metadata={"help": "Hub id or folder of a decoder-only model"})
     output: str = field(metadata={"help": "jsonl file of rows with a column text"})
     rows: int = field(default=4000, metadata={"help": "texts to write"})
     max_new_tokens: int = field(default=256, metadata={"help": "of a text that does not end before"})
@@ -37,7 +37,7 @@ def sample(model, tokenizer, args: SampleArgs) -> list[str]:
     starts = (tokenizer.bos_token_id, model.generation_config.bos_token_id, tokenizer.eos_token_id)
     start = next((token for token in starts if token is not None), None)
     if start is None:
-        raise SystemExit(f"sample.py: {args.model} has neither a bos nor an eos token to begin a text with; set one.")
+        raise SystemExit(f"sample.py: {model.name_or_path} has no bos and no eos token to begin a text with; set one.")
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, start) if token is not None)
     texts: list[str] = []
     with tqdm(total=args.rows, desc="sample", unit="text") as bar:
@@ -53,10 +53,13 @@ def sample(model, tokenizer, args: SampleArgs) -> list[str]:
     return texts
 
 
-def main(args: SampleArgs) -> dict:
+def main(checkpoint: CheckpointArgs, args: SampleArgs) -> dict:
     set_seed(args.seed)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
-    texts = [text for text in sample(model.eval(), tokenizer, args) if text.strip()]
+    tokenizer = read_tokenizer(checkpoint.model, **checkpoint.hub)
+    model = load_language_model(checkpoint.model, device=checkpoint.device, dtype=checkpoint.dtype, **checkpoint.hub)
+    if model.config.is_encoder_decoder:
+        raise SystemExit(f"sample.py: {checkpoint.model} is an encoder-decoder; name a decoder-only model.")
+    texts = [text for text in sample(model, tokenizer, args) if text.strip()]
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
@@ -67,4 +70,4 @@ def main(args: SampleArgs) -> dict:
 
 
 if __name__ == "__main__":
-    main(*parse_args((SampleArgs,), description=__doc__))
+    main(*parse_args((CheckpointArgs, SampleArgs), description=__doc__))

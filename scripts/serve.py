@@ -6,43 +6,47 @@
     from openai import OpenAI
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").completions.create(model="x", prompt="Once")
 
-/health and /metrics tell how it is doing; --web adds a page to try the model at /. Ctrl-C or SIGTERM lets running
-answers end first. Needs the `serve` extra, and `web` for the page.
+/health and /metrics report its state; --web adds a page to try the model at /. On Ctrl-C or SIGTERM it finishes
+running answers, then stops. Needs the `serve` extra, and `web` for the page.
 """
 
-import argparse
 import ipaddress
 import os
 import socket
 import sys
+from dataclasses import dataclass, field
 
 import uvicorn
 
 import modeling_flashlite  # noqa: F401  (registers the architecture)
+from modeling_flashlite.checkpoint import CheckpointArgs
+from modeling_flashlite.cli import parse_args
 from modeling_flashlite.publish.hub import DownloadError, download
 from modeling_flashlite.serve.engine import Engine, Limits
 from modeling_flashlite.serve.server import create_app
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="Hub id or folder")
-    add("--revision", help="branch, tag or commit")
-    add("--trust-remote-code", action="store_true", help="run code of the repository (not needed for Flash-Lite)")
-    add("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=int, default=8000, help="port; 0 takes a free one")
-    add("--web", action="store_true", help="add a page to try the model")
-    add("--max-prompt-tokens", type=int, default=Limits.prompt_tokens, help="longest prompt")
-    add("--max-new-tokens", type=int, default=Limits.new_tokens, help="most tokens of one answer")
-    add("--max-batch", type=int, default=Limits.batch, help="most answers generated at once")
-    add("--max-waiting", type=int, default=Limits.waiting, help="most answers waiting")
-    add("--max-body", type=int, default=1 << 20, help="largest request, in bytes")
-    add("--timeout", type=float, default=Limits.seconds, help="seconds one request may take")
-    return parser
+@dataclass
+class ServeArgs:
+    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
+    port: int = field(default=8000, metadata={"help": "port; 0 takes a free one"})
+    web: bool = field(default=False, metadata={"help": "add a page to try the model"})
+    max_prompt_tokens: int = field(default=Limits.prompt_tokens, metadata={"help": "longest prompt"})
+    max_new_tokens: int = field(default=Limits.new_tokens, metadata={"help": "most tokens of one answer"})
+    max_batch: int = field(default=Limits.batch, metadata={"help": "most answers generated at once"})
+    max_waiting: int = field(default=Limits.waiting, metadata={"help": "most answers waiting"})
+    max_body: int = field(default=1 << 20, metadata={"help": "largest request, in bytes"})
+    timeout: float = field(default=Limits.seconds, metadata={"help": "seconds one request may take"})
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            prompt_tokens=self.max_prompt_tokens,
+            new_tokens=self.max_new_tokens,
+            batch=self.max_batch,
+            waiting=self.max_waiting,
+            seconds=self.timeout,
+        )
 
 
 def is_loopback(host: str) -> bool:
@@ -55,28 +59,22 @@ def is_loopback(host: str) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until stopped; 2 when it cannot start."""
-    args = make_parser().parse_args(argv)
+    checkpoint, args = parse_args((CheckpointArgs, ServeArgs), argv, description=__doc__)
     key = os.environ.get("FLASHLITE_API_KEY") or None
     if key is None and not is_loopback(args.host):
         print(f"serve: {args.host} is open to others; set FLASHLITE_API_KEY, or use 127.0.0.1.", file=sys.stderr)
         return 2
-    limits = Limits(
-        prompt_tokens=args.max_prompt_tokens,
-        new_tokens=args.max_new_tokens,
-        batch=args.max_batch,
-        waiting=args.max_waiting,
-        seconds=args.timeout,
-    )
     try:
         listener = socket.create_server(
             (args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET
         )
-        folder = download(args.model, args.revision)
+        folder = download(checkpoint.model, checkpoint.revision)
     except (OSError, DownloadError) as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
-    name = None if os.path.isdir(args.model) else args.model
-    engine = Engine(folder, name, args.trust_remote_code, limits, args.device)
+    name = None if os.path.isdir(checkpoint.model) else checkpoint.model
+    checkpoint.model = str(folder)
+    engine = Engine(checkpoint, name, args.limits)
     app = create_app(engine, key, args.max_body)
     if args.web:
         from modeling_flashlite.serve.page import mount_page

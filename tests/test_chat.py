@@ -11,15 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import save_checkpoint
+from verbs import load_script
 
+from modeling_flashlite import add_lora
+from modeling_flashlite.checkpoint import CheckpointArgs, load_language_model, read_tokenizer
 from modeling_flashlite.serve.engine import Engine, Limits, Settings
+from modeling_flashlite.serve.terminal import HELP, Chat
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import chat as chat_script  # noqa: E402
-
-sys.path.pop(0)
+chat_script = load_script("chat")
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +31,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    engine = Engine(folder, limits=Limits(new_tokens=12, prompt_tokens=300), device="cpu")
+    engine = Engine(CheckpointArgs(str(folder), device="cpu"), limits=Limits(new_tokens=12, prompt_tokens=300))
     yield engine
     engine.close()
 
 
 @pytest.fixture
 def chat(engine):
-    return chat_script.Chat(engine, Settings(12, 1.0, seed=0))
+    return Chat(engine, Settings(12, 1.0, seed=0))
 
 
 def pipe(folder, text: str, monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
@@ -70,7 +72,7 @@ def test_commands(chat, capsys, tmp_path):
     capsys.readouterr()
     assert chat.command("/history") and capsys.readouterr().out == "system: Be brief.\n"
     assert chat.command("/help")
-    assert capsys.readouterr().out == chat_script.HELP + "\n"
+    assert capsys.readouterr().out == HELP + "\n"
     assert chat.command("/quit") is False
 
 
@@ -114,6 +116,31 @@ def test_encoder_decoder_answers_the_last_turn(tmp_path, monkeypatch, capsys):
     code, output, _ = pipe(folder, "You may\nYou may\n", monkeypatch, capsys)
     lines = output.split("\n")
     assert code == 0 and lines[0] == lines[len(lines) // 2]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("kind", ["causal", "quantized", "seq2seq"])
+def test_adapter_folder_answers_with_its_base(kind, tmp_path, monkeypatch, capsys):
+    base = save_checkpoint(kind, tmp_path / "base")
+    model = add_lora(load_language_model(str(base), device="cpu"), r=4)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    adapted = load_language_model(str(tmp_path / "adapter"), device="cpu")
+    ids = {"input_ids": torch.arange(4, 20)[None]}
+    if kind != "causal":
+        ids["decoder_input_ids"] = ids["input_ids"]
+    with torch.no_grad():
+        expected = model.eval()(**ids).logits
+        torch.testing.assert_close(adapted(**ids).logits, expected)
+        with model.disable_adapter():
+            assert not torch.allclose(model(**ids).logits, expected, atol=1e-3)
+    # the adapter has no tokenizer of its own, so the base's is used
+    assert read_tokenizer(str(tmp_path / "adapter")).get_vocab() == read_tokenizer(str(base)).get_vocab()
+    code, output, _ = pipe(tmp_path / "adapter", "You may\n", monkeypatch, capsys)
+    assert code == 0 and output.endswith("\n")
 
 
 def test_missing_model_is_one_sentence(monkeypatch, capsys):

@@ -45,6 +45,7 @@ EDGES = {
 }
 # floor 2, the workshop, one folder per activity: it stands on everything that travels, and on these of its own floor
 WORKSHOP_EDGES = {
+    "checkpoint": {"data.tasks"},
     "cli": set(),
     "data.corpus": set(),
     "data.loading": {"data.corpus"},
@@ -74,14 +75,16 @@ WORKSHOP_EDGES = {
     "publish.hub": {"publish.repository"},
     "publish.onnx_export": set(),
     "publish.repository": {"data.tasks"},
-    "serve.engine": set(),
+    "serve.engine": {"checkpoint"},
     "serve.openai_schema": set(),
     "serve.page": {"serve.engine"},
+    "serve.terminal": {"serve.engine"},
     "serve.server": {"serve.engine", "serve.openai_schema"},
     "training.calibration": set(),
     "training.distillation": {"training.divergence", "training.teacher", "training.trainers"},
     "training.divergence": set(),
     "training.launch": {
+        "checkpoint",
         "cli",
         "data.loading",
         "data.preprocessing",

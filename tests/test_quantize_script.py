@@ -10,7 +10,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
 )
-from verbs import RECIPES, TINY_RUN, TINY_SHAPE, load_script, run_verb, write_corpus
+from verbs import RECIPES, TINY_RUN, TINY_SHAPE, argument_classes, load_script, run_verb, write_corpus
 
 from modeling_flashlite.cli import parse_args
 from modeling_flashlite.ecq_modules_flashlite import EcqModule
@@ -30,10 +30,9 @@ def ground(tmp_path_factory):
 def quantize(recipe, ground, *overrides):
     folder, dataset = ground
     script = load_script("quantize")
-    classes = [hint for name, hint in script.main.__annotations__.items() if name != "return"]
     base = folder / ("train_translation" if recipe == "qat_translation" else "train_tiny")
     argv = [f"--config={RECIPES[recipe]}", f"--dataset={dataset}", f"--model={base}", *TINY_RUN]
-    return script.main(*parse_args(classes, [*argv, f"--output_dir={folder / recipe}", *overrides]))
+    return script.main(*parse_args(argument_classes(script), [*argv, f"--output_dir={folder / recipe}", *overrides]))
 
 
 @pytest.mark.parametrize("recipe", ["ptq_tiny", "qat_tiny", "recover_tiny", "qat_lm", "qat_translation"])
@@ -70,13 +69,13 @@ def test_models_of_others_are_trained_to_a_budget(kind, method, ground, tmp_path
 def test_a_model_writes_the_text_that_it_is_quantized_on(ground, tmp_path, capsys):
     script, output = load_script("sample"), tmp_path / "new" / "sampled.jsonl"
     argv = [f"--model={ground[0] / 'train_tiny'}", "--rows=24", "--max_new_tokens=24", "--batch_size=16"]
-    (args,) = parse_args((script.SampleArgs,), [*argv, f"--output={output}"])
-    metrics = script.main(args)
+    args = parse_args(argument_classes(script), [*argv, f"--output={output}"])
+    metrics = script.main(*args)
     rows = [json.loads(line)["text"] for line in output.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == metrics["rows"] <= 24 and len(set(rows)) > 12
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == metrics
     first = output.read_bytes()
-    script.main(args)
+    script.main(*args)
     assert output.read_bytes() == first and not [path for path in output.parent.iterdir() if path != output]
     quantize("ptq_tiny", (ground[0], f"train={output}"), "--target_bits=5", "--calibration_batches=1")
 

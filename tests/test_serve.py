@@ -21,6 +21,7 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
 import torch  # noqa: E402
 
+from modeling_flashlite.checkpoint import CheckpointArgs  # noqa: E402
 from modeling_flashlite.serve.engine import Engine, Job, Limits, QueueFull, RowSampler, Settings, TextAssembler  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -63,9 +64,8 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    engine = Engine(
-        folder, limits=Limits(prompt_tokens=100, new_tokens=50, batch=4, waiting=6, seconds=60), device="cpu"
-    )
+    limits = Limits(prompt_tokens=100, new_tokens=50, batch=4, waiting=6, seconds=60)
+    engine = Engine(CheckpointArgs(str(folder), device="cpu"), limits=limits)
     yield engine
     engine.close()
 
@@ -292,7 +292,7 @@ def test_other_machines_need_a_key(folder):
 
 def test_encoder_decoder_is_served(tmp_path):
     folder = save_checkpoint("seq2seq", tmp_path / "tiny-s2s")
-    engine = Engine(folder, limits=Limits(new_tokens=8), device="cpu")
+    engine = Engine(CheckpointArgs(str(folder), device="cpu"), limits=Limits(new_tokens=8))
     jobs = [engine.submit(prompt, Settings(8, 0.0)) for prompt in engine.encode(["The Licensor grants.", "You"])]
     texts = ["".join(job) for job in jobs]
     for text, prompt in zip(texts, ("The Licensor grants.", "You")):

@@ -11,15 +11,13 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
 )
+
+from ..checkpoint import CheckpointArgs, load_language_model, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -229,34 +227,20 @@ class Engine:
     """One model, one worker thread, many jobs: those that wait are generated together.
 
     Args:
-        model (`str` or `Path`): folder, or Hub id.
+        checkpoint (`CheckpointArgs`): what to load.
         name (`str`, *optional*): what readers call it; defaults to the id or the folder's name.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): run the repository's code; not needed for
-            Flash-Lite checkpoints when the package is installed.
         limits (`Limits`, *optional*): what is accepted.
-        device (`str`, *optional*): defaults to an accelerator if there is one.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        name: str | None = None,
-        trust_remote_code: bool = False,
-        limits: Limits | None = None,
-        device: str | None = None,
-    ):
+    def __init__(self, checkpoint: CheckpointArgs, name: str | None = None, limits: Limits | None = None):
         self.limits = limits or Limits()
-        self.name = name or (Path(model).resolve().name if Path(model).is_dir() else str(model))
-        self.tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.model = (
-            auto_class.from_pretrained(model, trust_remote_code=trust_remote_code)
-            .eval()
-            .to(device or accelerator or "cpu")
+        folder = Path(checkpoint.model)
+        self.name = name or (folder.resolve().name if folder.is_dir() else checkpoint.model)
+        self.tokenizer = read_tokenizer(checkpoint.model, **checkpoint.hub)
+        self.model = load_language_model(
+            checkpoint.model, device=checkpoint.device, dtype=checkpoint.dtype, **checkpoint.hub
         )
-        self.is_encoder_decoder = config.is_encoder_decoder
+        self.is_encoder_decoder = self.model.config.is_encoder_decoder
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.counters: Counter = Counter()

@@ -1,6 +1,5 @@
 """What the training verbs share: arguments, tokenizer, model, rows, and the run from first step to last line."""
 
-import contextlib
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,13 +8,13 @@ import torch
 import transformers
 from datasets import Dataset, IterableDataset
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Seq2SeqTrainingArguments,
 )
 
+from ..checkpoint import read_config, read_tokenizer
 from ..cli import banner
 from ..configuration_flashlite import FlashLiteConfig
 from ..data.loading import PaddingCollator, load_data, pick_split, segment_streams, tokenize_texts
@@ -44,7 +43,13 @@ class ModelArgs:
     model: str | None = field(default=None, metadata={"help": "weights to start from; a new model if unset"})
     tokenizer: str | None = field(default=None, metadata={"help": "its folder or Hub id; the model's own if unset"})
     vocab_size: int = field(default=8192, metadata={"help": "of a tokenizer trained here, where none is given"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run the code that comes with the checkpoint"})
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the Hub"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run the code of the repository"})
+
+    @property
+    def hub(self) -> dict:
+        """Keyword arguments of every `from_pretrained`."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
 @dataclass
@@ -111,9 +116,7 @@ def is_encoder_decoder(data: DataArgs, model: ModelArgs) -> bool:
     if data.encoder_decoder is not None:
         return data.encoder_decoder
     if model.model:
-        with contextlib.suppress(OSError):  # adapters alone have no config
-            config = AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
-            return bool(config.is_encoder_decoder)
+        return bool(read_config(model.model, **model.hub).is_encoder_decoder)
     return data.task not in ("text-generation", "chat")
 
 
@@ -126,7 +129,7 @@ def load_splits(data: DataArgs):
 def load_tokenizer(model: ModelArgs, data: DataArgs, output_dir: str, splits) -> PreTrainedTokenizerBase:
     """Load the tokenizer, or train one on the dataset's texts and keep it in the run's folder."""
     if model.tokenizer or model.model:
-        return AutoTokenizer.from_pretrained(model.tokenizer or model.model, trust_remote_code=model.trust_remote_code)
+        return read_tokenizer(model.tokenizer or model.model, **model.hub)
     folder = Path(output_dir) / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
         rows = pick_split(splits, "train")
@@ -193,7 +196,7 @@ def load_model(
     if model.model:
         if shape.dropout_rate is not None:
             changed["dropout_rate"] = shape.dropout_rate
-        return auto.from_pretrained(model.model, trust_remote_code=model.trust_remote_code, **changed)
+        return auto.from_pretrained(model.model, **model.hub, **changed)
     fields = {name: value for name, value in asdict(shape).items() if value is not None}
     encoder_layers = fields.pop("encoder_layers", None)
     encoder = None if encoder_layers is None or not encoder_decoder else {"num_hidden_layers": encoder_layers}

@@ -1,0 +1,82 @@
+"""How scripts name and load a checkpoint: a model or an adapter, from a folder or the Hub, with its tokenizer."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, find_adapter_config_file
+
+from .data.tasks import LANGUAGE_MODELS
+
+__all__ = ["CheckpointArgs", "load_language_model", "read_config", "read_tokenizer"]
+
+
+@dataclass
+class CheckpointArgs:
+    """The options by which every script that uses a checkpoint names it."""
+
+    model: str = field(metadata={"help": "folder or Hub id of a model or of an adapter"})
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the Hub"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run the code of the repository; Flash-Lite checkpoints do not need it here"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16"})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ...; the accelerator if there is one"})
+
+    @property
+    def hub(self) -> dict:
+        """Keyword arguments of every `from_pretrained`."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def base_of(model: str, **hub) -> tuple[str, dict]:
+    """The checkpoint that holds the config, with its keyword arguments: the base of an adapter, else the model itself.
+
+    Args:
+        model (`str`): folder or Hub id.
+        **hub: `revision` and `trust_remote_code`; the revision is the adapter's, so a base is read without one.
+    """
+    if (Path(model) / "config.json").is_file():
+        return model, hub
+    adapter = find_adapter_config_file(model, revision=hub.get("revision"))
+    if adapter is None:
+        return model, hub
+    content = json.loads(Path(adapter).read_text(encoding="utf-8"))
+    base, revision = content.get("base_model_name_or_path"), content.get("revision")
+    if not base:
+        raise ValueError(f"{adapter} has no base_model_name_or_path; add the folder or Hub id of the base.")
+    return base, {**hub, "revision": revision}
+
+
+def read_config(model: str, **hub) -> PretrainedConfig:
+    """Configuration of a model, or of the base of an adapter."""
+    base, hub = base_of(model, **hub)
+    return AutoConfig.from_pretrained(base, **hub)
+
+
+def read_tokenizer(model: str, **hub) -> PreTrainedTokenizerBase:
+    """Tokenizer of a checkpoint; an adapter without one uses its base's."""
+    base, base_hub = base_of(model, **hub)
+    if base != model:
+        missing_ok = {"_raise_exceptions_for_missing_entries": False, "revision": hub.get("revision")}
+        if cached_file(model, "tokenizer_config.json", **missing_ok) is None:
+            model, hub = base, base_hub
+    return AutoTokenizer.from_pretrained(model, **hub)
+
+
+def load_language_model(model: str, *, device: str | None = None, **options) -> PreTrainedModel:
+    """Load an encoder-decoder as `AutoModelForSeq2SeqLM` and any other model as `AutoModelForCausalLM`, for inference.
+
+    Args:
+        model (`str`): folder or Hub id of a model or an adapter.
+        device (`str`, *optional*): where it goes; the accelerator if there is one, else the CPU.
+        **options: of `from_pretrained`; `revision` and `trust_remote_code` also find the config.
+    """
+    hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    auto = getattr(transformers, LANGUAGE_MODELS[bool(read_config(model, **hub).is_encoder_decoder)])
+    loaded = auto.from_pretrained(model, **options)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return loaded.to(device or accelerator or "cpu").eval()
