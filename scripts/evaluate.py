@@ -67,7 +67,7 @@ class EvalArgs:
     float_results: str | None = field(default=None, metadata={"help": "results file of it before quantization"})
 
 
-def load_model(args: CheckpointArgs, task: Task, memory_blocks: int | None) -> PreTrainedModel:
+def load_model(args: CheckpointArgs, task: Task, memory_blocks: int | None = None) -> PreTrainedModel:
     """Load the model with the head that the task needs; generation goes by what the checkpoint is."""
     config = read_config(args.model, **args.hub)
     if memory_blocks is not None:

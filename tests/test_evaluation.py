@@ -21,6 +21,7 @@ from modeling_flashlite import (
     FlashLiteForQuestionAnswering,
     FlashLiteForSequenceClassification,
 )
+from modeling_flashlite.checkpoint import CheckpointArgs
 from modeling_flashlite.data.tasks import TASKS, get_task
 from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.measure import cost as measurement
@@ -485,4 +486,4 @@ def test_a_head_that_was_not_trained_is_not_evaluated(make, tmp_path):
     make(FlashLiteForCausalLM).save_pretrained(tmp_path)
     script = load_script("evaluate")
     with pytest.raises(ValueError, match="has no weights for score.bias, .* was not trained for classification"):
-        script.load_model(script.ModelArgs(model=str(tmp_path)), get_task("classification"))
+        script.load_model(CheckpointArgs(str(tmp_path)), get_task("classification"))

@@ -188,9 +188,7 @@ def load_model(
     auto = getattr(transformers, get_task(data.task).auto_class_for(encoder_decoder))
     changed: dict = {}
     if classes is not None and model.model:
-        changed |= head_changes(
-            AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code), classes
-        )
+        changed |= head_changes(read_config(model.model, **model.hub), classes)
     elif classes is not None:
         changed |= label_tables(classes)
     if model.model:
