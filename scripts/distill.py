@@ -4,15 +4,23 @@ python scripts/distill.py --config scripts/recipes/distill_tiny.yaml --teacher r
 accelerate launch scripts/distill.py --config scripts/recipes/distill_base.yaml --learning_rate 2e-4 --resume
 """
 
+import contextlib
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import load_dataset, load_from_disk
+from datasets import Dataset, load_dataset, load_from_disk
 
 from modeling_flashlite.checkpoint import load_language_model, read_tokenizer
 from modeling_flashlite.cli import finish, parse_args
 from modeling_flashlite.data.tasks import get_task
-from modeling_flashlite.training.distillation import DistillationTrainer, KDLoss, TeacherCache, student_from_teacher
+from modeling_flashlite.training.distillation import (
+    DistillationTrainer,
+    KDLoss,
+    TeacherCache,
+    check_vocabulary,
+    student_from_teacher,
+)
 from modeling_flashlite.training.launch import (
     ArchitectureArgs,
     DataArgs,
@@ -52,16 +60,36 @@ class DistillArgs:
 
 
 def cached_rows(distill: DistillArgs, args: TrainArgs, teacher, tokenizer, rows):
-    """The annotated training rows: from the folder if it is there, else made now, else from the Hub."""
+    """The annotated training rows: from the folder if it holds this teacher's answers to these rows, else made now.
+
+    Without a teacher they are taken as they are, from the folder or the Hub. A folder of other answers is made anew
+    where it is the run's own, and refused where it was named.
+    """
     folder = Path(distill.teacher_cache or f"{args.output_dir}/teacher_cache")
+    if teacher is None:
+        return (
+            load_from_disk(folder)
+            if folder.is_dir()
+            else load_dataset(str(folder), split="train").with_format("numpy")
+        )
+    if not isinstance(rows, Dataset):
+        raise ValueError("streamed rows cannot be cached; load them without streaming, or distil --live.")
     with args.main_process_first(desc="annotate"):
-        if not folder.is_dir() and teacher is None:
-            return load_dataset(distill.teacher_cache, split="train").with_format("numpy")
-        if not folder.is_dir():
-            cache = TeacherCache(
-                teacher.to(args.device), tokenizer, distill.k, mode=distill.mode, temperature=distill.temperature
-            )
-            cache.annotate(rows, batch_size=args.eval_batch_size).save_to_disk(folder)
+        cache = TeacherCache(
+            teacher.to(args.device), tokenizer, distill.k, mode=distill.mode, temperature=distill.temperature
+        )
+        try:
+            other = cache.difference(load_from_disk(folder), rows)
+        except OSError:
+            other = "no complete rows"
+        if other and folder.is_dir() and distill.teacher_cache:
+            raise ValueError(f"the cache {folder} has {other}; name another folder, or remove it.")
+        if other:
+            partial = folder.with_name(f"{folder.name}.incomplete")
+            shutil.rmtree(partial, ignore_errors=True)
+            cache.annotate(rows, batch_size=args.eval_batch_size).save_to_disk(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
         return load_from_disk(folder)
 
 
@@ -75,8 +103,14 @@ def main(
     if not get_task(data.task).generates:
         raise SystemExit(f"distill.py: {data.task} generates no text to learn from a teacher; use train.py for it.")
     tokenizer = read_tokenizer(model_args.tokenizer or model_args.model or distill.teacher, **code)
+    if teacher is not None and (model_args.tokenizer or model_args.model):
+        with contextlib.suppress(OSError):  # a teacher without a tokenizer is taken at its word
+            check_vocabulary(read_tokenizer(distill.teacher, **code), tokenizer)
     splits = load_splits(data)
-    encoder_decoder = is_encoder_decoder(data, model_args) if teacher is None else teacher.config.is_encoder_decoder
+    if teacher is None or model_args.model or data.encoder_decoder is not None:
+        encoder_decoder = is_encoder_decoder(data, model_args)
+    else:
+        encoder_decoder = teacher.config.is_encoder_decoder
     train_rows, validation_rows = load_rows(data, args, tokenizer, splits, encoder_decoder)
     if not distill.live:
         train_rows = cached_rows(distill, args, teacher, tokenizer, train_rows)

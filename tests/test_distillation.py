@@ -13,6 +13,8 @@ from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -25,7 +27,8 @@ from transformers import (
 )
 
 from modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
-from modeling_flashlite.data.loading import PaddingCollator
+from modeling_flashlite.data.loading import PaddingCollator, pack
+from modeling_flashlite.training.calibration import mean_loss
 from modeling_flashlite.training.distillation import (
     DistillationCallback,
     DistillationTrainer,
@@ -393,6 +396,64 @@ def test_cache_is_an_ordinary_dataset_that_survives_the_disk_and_streaming(tmp_p
     check_teacher_columns(streamed, tokenizer, loss)
     first, again = next(iter(streamed)), annotated[0]
     assert np.array_equal(first["teacher_ids"], again["teacher_ids"])
+
+
+def packed_rows(count=6):
+    """Documents of 3 to 9 tokens, four in a row."""
+    draw = np.random.default_rng(0)
+    documents = Dataset.from_list([{"input_ids": draw.integers(3, V, 3 + n).tolist()} for n in range(count)])
+    return documents, pack(documents, 16)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "ours"])
+def test_a_teacher_reads_packed_documents_one_by_one(family, causal_config):
+    teacher = FlashLiteForCausalLM(causal_config).eval() if family == "ours" else other(family)
+    documents, rows = packed_rows()
+    cached = TeacherCache(teacher, make_tokenizer(), k=V, mode="topk", dtype="float32", temperature=1.0).annotate(rows)
+    for row, annotated in zip(rows, cached):
+        batch = PaddingCollator(make_tokenizer())([row])
+        live, _ = teacher_logits(teacher, batch, False)
+        starts = [*np.flatnonzero(np.asarray(row["position_ids"]) == 0), len(row["input_ids"])]
+        for first, last in zip(starts, starts[1:]):
+            alone = teacher(input_ids=batch["input_ids"][:, first:last]).logits[0]
+            torch.testing.assert_close(live[0, first:last], alone, atol=1e-4, rtol=1e-4)
+            kept = torch.tensor(annotated["teacher_weights"][first : last - 1])
+            best = torch.tensor(annotated["teacher_ids"][first : last - 1].astype(np.int64))
+            expected = alone.softmax(-1)[:-1].gather(-1, best)
+            torch.testing.assert_close(kept, expected, atol=1e-5, rtol=1e-3)
+    batches = [PaddingCollator(make_tokenizer())([row]) for row in rows]
+    assert mean_loss(teacher, batches) > 0  # also with a row of one token, which is no target
+    total = targets = 0.0
+    for document in documents:
+        ids = torch.tensor([document["input_ids"]])
+        total += teacher(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        targets += ids.shape[1] - 1
+    whole = pack(documents, 1000)
+    assert mean_loss(teacher, [PaddingCollator(make_tokenizer())(list(whole))]) == pytest.approx(total / targets, 1e-4)
+
+
+def test_a_teacher_that_cannot_keep_documents_apart_is_refused():
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=16, n_layer=1, n_head=2)).eval()
+    _, rows = packed_rows()
+    with pytest.raises(ValueError, match="BloomForCausalLM reads across packed documents"):
+        TeacherCache(bloom, make_tokenizer()).annotate(rows)
+    TeacherCache(bloom, make_tokenizer()).annotate(with_labels(causal_rows(2)))
+
+
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_tokens_that_the_teacher_does_not_know_are_named(tmp_path, tiny_config, seq2seq):
+    student = FlashLiteForConditionalGeneration if seq2seq else FlashLiteForCausalLM
+    rows = seq2seq_rows(4) if seq2seq else with_labels(causal_rows(4))
+    trainer = DistillationTrainer(
+        student(tiny_config(is_encoder_decoder=seq2seq)),
+        arguments(tmp_path),
+        teacher=t5(40) if seq2seq else llama(40),
+        train_dataset=rows,
+        data_collator=PaddingCollator(make_tokenizer()),
+    )
+    with pytest.raises(ValueError, match=r"hold the token \d+, but .* knows 40 only"):
+        trainer.train()
 
 
 def test_cache_of_another_origin_is_refused():

@@ -90,6 +90,7 @@ WORKSHOP_EDGES = {
         "data.preprocessing",
         "data.tasks",
         "data.tokenization",
+        "training.teacher",
         "training.trainers",
     },
     "training.lora": set(),

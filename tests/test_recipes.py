@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, load_from_disk
 from transformers import AutoModelForSequenceClassification
 from verbs import RECIPES, SCRIPTS, TINY_RUN, TINY_SHAPE, VERBS, argument_classes, load_script, run_verb, write_corpus
 
 from modeling_flashlite import FlashLiteForConditionalGeneration
 from modeling_flashlite.cli import parse_args
+from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.training.distillation import check_teacher_columns
 from modeling_flashlite.training.launch import ArchitectureArgs, DataArgs, ModelArgs, TrainArgs, load_model
 
@@ -186,6 +187,39 @@ def test_curves_of_runs_are_drawn(ground, tmp_path):
     with pytest.raises(SystemExit, match="no curves of 'kd'"):
         (tmp_path / "compared.json").write_text(json.dumps(compared))
         script.main(*parse_args([script.PlotArgs], [*argv, "--key=kd"]))
+
+
+def test_a_cache_of_other_answers_is_made_anew_or_refused(ground, tmp_path):
+    folder, dataset = ground
+    base = [f"--teacher={folder / 'causal'}", *TINY_SHAPE]
+
+    def cached(*overrides, output="a"):
+        run_verb("distill_tiny", dataset, tmp_path / output, [*base, "--annotate_only=true", *overrides])
+        place = next((word.partition("=")[2] for word in overrides if "teacher_cache" in word), None)
+        rows = load_from_disk(place or tmp_path / output / "teacher_cache")
+        return json.loads(rows[0]["teacher_info"]), len(rows)
+
+    first, rows = cached("--k=4")
+    written = (tmp_path / "a" / "teacher_cache" / "state.json").stat().st_mtime_ns
+    assert cached("--k=4") == (first, rows)
+    assert (tmp_path / "a" / "teacher_cache" / "state.json").stat().st_mtime_ns == written  # read, not made
+    assert cached("--k=5")[0]["k"] == 5 and cached("--mode=topk", "--k=4")[0]["mode"] == "topk"
+    other, fewer = cached("--k=4", "--limit=4")
+    assert fewer < rows and other["data"] != first["data"] and other["weights"] == first["weights"]
+    named = f"--teacher_cache={tmp_path / 'named'}"
+    cached(named, "--k=4")
+    for change in ("--k=5", "--limit=4", "--temperature=3"):
+        with pytest.raises(ValueError, match="named has .* instead of"):
+            cached(named, *dict.fromkeys(["--k=4", change]))
+    assert not list(tmp_path.rglob("*.incomplete"))
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(ground, tmp_path):
+    folder, dataset = ground
+    train_tokenizer(["another text entirely " * 9], 300).save_pretrained(tmp_path / "tokenizer")
+    overrides = [f"--teacher={folder / 'causal'}", f"--tokenizer={tmp_path / 'tokenizer'}", *TINY_SHAPE]
+    with pytest.raises(ValueError, match="and they differ"):
+        run_verb("distill_tiny", dataset, tmp_path / "x", overrides)
 
 
 def test_a_classifier_keeps_the_order_that_it_has_learned(ground, tmp_path):

@@ -214,10 +214,18 @@ def mean_loss(model, batches: list[dict]) -> float:
     model.eval()
     for batch in batches:
         batch = _with_labels(batch, model)
-        targets = (batch["labels"] != -100).sum().item()
-        total += model(**batch).loss.item() * targets
+        # the first token of a row is no target of a causal model
+        first = int(model.can_generate() and not model.config.is_encoder_decoder)
+        targets = (batch["labels"][..., first:] != -100).sum().item()
+        if not targets:  # its mean would be no number
+            continue
+        # with a cache to fill, the library would drop the mask that restarting positions imply
+        outputs = model(**batch, use_cache=False) if model.can_generate() else model(**batch)
+        total += outputs.loss.item() * targets
         count += targets
     model.train(training)
+    if not count:
+        raise ValueError("The batches hold 0 targets, but a loss needs at least 1; check their labels.")
     return total / count
 
 

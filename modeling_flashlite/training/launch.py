@@ -17,10 +17,11 @@ from transformers import (
 from ..checkpoint import read_config, read_tokenizer
 from ..cli import banner
 from ..configuration_flashlite import FlashLiteConfig
-from ..data.loading import PaddingCollator, load_data, pick_split, segment_streams, tokenize_texts
+from ..data.loading import PaddingCollator, column_names, load_data, pick_split, segment_streams, tokenize_texts
 from ..data.preprocessing import preprocess
 from ..data.tasks import class_id, get_task, ids_by_name, label_names, resolve_columns, texts_of
 from ..data.tokenization import train_tokenizer
+from .teacher import check_separation
 from .trainers import CarefulTrainer, last_checkpoint, plot_losses
 
 __all__ = [
@@ -277,7 +278,13 @@ def _first(examples, count: int):
 def make_trainer(
     trainer_class: type[CarefulTrainer], model, args, tokenizer, rows: tuple, **options
 ) -> CarefulTrainer:
-    """A trainer of `model` on the `rows` of [`load_rows`]; `options` are what its class takes beside those of all."""
+    """A trainer of `model` on the `rows` of [`load_rows`]; `options` are what its class takes beside those of all.
+
+    Raises:
+        ValueError: the rows are packed, and the model reads across their documents.
+    """
+    if "position_ids" in column_names(rows[0]):
+        check_separation(model)
     return trainer_class(
         model=model,
         args=args,

@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,13 +19,17 @@ from ..data.loading import PaddingCollator, require_columns
 
 __all__ = [
     "TeacherCache",
+    "check_separation",
     "check_teacher_columns",
+    "check_tokens",
     "check_vocabulary",
     "teacher_logits",
     "tokenizer_fingerprint",
 ]
 
 MODES = ("sample", "topk", "text")
+# whether a model keeps packed documents apart, found out once
+_SEPARATING: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
@@ -33,11 +38,24 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of a few numbers of every weight: tells revisions apart without reading all of a teacher."""
+    """Hash of some numbers from all over every weight: tells revisions apart without reading all of a teacher."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        numbers = weight.detach().flatten()
+        digest.update(numbers[:: max(1, len(numbers) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def data_fingerprint(rows: Dataset) -> str:
+    """Hash of the tokens, labels and positions of all rows: the same data give the same on every machine."""
+    digest = hashlib.sha256()
+    for name in sorted({"input_ids", "labels", "position_ids"} & set(rows.column_names)):
+        digest.update(name.encode())
+        for batch in rows.select_columns([name]).with_format("arrow").iter(1000):
+            column = batch[name].combine_chunks()
+            digest.update(np.asarray(column.value_lengths(), dtype=np.int64).tobytes())
+            digest.update(np.asarray(column.flatten(), dtype=np.int64).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -63,7 +81,12 @@ def teacher_logits(
         teacher (`PreTrainedModel`): any model with logits.
         batch (`dict`): `input_ids`, optionally `attention_mask`, `position_ids`, `labels`.
         seq2seq (`bool`): whether `labels` are the targets of a source, else of `input_ids` themselves.
+
+    Raises:
+        `ValueError`: the data hold tokens that the teacher does not know, or packed documents that it cannot keep
+            apart.
     """
+    check_tokens(teacher, *(batch[key] for key in ("input_ids", "labels") if batch.get(key) is not None))
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask") if batch.get(key) is not None}
     if teacher.config.is_encoder_decoder:
         if not seq2seq:
@@ -72,14 +95,62 @@ def teacher_logits(
                 "teacher, or data with input_ids and separate labels."
             )
         inputs["decoder_input_ids"] = shift_right(batch["labels"], teacher)
-        output = teacher(**inputs)
+        output = teacher(**inputs, use_cache=False)
         return output.logits, output
     if not seq2seq:
         if batch.get("position_ids") is not None:
+            check_separation(teacher)
             inputs["position_ids"] = batch["position_ids"]
-        output = teacher(**inputs)
+        # with a cache to fill, the library would drop the mask that restarting positions imply
+        output = teacher(**inputs, use_cache=False)
         return output.logits, output
     return _continuation_logits(teacher, batch)
+
+
+def check_tokens(model: PreTrainedModel, *tokens: torch.Tensor) -> None:
+    """Raise `ValueError` where `tokens` hold an id for which the model has no embedding, which PyTorch only counts."""
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    largest = max((int(ids.max()) for ids in tokens if ids.numel()), default=-1)
+    if known is not None and largest >= known:
+        raise ValueError(
+            f"The data hold the token {largest}, but {model.name_or_path or type(model).__name__} knows {known} only; "
+            "encode the data with its own tokenizer, or take a model of the data's vocabulary."
+        )
+
+
+def check_separation(model: PreTrainedModel) -> None:
+    """Raise `ValueError` where a model reads across the documents of a packed row, which `position_ids` tell apart.
+
+    Two short documents are read in one row and by themselves, once for each model. What is left of the difference
+    that a row without boundaries makes must be rounding.
+    """
+    if model not in _SEPARATING:
+        _SEPARATING[model] = _separates(model)
+    if not _SEPARATING[model]:
+        raise ValueError(
+            f"{type(model).__name__} reads across packed documents: it takes no boundaries from position_ids; give it "
+            "one document a row, or take a model that does (Llama and its kin)."
+        )
+
+
+@torch.no_grad()
+def _separates(model: PreTrainedModel) -> bool:
+    known = getattr(model.get_input_embeddings(), "num_embeddings", 0) or model.config.get_text_config().vocab_size
+    ids = (torch.arange(1, 25, device=model.device) * 7919 % known)[None]
+    first, second = torch.arange(9, device=model.device)[None], torch.arange(15, device=model.device)[None]
+    training = model.training
+    model.eval()
+    try:
+        packed = (
+            model(input_ids=ids, position_ids=torch.cat([first, second], 1), use_cache=False).logits[:, 9:].float()
+        )
+        alone = model(input_ids=ids[:, 9:], use_cache=False).logits.float()
+        joined = model(input_ids=ids, use_cache=False).logits[:, 9:].float()
+    except TypeError:  # it takes no positions at all
+        return False
+    finally:
+        model.train(training)
+    return bool((packed - alone).abs().max() <= 0.02 * (joined - alone).abs().max())
 
 
 def shift_right(labels: torch.Tensor, teacher: PreTrainedModel) -> torch.Tensor:
@@ -102,7 +173,7 @@ def _continuation_logits(teacher: PreTrainedModel, batch: dict[str, torch.Tensor
     # stable sort moves the padding behind the text of each row
     order = (~keep).long().argsort(dim=1, stable=True)
     text = torch.cat([ids, labels.clamp(min=0)], dim=1).gather(1, order)
-    output = teacher(input_ids=text, attention_mask=keep.gather(1, order).long())
+    output = teacher(input_ids=text, attention_mask=keep.gather(1, order).long(), use_cache=False)
     place = (mask.sum(1, keepdim=True) + (labels != -100).cumsum(1) - 2).clamp(min=0)
     return output.logits.gather(1, place[..., None].expand(-1, -1, output.logits.shape[-1])), output
 
@@ -169,6 +240,17 @@ class TeacherCache:
             **{key: getattr(self, key) for key in ("mode", "k", "temperature", "dtype", "seed")},
         }
 
+    def difference(self, annotated: Dataset, dataset: Dataset) -> str | None:
+        """What tells the columns of `annotated` from those that this cache would make of `dataset`, if anything."""
+        if "teacher_info" not in annotated.column_names or not len(annotated):
+            return "no teacher columns"
+        held = json.loads(annotated[0]["teacher_info"])
+        wanted = {**self.info, "data": data_fingerprint(dataset)}
+        named = ("weights", "tokenizer", "data", "mode", "k", "temperature", "dtype", "seed", "vocab_size")
+        return next(
+            (f"{key} {held.get(key)} instead of {wanted[key]}" for key in named if held.get(key) != wanted[key]), None
+        )
+
     def annotate(self, dataset: Dataset | IterableDataset, batch_size: int = 8, **text_options):
         """Add the teacher's columns to a tokenised dataset (or, in mode `text`, its answers to a dataset of texts).
 
@@ -186,7 +268,8 @@ class TeacherCache:
             raise ValueError(
                 "The dataset has 0 rows, so there is nothing to annotate; check the split and its filters."
             )
-        info = json.dumps(self.info, sort_keys=True)
+        made_of = {"data": data_fingerprint(dataset)} if isinstance(dataset, Dataset) else {}
+        info = json.dumps({**self.info, **made_of}, sort_keys=True)
         if self.mode == "text":
             source = text_options.pop("source", "source")
             require_columns(dataset, [source], "Name the text to answer with source=.")
