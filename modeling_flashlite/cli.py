@@ -2,8 +2,10 @@
 
 import difflib
 import json
+import linecache
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,7 +13,62 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-__all__ = ["banner", "finish", "parse_args"]
+__all__ = ["banner", "finish", "parse_args", "start"]
+
+# what says by itself what was wrong with the input, and what does so where a sentence was written for it
+_REFUSALS = ValueError, OSError, ImportError, FloatingPointError
+_WRITTEN_REFUSALS = TypeError, RuntimeError, KeyError, AttributeError
+_MOST_CHARACTERS = 800  # some libraries list all that they know
+
+
+def start(main: Callable, classes: Sequence[type] | None = None, description: str | None = None) -> None:
+    """Run a script's `main` as the whole process, and end it: a refusal is one sentence and exit code 2.
+
+    `--debug` without a value, which is taken off the command line, shows the traceback of a refusal instead. What is
+    no refusal, a fault of the program itself, keeps its traceback and exit code 1.
+
+    Args:
+        main (`Callable`): takes one instance of each class; returns an exit code, or numbers that `finish` has shown.
+        classes (sequence of dataclasses, *optional*): see [`parse_args`]; without them `main` reads the command line.
+        description (`str`, *optional*): shown by `--help`.
+    """
+    debug = _take_debug(sys.argv)
+    try:
+        result = main() if classes is None else main(*parse_args(classes, description=description))
+    except SystemExit as stop:
+        if isinstance(stop.code, str) and not debug:
+            _refuse(re.sub(r"^[\w.]+: ", "", stop.code))
+        raise
+    except Exception as error:
+        if debug or not _is_refusal(error):
+            raise
+        _refuse(_sentence(error))
+    raise SystemExit(result if isinstance(result, int) else 0)
+
+
+def _take_debug(argv: list[str]) -> bool:
+    """Take `--debug` off the command line, but not the Trainer's option of that name, which has a value."""
+    for place, word in enumerate(argv):
+        if word == "--debug" and (place + 1 == len(argv) or argv[place + 1].startswith("-")):
+            del argv[place]
+            return True
+    return False
+
+
+def _is_refusal(error: Exception) -> bool:
+    if isinstance(error, _REFUSALS):
+        return True
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+    return isinstance(error, _WRITTEN_REFUSALS) and line.lstrip().startswith("raise ")
+
+
+def _sentence(error: Exception) -> str:
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = " ".join(str(said).split()) or type(error).__name__
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} ... (--debug shows all)"
 
 
 def parse_args(classes: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:
@@ -32,6 +89,7 @@ def parse_args(classes: Sequence[type], argv: Sequence[str] | None = None, descr
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
     parser.error = _refuse  # the usage of a hundred training arguments would hide the message
     parser.add_argument("--config", help="YAML recipe; every other argument overrides its key")
+    parser.epilog = "--debug, without a value, shows the traceback of a refusal."
     keys = [field.name for cls in classes for field in fields(cls) if field.init]
     # the recipe's values become the defaults, so they must be known before the rest is parsed
     config = next((argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"), None)

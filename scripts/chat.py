@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import modeling_flashlite  # noqa: F401  (registers the architecture)
 from modeling_flashlite.checkpoint import CheckpointArgs
-from modeling_flashlite.cli import parse_args
+from modeling_flashlite.cli import parse_args, start
 from modeling_flashlite.publish.hub import DownloadError, download
 from modeling_flashlite.serve.engine import Engine, Limits, Settings
 from modeling_flashlite.serve.terminal import Chat
@@ -70,4 +70,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

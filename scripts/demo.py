@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainingArg
 from transformers.trainer_callback import ProgressCallback
 
 from modeling_flashlite import FlashLiteConfig
-from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import (
     PaddingCollator,
     load_data,
@@ -369,4 +369,4 @@ def main(args: DemoArgs) -> dict:
 
 
 if __name__ == "__main__":
-    main(*parse_args([DemoArgs]))
+    start(main, [DemoArgs], __doc__)

@@ -12,7 +12,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset, load_from_disk
 
 from modeling_flashlite.checkpoint import load_language_model, read_tokenizer
-from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.tasks import get_task
 from modeling_flashlite.training.distillation import (
     DistillationTrainer,
@@ -139,4 +139,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse_args((ModelArgs, ArchitectureArgs, DataArgs, DistillArgs, TrainArgs), description=__doc__))
+    start(main, (ModelArgs, ArchitectureArgs, DataArgs, DistillArgs, TrainArgs), __doc__)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, set_seed
 
 import modeling_flashlite  # noqa: F401  registers the Auto classes
 from modeling_flashlite.checkpoint import CheckpointArgs, read_config, read_tokenizer
-from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import load_data, pick_split
 from modeling_flashlite.data.tasks import Task, get_task, resolve_columns
 from modeling_flashlite.measure.cost import measure_generation, model_size, peak_memory_bytes
@@ -156,4 +156,4 @@ def measure_speed(model: PreTrainedModel, tokenizer, task: Task, prompts: list, 
 
 
 if __name__ == "__main__":
-    main(*parse_args((CheckpointArgs, DataArgs, EvalArgs), description=__doc__))
+    start(main, (CheckpointArgs, DataArgs, EvalArgs), __doc__)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import modeling_flashlite  # noqa: F401  (registers the architecture)
 from modeling_flashlite.checkpoint import CheckpointArgs, load_language_model
-from modeling_flashlite.cli import parse_args
+from modeling_flashlite.cli import parse_args, start
 from modeling_flashlite.publish.hub import DownloadError, download
 from modeling_flashlite.publish.onnx_export import ExportError, export_onnx, measure_parity
 
@@ -52,4 +52,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

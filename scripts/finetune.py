@@ -6,7 +6,7 @@ accelerate launch scripts/finetune.py --config scripts/recipes/lora_summarizatio
 
 from dataclasses import dataclass, field
 
-from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.cli import finish, start
 from modeling_flashlite.training.launch import (
     ArchitectureArgs,
     DataArgs,
@@ -66,4 +66,4 @@ def main(model_args: ModelArgs, data: DataArgs, lora: LoraArgs, args: TrainArgs)
 
 
 if __name__ == "__main__":
-    main(*parse_args((ModelArgs, DataArgs, LoraArgs, TrainArgs), description=__doc__))
+    start(main, (ModelArgs, DataArgs, LoraArgs, TrainArgs), __doc__)

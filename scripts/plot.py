@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.cli import finish, start
 from modeling_flashlite.measure.plots import COLOURS, new_axes, save_axes
 
 
@@ -127,4 +127,4 @@ def main(args: PlotArgs) -> dict:
 
 
 if __name__ == "__main__":
-    main(*parse_args((PlotArgs,), description=__doc__))
+    start(main, (PlotArgs,), __doc__)

@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modeling_flashlite.cli import parse_args
+from modeling_flashlite.cli import parse_args, start
 from modeling_flashlite.publish.cards import (
     collect_card,
     load_written,
@@ -113,4 +113,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

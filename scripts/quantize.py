@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers.trainer_utils import SaveStrategy
 
-from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import PaddingCollator
 from modeling_flashlite.measure.peers import PlainLSQ
 from modeling_flashlite.measure.results import command_line, write_results
@@ -195,4 +195,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse_args((ModelArgs, ArchitectureArgs, DataArgs, QuantizeArgs, TrainArgs), description=__doc__))
+    start(main, (ModelArgs, ArchitectureArgs, DataArgs, QuantizeArgs, TrainArgs), __doc__)

@@ -19,7 +19,7 @@ from transformers import set_seed
 
 import modeling_flashlite  # noqa: F401  (registers the architecture)
 from modeling_flashlite.checkpoint import CheckpointArgs, load_language_model, read_tokenizer
-from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.cli import finish, start
 
 
 @dataclass
@@ -70,4 +70,4 @@ def main(checkpoint: CheckpointArgs, args: SampleArgs) -> dict:
 
 
 if __name__ == "__main__":
-    main(*parse_args((CheckpointArgs, SampleArgs), description=__doc__))
+    start(main, (CheckpointArgs, SampleArgs), __doc__)

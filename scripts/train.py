@@ -4,7 +4,7 @@ python scripts/train.py --config scripts/recipes/train_tiny.yaml --max_steps 50
 accelerate launch scripts/train.py --config scripts/recipes/train_segments.yaml --learning_rate 2e-4 --resume
 """
 
-from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.cli import finish, start
 from modeling_flashlite.training.launch import (
     ArchitectureArgs,
     DataArgs,
@@ -31,4 +31,4 @@ def main(model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, args: T
 
 
 if __name__ == "__main__":
-    main(*parse_args((ModelArgs, ArchitectureArgs, DataArgs, TrainArgs), description=__doc__))
+    start(main, (ModelArgs, ArchitectureArgs, DataArgs, TrainArgs), __doc__)

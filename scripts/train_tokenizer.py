@@ -7,7 +7,7 @@ python scripts/train_tokenizer.py --dataset train=pairs.jsonl.xz --columns en,de
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import load_data, pick_split, require_columns
 from modeling_flashlite.data.tokenization import train_tokenizer
 
@@ -56,4 +56,4 @@ def main(args: TokenizerArgs) -> dict:
 
 
 if __name__ == "__main__":
-    main(*parse_args((TokenizerArgs,), description=__doc__))
+    start(main, (TokenizerArgs,), __doc__)

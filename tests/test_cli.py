@@ -1,12 +1,15 @@
 """Recipes and overrides become dataclasses; mistakes become one line and exit code 2."""
 
 import json
+import runpy
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 
-from modeling_flashlite.cli import banner, finish, parse_args
+from modeling_flashlite.cli import banner, finish, parse_args, start
 from modeling_flashlite.training.launch import TrainArgs
 
 
@@ -79,3 +82,77 @@ def test_last_line_is_one_json_object(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"loss": 1.5}
     line = banner("train", torch.nn.Linear(10, 10), TrainArgs(str(tmp_path), use_cpu=True))
     assert "trainable" in line and "1x cpu" in line
+
+
+def stopped(call, capsys):
+    """Exit code of what ends the process, and what stands on standard error."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call()
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("k is 0, but\n   must be positive."), "run.py: k is 0, but must be positive.\n"),
+        (FileNotFoundError(2, "No such file", "a.csv"), "run.py: [Errno 2] No such file: 'a.csv'\n"),
+        (ImportError("matplotlib is missing"), "run.py: matplotlib is missing\n"),
+        (TypeError("streamed rows have no length"), "run.py: streamed rows have no length\n"),
+        (KeyError("no such metric"), "run.py: no such metric\n"),
+        (SystemExit("run.py: no model is given: pass --model."), "run.py: no model is given: pass --model.\n"),
+    ],
+)
+def test_a_refusal_is_one_sentence_and_exit_code_2(monkeypatch, capsys, error, said):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    assert stopped(lambda: start(main), capsys) == (2, said)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--debug"])
+    with pytest.raises(type(error)):
+        start(main)
+    assert sys.argv == ["run.py"]
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    for fault in (lambda: {}["key"], lambda: 1 + "1", lambda: 1 / 0):
+        with pytest.raises((KeyError, TypeError, ZeroDivisionError)):
+            start(fault)
+
+
+def test_exit_codes_and_the_debugger_of_the_trainer_pass(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    assert stopped(lambda: start(lambda: 1), capsys)[0] == 1 and stopped(lambda: start(dict), capsys)[0] == 0
+    monkeypatch.setattr(sys, "argv", ["run.py", "--debug", "underflow_overflow", "--output_dir", str(tmp_path)])
+    seen = []
+    assert stopped(lambda: start(seen.append, (TrainArgs,)), capsys)[0] == 0
+    assert [option.value for option in seen[0].debug] == ["underflow_overflow"]
+
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+DATA = ["--dataset=train=nowhere.jsonl", "--output_dir=x"]
+REFUSED = {
+    "train": DATA,
+    "distill": ["--teacher=nowhere", *DATA],
+    "finetune": ["--model=nowhere", *DATA],
+    "quantize": ["--model=nowhere", *DATA],
+    "evaluate": ["--model=nowhere", "--task=translation", "--dataset=test=nowhere.jsonl"],
+    "chat": ["--model=nowhere/at-all"],
+    "serve": ["--model=nowhere/at-all"],
+    "sample": ["--model=nowhere", "--output=x.jsonl"],
+    "train_tokenizer": DATA,
+    "plot": ["--runs=nowhere"],
+    "demo": ["--size=huge", "--output=x"],
+    "export": ["--model=nowhere", "--output=x"],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_script_refuses_in_one_sentence(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *REFUSED[name]])
+    code, said = stopped(lambda: runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__"), capsys)
+    assert code == 2 and "Traceback" not in said, said
+    assert said.splitlines()[-1].startswith((f"{name}.py: ", f"{name}: ")) and len(said.splitlines()[-1]) < 1000

@@ -20,6 +20,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
+from modeling_flashlite.cli import start
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
 from modeling_flashlite.data.loading import PaddingCollator, load_data, pack, pick_split, tokenize_texts
 from modeling_flashlite.data.tokenization import train_tokenizer
@@ -206,4 +207,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

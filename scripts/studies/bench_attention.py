@@ -5,6 +5,7 @@ python scripts/studies/bench_attention.py --lengths 640 4096 --threads 1
 
 from tqdm.auto import tqdm
 
+from modeling_flashlite.cli import start
 from modeling_flashlite.measure.benchmark import SPARSE_LENGTH, race, summarize_race
 from modeling_flashlite.measure.study import BenchArgs, run_bench
 from modeling_flashlite.measure.workloads import ATTENTIONS, DENSE, OURS, attention_work, windowed
@@ -24,4 +25,4 @@ def measure(args: BenchArgs) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run_bench("attention", measure, grows=True)
+    start(lambda: run_bench("attention", measure, grows=True))

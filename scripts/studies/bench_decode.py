@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from modeling_flashlite.attention_flashlite import BlockSummaries, multi_axis_attention, summarize_blocks
+from modeling_flashlite.cli import start
 from modeling_flashlite.measure.benchmark import race, summarize_race
 from modeling_flashlite.measure.study import BenchArgs, run_bench
 from modeling_flashlite.measure.workloads import (
@@ -65,4 +66,4 @@ def contenders(args: BenchArgs, length: int) -> dict:
 
 
 if __name__ == "__main__":
-    run_bench("decode", measure, grows=True)
+    start(lambda: run_bench("decode", measure, grows=True))

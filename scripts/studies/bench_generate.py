@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from modeling_flashlite import EcqConfig, FlashLiteCache, FlashLiteForCausalLM, quantize
+from modeling_flashlite.cli import start
 from modeling_flashlite.measure.benchmark import copy_bandwidth, faster_than, kernel_seconds, race, summarize_race
 from modeling_flashlite.measure.peers import CTranslate2Bart, make_models
 from modeling_flashlite.measure.study import BenchArgs, run_bench
@@ -110,4 +111,4 @@ def continuation(args: BenchArgs, model, length: int):
 
 
 if __name__ == "__main__":
-    run_bench("generate", measure, grows=True, against_packages=True)
+    start(lambda: run_bench("generate", measure, grows=True, against_packages=True))

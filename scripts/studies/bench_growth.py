@@ -5,6 +5,7 @@ python scripts/studies/bench_growth.py
 
 from tqdm.auto import tqdm
 
+from modeling_flashlite.cli import start
 from modeling_flashlite.measure.benchmark import peak_growth, race, summarize_race
 from modeling_flashlite.measure.study import BenchArgs, run_bench
 from modeling_flashlite.measure.workloads import OUR_MODEL, grown_step
@@ -35,4 +36,4 @@ def measure(args: BenchArgs) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run_bench("growth", measure, grows=True)
+    start(lambda: run_bench("growth", measure, grows=True))

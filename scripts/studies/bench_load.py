@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from modeling_flashlite import EcqConfig, quantize
+from modeling_flashlite.cli import start
 from modeling_flashlite.measure.benchmark import fresh_cost, summarize_race
 from modeling_flashlite.measure.study import BenchArgs, run_bench
 from modeling_flashlite.measure.workloads import CODED, loading, random_decoder
@@ -64,4 +65,4 @@ def loads(args: BenchArgs, folder: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run_bench("load", measure)
+    start(lambda: run_bench("load", measure))

@@ -3,6 +3,7 @@
 python scripts/studies/bench_loss.py
 """
 
+from modeling_flashlite.cli import start
 from modeling_flashlite.measure.benchmark import peak_growth, race, summarize_race
 from modeling_flashlite.measure.study import BenchArgs, run_bench
 from modeling_flashlite.measure.workloads import loss_step
@@ -20,4 +21,4 @@ def measure(args: BenchArgs) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run_bench("loss", measure, grows=True)
+    start(lambda: run_bench("loss", measure, grows=True))

@@ -5,6 +5,7 @@ python scripts/studies/bench_memory.py --lengths 4096 8192
 
 from tqdm.auto import tqdm
 
+from modeling_flashlite.cli import start
 from modeling_flashlite.measure.benchmark import peak_growth
 from modeling_flashlite.measure.study import BenchArgs, run_bench
 from modeling_flashlite.measure.workloads import DENSE, OURS, named_attention_work
@@ -23,4 +24,4 @@ def measure(args: BenchArgs) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run_bench("memory", measure, grows=True)
+    start(lambda: run_bench("memory", measure, grows=True))

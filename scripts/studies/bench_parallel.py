@@ -5,6 +5,7 @@ python scripts/studies/bench_parallel.py
 
 import tempfile
 
+from modeling_flashlite.cli import start
 from modeling_flashlite.measure.parallel import measure_parallel
 from modeling_flashlite.measure.study import BenchArgs, run_bench
 from modeling_flashlite.measure.workloads import random_decoder
@@ -23,4 +24,4 @@ def measure(args: BenchArgs) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run_bench("parallel", measure)
+    start(lambda: run_bench("parallel", measure))

@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import flex_attention
 from tqdm.auto import tqdm
 
+from modeling_flashlite.cli import start
 from modeling_flashlite.measure.benchmark import SPARSE_LENGTH, race, summarize_race
 from modeling_flashlite.measure.study import BenchArgs, run_bench
 from modeling_flashlite.measure.workloads import ATTENTIONS, DENSE, OURS, attention_work, windowed
@@ -39,4 +40,4 @@ def measure(args: BenchArgs) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run_bench("prefill", measure, grows=True)
+    start(lambda: run_bench("prefill", measure, grows=True))

@@ -9,6 +9,7 @@ import functools
 import torch
 
 from modeling_flashlite import EcqConfig, quantize
+from modeling_flashlite.cli import start
 from modeling_flashlite.measure.benchmark import faster_than, race, summarize_race
 from modeling_flashlite.measure.peers import four_bit_linear
 from modeling_flashlite.measure.study import BenchArgs, run_bench
@@ -82,4 +83,4 @@ def linear_layers(args: BenchArgs, plain, coded) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run_bench("quant", measure, against_packages=True)
+    start(lambda: run_bench("quant", measure, against_packages=True))

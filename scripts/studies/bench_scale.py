@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modeling_flashlite import FlashLiteConfig
-from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.cli import finish, start
 from modeling_flashlite.measure.benchmark import format_table
 from modeling_flashlite.measure.results import write_results
 from modeling_flashlite.measure.scaling import Device, count_decoder_parameters, plan
@@ -49,4 +49,4 @@ def main(args: ScaleArgs) -> dict:
 
 
 if __name__ == "__main__":
-    main(*parse_args((ScaleArgs,), description=__doc__))
+    start(main, (ScaleArgs,), __doc__)

@@ -10,6 +10,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
+from modeling_flashlite.cli import start
 from modeling_flashlite.measure.benchmark import race, summarize_race
 from modeling_flashlite.measure.peers import make_models
 from modeling_flashlite.measure.study import BenchArgs, run_bench
@@ -67,4 +68,4 @@ def under_trainer(args: BenchArgs, models: dict, peers: list[str], ids: torch.Te
 
 
 if __name__ == "__main__":
-    run_bench("train", measure, grows=True)
+    start(lambda: run_bench("train", measure, grows=True))

@@ -21,7 +21,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
-from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import PaddingCollator, load_data, pack, pick_split, tokenize_texts
 from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.measure.results import write_json, write_results
@@ -231,4 +231,4 @@ def main(args: CompareArgs) -> dict:
 
 
 if __name__ == "__main__":
-    main(*parse_args((CompareArgs,), description=__doc__))
+    start(main, (CompareArgs,), __doc__)

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, set_seed
 
-from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import pick_split
 from modeling_flashlite.data.tasks import get_task, prompts_and_references, resolve_columns
 from modeling_flashlite.measure.benchmark import race, summarize_race
@@ -208,4 +208,4 @@ def main(compare: CompareArgs, model: ModelArgs, shape: ArchitectureArgs, data: 
 
 
 if __name__ == "__main__":
-    main(*parse_args((CompareArgs, ModelArgs, ArchitectureArgs, DataArgs, TrainArgs), description=__doc__))
+    start(main, (CompareArgs, ModelArgs, ArchitectureArgs, DataArgs, TrainArgs), __doc__)
