@@ -10,8 +10,6 @@ without it transformers finds tensors of the wrong shape and raises, unless `ign
 
 from __future__ import annotations
 
-import dis
-import inspect
 import itertools
 import json
 import mmap
@@ -112,11 +110,10 @@ class EcqConfig(QuantizationConfigMixin):
         )
 
 
-def _reads_weight(forward) -> bool:
-    """Whether a layer's `forward` reads more of `self.weight` than its dtype and device, which codes have as well."""
-    steps = list(dis.get_instructions(inspect.unwrap(forward)))
-    after = [next_step.argval for step, next_step in zip(steps, steps[1:]) if step.argval == "weight"]
-    return not {"dtype", "device"}.issuperset(after)
+_PLAIN_FORWARDS = (nn.Linear.forward, Linear.forward, nn.Embedding.forward, Conv1D.forward)
+# embeddings of transformers whose own forward only adds to that of `nn.Embedding`; of any other class with its own
+# forward it is not known whether codes can take the place of its weight, so it stays float
+_EXTENDED_EMBEDDINGS = ("ScaledWordEmbedding", "NormedEmbedding", "LearnedPositionalEmbedding")
 
 
 def _is_quantizable(module: nn.Module) -> bool:
@@ -128,10 +125,7 @@ def _is_quantizable(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.num_embeddings <= 64):
         return False
-    forward = type(module).forward
-    if forward not in (nn.Linear.forward, Linear.forward, nn.Embedding.forward, Conv1D.forward) and _reads_weight(
-        forward
-    ):
+    if type(module).forward not in _PLAIN_FORWARDS and not type(module).__name__.endswith(_EXTENDED_EMBEDDINGS):
         return False
     shape = module.weight.shape
     return len(shape) == 2 and min(shape) >= 8 and shape.numel() >= 1024
