@@ -34,7 +34,6 @@ from .modeling_flashlite import (
     FlashLitePreTrainedModel,
 )
 from .pipeline_flashlite import FlashLitePipeline, FlashLiteQuestionAnsweringPipeline, register_pipelines
-from .training.lora import register_lora_targets
 
 __version__ = "0.1.0"
 
@@ -88,8 +87,6 @@ FlashLiteConfig.register_for_auto_class()
 # under label smoothing the stock Trainer shifts the labels of those causal models that this table names
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(FlashLiteConfig.model_type, FlashLiteForCausalLM.__name__)
 register_pipelines()
-# without importing peft: the entry is made when, and if, somebody else does
-register_lora_targets()
 
 __all__ = [
     "CarefulTrainer",

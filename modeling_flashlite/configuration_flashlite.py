@@ -11,6 +11,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .lora_targets_flashlite import register_lora_targets
+
 POSITION_ENCODINGS = ("transformer_xl", "rotary")
 # fields of a converted model with a few possible values
 _CHOICES = {
@@ -343,6 +345,11 @@ class FlashLiteConfig(PreTrainedConfig):
             bos, pad = self.decoder.bos_token_id, self.decoder.pad_token_id
             self.decoder_start_token_id = bos if bos is not None else pad
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as nested dictionaries."""
+        register_lora_targets()  # peft calls this before it looks up which layers to adapt
+        return super().to_dict()
 
     def __getattr__(self, name):
         # reached only when normal lookup fails: fields of the stacks read as the decoder's

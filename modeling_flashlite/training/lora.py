@@ -1,63 +1,10 @@
-"""Low-rank adapters through peft: default targets for `flashlite`, and one call that prepares a model for training."""
-
-import importlib.abc
-import importlib.util
-import sys
+"""Low-rank adapters through peft: one call that prepares a model for training."""
 
 from transformers import PreTrainedModel
 
-__all__ = ["TARGET_MODULES", "add_lora", "register_lora_targets"]
+from ..lora_targets_flashlite import TARGET_MODULES, register_lora_targets
 
-# every projection of a layer: with the same number of trainable weights, more places beat more rank (QLoRA, section 4)
-TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-MODEL_TYPES = ("flashlite", "flashlite_decoder", "flashlite_encoder")
-METHODS = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "OFT", "BOFT")
-
-
-def register_lora_targets() -> None:
-    """Let `LoraConfig()` without `target_modules` know what to adapt in a Flash-Lite model.
-
-    Where peft has not been imported yet, the entry is made at the moment it is: importing peft costs more than this
-    package and the model together.
-    """
-    if "peft" in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _WhenPeftIsImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenPeftIsImported())
-
-
-def _register() -> None:
-    from peft.utils import constants
-
-    for method in METHODS:
-        mapping = getattr(constants, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING", {})
-        for model_type in MODEL_TYPES:
-            mapping.setdefault(model_type, list(TARGET_MODULES))
-
-
-class _WhenPeftIsImported(importlib.abc.MetaPathFinder):
-    """Runs `_register` right after peft's own import, then steps aside; many only ask whether peft is there."""
-
-    searching = False
-
-    def find_spec(self, name, path=None, target=None):
-        if name != "peft" or self.searching:
-            return None
-        self.searching = True
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self.searching = False
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module):
-                execute(module)
-                sys.meta_path.remove(self)
-                _register()
-
-            spec.loader.exec_module = exec_module
-        return spec
+__all__ = ["TARGET_MODULES", "add_lora"]
 
 
 def add_lora(
