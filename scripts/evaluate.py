@@ -18,8 +18,7 @@ from modeling_flashlite.data.loading import load_data, pick_split
 from modeling_flashlite.data.tasks import Task, get_task, resolve_columns
 from modeling_flashlite.measure.cost import measure_generation, model_size, peak_memory_bytes
 from modeling_flashlite.measure.evaluation import evaluate_task
-from modeling_flashlite.measure.results import write_json, write_results
-from modeling_flashlite.publish.cards import read_results
+from modeling_flashlite.measure.results import read_results, write_json, write_results
 
 # the start of a text that is continued when the speed of text generation is measured
 PROMPT_CHARACTERS = 400

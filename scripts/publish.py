@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modeling_flashlite.cli import parse_args, start
+from modeling_flashlite.measure.results import read_results
 from modeling_flashlite.publish.cards import (
     collect_card,
     load_written,
     missing_fields,
-    read_results,
     render_card,
     run_snippet,
 )
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
                 report |= {"pushed": True, **done}
             elif not missing:
                 print("dry run: nothing was sent; add --push to publish")
-        except PublishError as error:
+        except (PublishError, ValueError) as error:
             print(f"publish: {error}", file=sys.stderr)
             return 1
     print(json.dumps(report))

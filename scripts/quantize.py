@@ -15,9 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import PaddingCollator
-from modeling_flashlite.measure.peers import PlainLSQ
-from modeling_flashlite.measure.results import command_line, write_results
-from modeling_flashlite.publish.cards import read_results
+from modeling_flashlite.measure.results import command_line, read_results, write_results
 from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers, weight_of
 from modeling_flashlite.training.calibration import batches_of, collect_moments, mean_loss, pareto, quantize
 from modeling_flashlite.training.distillation import DistillationTrainer, KDLoss
@@ -34,6 +32,7 @@ from modeling_flashlite.training.launch import (
     run,
 )
 from modeling_flashlite.training.lora import add_lora
+from modeling_flashlite.training.lsq import PlainLSQ
 from modeling_flashlite.training.qat import EcqCallback, prepare_qat
 
 METHODS = ("ptq", "qat", "recover", "lsq")

@@ -10,6 +10,7 @@ import yaml
 from checkpoints import RESULTS, WRITTEN, describe, make_model, save_checkpoint
 from huggingface_hub import ModelCard
 
+from modeling_flashlite.measure.results import read_results
 from modeling_flashlite.publish import cards, repository
 from modeling_flashlite.publish.repository import PublishError, list_files, stage
 
@@ -167,8 +168,8 @@ def test_unknown_field_and_bad_results_are_named(run, tmp_path):
     with pytest.raises(PublishError, match="unknown field licence"):
         cards.collect_card(folder, "you/model", [], {"licence": "mit"})
     (tmp_path / "bad.json").write_text("[1]")
-    with pytest.raises(PublishError, match="one JSON object"):
-        cards.read_results([tmp_path / "bad.json"])
+    with pytest.raises(ValueError, match="one JSON object"):
+        read_results([tmp_path / "bad.json"])
 
 
 def test_dry_run_says_what_would_happen_and_what_is_missing(publish, run, capsys, monkeypatch):

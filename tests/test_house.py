@@ -2,8 +2,10 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -92,12 +94,14 @@ WORKSHOP_EDGES = {
         "data.tasks",
         "data.tokenization",
         "training.teacher",
+        "measure.plots",
         "training.trainers",
     },
     "training.lora": set(),
+    "training.lsq": set(),
     "training.qat": {"training.calibration"},
     "training.teacher": {"data.loading"},
-    "training.trainers": {"data.loading", "measure.plots"},
+    "training.trainers": {"data.loading"},
 }
 # huggingface_hub gives configurations their `strict` decorator; transformers itself cannot be installed without it
 SHIPPED_IMPORTS = {"torch", "numpy", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names)
@@ -191,6 +195,20 @@ def test_import_is_silent_and_cheap():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_wheel_holds_what_the_package_reads(tmp_path):
+    """An installed package has its template and its type marker, as a checkout has."""
+    pytest.importorskip("setuptools", minversion="77")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from setuptools import build_meta; print(build_meta.build_wheel('wheel'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    with zipfile.ZipFile(tmp_path / "wheel" / done.stdout.splitlines()[-1]) as wheel:
+        packed = {name for name in wheel.namelist() if name.startswith(f"{PACKAGE.name}/")}
+    kept = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*") if path.is_file()}
+    assert packed == {name for name in kept if "__pycache__" not in name}
 
 
 def test_versions_agree():

@@ -29,6 +29,7 @@ from modeling_flashlite import (
     FlashLiteForQuestionAnswering,
 )
 from modeling_flashlite.data.loading import PaddingCollator, segment_streams
+from modeling_flashlite.measure.plots import plot_losses
 from modeling_flashlite.training.distillation import KDLoss, set_loss_function
 from modeling_flashlite.training.lora import add_lora
 from modeling_flashlite.training.trainers import (
@@ -36,7 +37,6 @@ from modeling_flashlite.training.trainers import (
     SegmentTrainer,
     last_checkpoint,
     memory_tensors,
-    plot_losses,
     read_memories,
     write_tensors,
 )

@@ -3,13 +3,10 @@
 import contextlib
 import importlib.util
 import io
-import math
 import tempfile
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
-from torch.nn.utils import parametrize
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -20,13 +17,12 @@ from transformers import (
     T5GemmaConfig,
     T5GemmaForConditionalGeneration,
     T5GemmaModuleConfig,
-    TrainerCallback,
 )
 
 from ..configuration_flashlite import FlashLiteConfig
 from ..modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 
-__all__ = ["CTranslate2Bart", "PlainLSQ", "four_bit_linear", "installed", "make_models", "make_peer"]
+__all__ = ["CTranslate2Bart", "four_bit_linear", "installed", "make_models", "make_peer"]
 
 
 def installed(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -182,54 +178,3 @@ def four_bit_linear(package: str, linear: torch.nn.Linear, dtype: torch.dtype) -
         copy = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4")
         copy.load_state_dict({"weight": weight})
         return copy.to("cpu")
-
-
-class _Levels(nn.Module):
-    """A weight `[N, K]` on `2 ** bits` levels, with a learned step per row."""
-
-    def __init__(self, weight: torch.Tensor, bits: int):
-        super().__init__()
-        self.low, self.high = -(1 << bits - 1), (1 << bits - 1) - 1
-        # the row of a padding token is 0
-        mean = weight.detach().abs().mean(1, keepdim=True).clamp(min=1e-8)
-        self.step = nn.Parameter(2 * mean / math.sqrt(self.high))
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        scale = 1 / math.sqrt(weight.shape[1] * self.high)
-        step = self.step * scale + (self.step * (1 - scale)).detach()
-        ratio = (weight / step).clamp(self.low, self.high)
-        return (ratio + (ratio.round() - ratio).detach()) * step
-
-
-class PlainLSQ(TrainerCallback):
-    """Learned step size quantization as published (Esser et al., arXiv:1902.08153): what training under rounding to a
-    fixed number of bits gives. The model trains on the levels, and keeps them as floats when training ends.
-
-    Args:
-        model (`nn.Module`): changed in place.
-        layers (`Iterable[Sequence[nn.Module]]`): layers to quantize; those of one entry are tied.
-        bits (`int`): of a code, at least 2.
-    """
-
-    def __init__(self, model: nn.Module, layers: Iterable[Sequence[nn.Module]], bits: int):
-        self.layers, self.bits = [list(modules) for modules in layers], bits
-        for modules in self.layers:
-            levels = _Levels(modules[0].weight, bits)
-            for module in modules:
-                parametrize.register_parametrization(module, "weight", levels)
-
-    def bits_per_weight(self, model: nn.Module) -> float:
-        """Of a file with packed codes, and steps and all else in 16 bits."""
-        weights = [modules[0].weight for modules in self.layers]
-        codes, rows = sum(weight.numel() for weight in weights), sum(len(weight) for weight in weights)
-        total = sum(
-            p.numel() for name, p in model.named_parameters() if not name.endswith("parametrizations.weight.0.step")
-        )
-        return (self.bits * codes + 16 * (rows + total - codes)) / total
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        for modules in self.layers:
-            for module in modules:
-                parametrize.remove_parametrizations(module, "weight")
-            for module in modules[1:]:
-                module.weight = modules[0].weight

@@ -67,6 +67,20 @@ def write_results(
     return content
 
 
+def read_results(paths: list[Path]) -> list[dict]:
+    """Read results files; refuse what is not a JSON object."""
+    results = []
+    for path in paths:
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); write it again with scripts/evaluate.py.") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}, but a results file is one JSON object.")
+        results.append(content)
+    return results
+
+
 def write_json(path: str | Path, content: object) -> None:
     """Write JSON to a neighbouring temporary file and move it into place, so that no reader sees half of it."""
     path = Path(path)

@@ -43,7 +43,7 @@ from jinja2 import Environment, StrictUndefined
 
 from .repository import HEADS, PublishError, content_tag, find_checkpoint, list_files, read_safetensors_header
 
-TEMPLATE = Path(__file__).parents[2] / "model_cards" / "TEMPLATE.md"
+TEMPLATE = Path(__file__).with_name("card_template.md")
 # what a person writes, and what the results files bring
 WRITTEN = (
     "summary",
@@ -60,20 +60,6 @@ MEASURED = ("metrics", "speed", "hardware", "command", "recipe", "seed", "commit
 RELATIONS = ("finetune", "adapter", "merge", "quantized")
 # runs the snippet as a reader would: the package cannot be imported, no network
 BLOCKER = "import sys; sys.modules['modeling_flashlite'] = None\n"
-
-
-def read_results(paths: list[Path]) -> list[dict]:
-    """Read results files; refuse what is not a JSON object."""
-    results = []
-    for path in paths:
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise PublishError(f"{path} is not JSON ({error}); write it again with scripts/evaluate.py.") from None
-        if not isinstance(content, dict):
-            raise PublishError(f"{path} holds a {type(content).__name__}, but a results file is one JSON object.")
-        results.append(content)
-    return results
 
 
 def collect_card(folder: str | Path, repo_id: str, results: list[dict], written: dict, revision: str | None = None):

@@ -21,8 +21,9 @@ from ..data.loading import PaddingCollator, column_names, load_data, pick_split,
 from ..data.preprocessing import preprocess
 from ..data.tasks import class_id, get_task, ids_by_name, label_names, resolve_columns, texts_of
 from ..data.tokenization import train_tokenizer
+from ..measure.plots import plot_losses
 from .teacher import check_separation
-from .trainers import CarefulTrainer, last_checkpoint, plot_losses
+from .trainers import CarefulTrainer, last_checkpoint
 
 __all__ = [
     "ArchitectureArgs",

@@ -14,9 +14,8 @@ from transformers.utils import logging
 
 from ..cache_flashlite import FlashLiteCache
 from ..data.loading import require_columns
-from ..measure.plots import COLOURS, can_draw, new_axes, save_axes
 
-__all__ = ["CarefulTrainer", "SegmentTrainer", "last_checkpoint", "plot_losses"]
+__all__ = ["CarefulTrainer", "SegmentTrainer", "last_checkpoint"]
 
 logger = logging.get_logger(__name__)
 # written after everything else, so that a folder which has it is complete
@@ -244,29 +243,3 @@ def _check_memory(state: dict[str, torch.Tensor], config, rows: int) -> None:
         most = slots if name == "fill" else torch.iinfo(torch.int64).max
         if value.dtype != torch.int64 or value.shape not in ((), (rows,)) or value.min() < 0 or value.max() > most:
             raise ValueError(f"{name} is not a count for each of {rows} rows, or beyond its {slots} slots")
-
-
-def plot_losses(log_history: list[dict], path: str | Path) -> Path | None:
-    """Draw training and evaluation losses, and a divergence if one was logged, over the steps as an SVG.
-
-    Args:
-        log_history (`list[dict]`): of a `TrainerState`.
-        path (`str` or `Path`): file to write.
-
-    Returns:
-        `Path`, or `None` where matplotlib is not installed or nothing was logged.
-    """
-    curves = {
-        key: [(log["step"], log[key]) for log in log_history if key in log and "step" in log]
-        for key in ("loss", "eval_loss", "kd", "eval_kd")
-    }
-    if not any(curves.values()) or not can_draw():
-        return None
-    axes = new_axes("step", "nats per token")
-    # every key has its colour, whichever of them were logged
-    for colour, (key, points) in zip(COLOURS, curves.items()):
-        if points:
-            steps, values = zip(*points)
-            axes.plot(steps, values, color=colour, marker="o" if len(points) < 20 else None, markersize=3)
-            axes.annotate(f" {key} {values[-1]:.3f}", (steps[-1], values[-1]), color=colour, va="center")
-    return save_axes(axes, path, margin=0.15)
