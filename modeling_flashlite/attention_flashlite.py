@@ -62,23 +62,17 @@ class AxisSpec:
                 raise ValueError(f"{name}={value} is below 0; use 0 or more, or None for no limit.")
 
 
-class _Summaries(NamedTuple):
-    keys: Tensor
-    values: Tensor
-    boxes: Tensor
-
-
-class BlockSummaries(_Summaries):
+class BlockSummaries(NamedTuple):
     """Summaries of the first `n` blocks of a key buffer, `r = b / c` sub-blocks each.
 
     `keys` [B, Hkv, n, dk] and `values` [B, Hkv, n, dv] are block means, `boxes` [B, Hkv, 2 dk, n*r] the upper and
     below them the lower bounds of the keys of each sub-block: one product with `box_features` gives all scores, and
     reads its rows in order.
-
-    Decoding keeps its `working_set` here: who passes the same object for the tokens of a block has it made once.
     """
 
-    working_set: "WorkingSet | None" = None
+    keys: Tensor
+    values: Tensor
+    boxes: Tensor
 
 
 def summarize_blocks(k: Tensor, v: Tensor, spec: AxisSpec) -> BlockSummaries:
@@ -234,9 +228,6 @@ def multi_axis_attention(
     Returns:
         out [B, H, T, dv].
     """
-    keeps = summaries is not None and q.shape[2] == 1 and not (_needs_grad(q, k, v) or torch.compiler.is_compiling())
-    if keeps and (kept := summaries.working_set) is not None and kept.fits(q, k, v, spec, start, cross):
-        return kept.attend(q, k, v, start, scaling, cross)
     _check(q, k, v, start, cross)
     b, length = spec.block_size, q.shape[2]
     starts = start.tolist() if isinstance(start, Tensor) else [start]
@@ -249,9 +240,6 @@ def multi_axis_attention(
         return _dense_attention(q, k, v, start, scaling, cross)
     if top >= memory - 1 or top == math.inf:
         return _window_attention(q, k, v, b, memory, start, scaling, cross)
-    if keeps and low == high and k.shape[:2].numel() <= _FEW_HEADS and _is_table(k, b) and _is_table(v, b):
-        summaries.working_set = WorkingSet(q, k, v, spec, low // b, cross, summaries)
-        return summaries.working_set.attend(q, k, v, low, scaling, cross)
     if _needs_grad(k, v):
         summaries = None
     if length <= _FEW_QUERIES:
@@ -376,69 +364,61 @@ def _step_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
     return out.transpose(2, 3).flatten(1, 2).to(v.dtype)
 
 
+def fits_working_set(k: Tensor, v: Tensor, spec: AxisSpec, start: int) -> bool:
+    """Whether a query in slot `start` may use a [`WorkingSet`] of `k` and `v`, and is likely to gain by it."""
+    b = spec.block_size
+    top = math.inf if spec.relevance_top_k is None else spec.relevance_top_k
+    memory = math.inf if spec.memory_blocks is None else spec.memory_blocks
+    few = k.shape[:2].numel() <= _FEW_HEADS
+    return top < memory - 1 and start // b - 1 > top and few and _is_table(k, b) and _is_table(v, b)
+
+
 class WorkingSet:
-    """The keys and values that the queries of one block can attend to, side by side: a step is then two products.
+    """Keys and values that the queries of one block can attend to, laid out so that a token is a few products.
 
     Per row and key-value head, in the type of the computation: the grid slots of all candidates, the encoder's keys,
-    the previous block, the own block, and the `K` chosen blocks. A token costs about as many microseconds as
-    operations, so all that only changes when a block closes is made here, once for its `b` tokens. What closed blocks
-    hold must not change meanwhile, nor the tokens of the own block while one query follows the other.
+    the previous block and the own block side by side, and the `K` chosen blocks beside them. Per-operator overhead
+    dominates the time of a token, so everything that only changes when a block closes is made here, once for the `b`
+    tokens of a block. Equal to `multi_axis_attention`.
 
-    Of two neighbouring heads the second has its chosen blocks in front: one gather then brings those of both. With
-    several threads it is shared out like the products, so that each copies what it is going to read itself.
+    A working set reads `k` and `v` where they lie: it is valid until they move or change other than by appending. Its
+    owner is the decoding session, which watches the cache's version; see [`fits_working_set`] for what it takes.
 
     Args:
-        q, k, v, spec, cross, summaries: as in `multi_axis_attention`, for any query of the block; the blocks of `k`
-            and `v` are rows of matrices, see `_is_table`.
-        block: the block of the queries; it has more than `relevance_top_k` candidates.
+        k, v: keys [B, Hkv, S, dk] and values [B, Hkv, S, dv] that hold the own block's tokens up to the newest.
+        spec: the sizes of the axes; `block` has more than `relevance_top_k` candidates.
+        block: the block of the queries.
+        summaries: of all blocks before the own one, at least.
+        cross: as in `multi_axis_attention`.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, spec: AxisSpec, block: int, cross, summaries: BlockSummaries):
+    def __init__(self, k: Tensor, v: Tensor, spec: AxisSpec, block: int, summaries: BlockSummaries, cross=None):
         b, top = spec.block_size, spec.relevance_top_k or 0
-        self.spec, self.top, self.begin, self.end = spec, top, block * b, (block + 1) * b
-        self.dtype, self.is_inference = q.dtype, torch.is_inference_mode_enabled()
-        # held, so that no other tensor can come to lie at these addresses
-        self.sources = k, v, *(cross[:2] if cross is not None else ())
-        self.places = [x.data_ptr() for x in self.sources]
+        self.spec, self.top, self.block, self.begin, self.newest = spec, top, block, block * b, -2
         first = 0 if spec.memory_blocks is None else max(block - spec.memory_blocks, 0)
-        self.count, self.extra = block - 1 - first, 0 if cross is None else cross[0].shape[2]
-        # what lies beside the chosen blocks; the own block comes last
-        self.size, self.newest = self.count + self.extra + 2 * b, -2
-
-        wide, heads = torch.promote_types(q.dtype, torch.float32), k.shape[0] * k.shape[1]
-        self.heads, self.pair = heads, 2 - heads % 2
-        wholes, steps, self.moves = [], [], []
-        for x, means, other in zip((k, v), summaries, cross[:2] if cross is not None else (None, None)):
-            whole = x.new_zeros(heads, self.size + top * b, x.shape[3], dtype=wide)
+        self.count, extra = block - 1 - first, 0 if cross is None else cross[0].shape[2]
+        wide, heads = torch.promote_types(k.dtype, torch.float32), k.shape[:2].numel()
+        self.heads, beside, self.chosen, self.moves = heads, [], [], []
+        head = torch.arange(heads, device=k.device)[:, None]
+        for x, means, other in zip((k, v), summaries, (None, None) if cross is None else cross[:2]):
             parts = [means[:, :, first : first + self.count], x[:, :, self.begin - b : self.begin]]
             if other is not None:
                 parts.insert(1, other)
-            beside = self._beside_chosen(whole)
-            beside[:, :, : self.size - b] = torch.cat(parts, 2).view(*beside.shape[:2], -1, x.shape[3])
-            wholes.append(whole)
-            if top:
-                table, step = _table(x, b)
-                steps.append(step)
-                chosen = slice(self.size, self.size + self.pair * top * b)
-                pairs = whole.view(heads // self.pair, -1, x.shape[3])[:, chosen]
-                self.moves += [(table, target.view(self.pair * top, -1)) for target in pairs.unbind(0)]
-        self.keys, self.values = wholes[0].mT, wholes[1]
-        self.bias = self.values.new_zeros(heads, 1, self.size + top * b)
-        grid = self._beside_chosen(self.bias.mT)[:, :, : self.count]
-        grid.fill_(math.log(b))
-        self.own = [self._beside_chosen(x)[:, :, -b:] for x in (*wholes, self.bias.mT)]
+            room = x.new_zeros(*x.shape[:2], b, x.shape[3])
+            beside.append(torch.cat([part.to(wide) for part in (*parts, room)], 2).flatten(0, 1))
+            table, step = _table(x, b)
+            self.chosen.append(x.new_empty(heads, top * b, x.shape[3], dtype=wide))
+            self.moves.append((table, head * step + first, self.chosen[-1].view(heads * top, b * x.shape[3])))
+        self.values, self.chosen[0] = beside[1], self.chosen[0].mT
+        self.bias = beside[0].new_zeros(heads, 1, beside[0].shape[1])
+        self.bias[..., : self.count], self.bias[..., -b:] = math.log(b), -math.inf
+        if cross is not None and cross[2] is not None:
+            dark = ~cross[2].bool().repeat_interleave(k.shape[1], dim=0)
+            self.bias[:, 0, self.count : self.count + extra].masked_fill_(dark, -math.inf)
+        self.own = [x[:, -b:] for x in (*beside, self.bias.mT)]
+        self.keys = beside[0].mT
         if top:
-            self.is_wide = k.dtype == v.dtype == wide
-            head = torch.arange(heads, device=k.device)
-            shifts = [head * step + first for step in steps] + [head % self.pair * (top * b)]
-            self.shifts = torch.stack(shifts)[..., None]
             self._take_boxes(summaries.boxes, first, wide)
-
-    def _beside_chosen(self, whole: Tensor) -> Tensor:
-        """What lies beside the chosen blocks in all slots [B Hkv, S, d]: a view [pairs, heads of a pair, size, d]."""
-        _, slots, width = whole.shape
-        shape = self.heads // self.pair, self.pair, self.size, width
-        return whole.as_strided(shape, (self.pair * slots * width, (2 * slots - self.size) * width, width, 1))
 
     def _take_boxes(self, boxes: Tensor, first: int, wide: torch.dtype) -> None:
         """The bounds as one table [B Hkv 2 dk, n r] without a copy where its rows lie at even distances."""
@@ -457,53 +437,35 @@ class WorkingSet:
         self.upper, self.lower = (line[:, i].flatten() for i in (0, 1))
         self.bags = torch.arange(0, batch * hkv * width, width, device=boxes.device)
 
-    def fits(self, q: Tensor, k: Tensor, v: Tensor, spec: AxisSpec, start: int, cross) -> bool:
-        """Whether these arguments are those of a later query of the same block."""
-        sources = (k, v) if cross is None else (k, v, cross[0], cross[1])
-        return (
-            isinstance(start, int)
-            and self.begin <= start < self.end
-            and [x.data_ptr() for x in sources] == self.places
-            and q.dtype is self.dtype
-            and (spec is self.spec or spec == self.spec)
-            and torch.is_inference_mode_enabled() == self.is_inference
-        )
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int, scaling: float | None, cross) -> Tensor:
-        """The output [B, H, 1, dv] of the queries [B, H, 1, dk] in slot `start`."""
+    def attend(self, rows: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        """The output [B Hkv, G, dv] of the scaled queries [B Hkv, G, dk] in slot `start`."""
         self._take_own(k, v, start)
-        width = q.shape[3]
-        rows = q.reshape(self.heads, -1, width).to(self.values.dtype)
-        bias = self.bias
-        if self.top:
-            places = self._choose(rows) + self.shifts
-            for (table, chosen), lines in zip(self.moves, places.view(-1).split(self.pair * self.top)):
-                if self.is_wide:
-                    torch.index_select(table, 0, lines, out=chosen)
-                else:
-                    chosen.copy_(table.index_select(0, lines))
-            bias = bias.scatter(2, places.select(0, 2).unsqueeze(1), -math.inf)
-        if cross is not None and cross[2] is not None:
-            bias = bias if self.top else bias.clone()
-            encoder = self._beside_chosen(bias.mT).squeeze(3).narrow(2, self.count, self.extra)
-            dark = ~cross[2].bool().repeat_interleave(k.shape[1], dim=0)
-            encoder.masked_fill_(dark.view(encoder.shape), -math.inf)
-        scaling = width**-0.5 if scaling is None else scaling
-        weights = torch.baddbmm(bias, rows, self.keys, alpha=scaling).softmax(2)
-        return torch.bmm(weights, self.values).view(*q.shape[:3], -1).to(v.dtype)
+        logits = torch.baddbmm(self.bias, rows, self.keys)
+        if not self.top:
+            return torch.bmm(logits.softmax(2), self.values)
+        chosen = self._choose(rows)
+        for table, shift, target in self.moves:
+            lines = (chosen + shift).view(-1)
+            if table.dtype == target.dtype:
+                torch.index_select(table, 0, lines, out=target)
+            else:
+                target.copy_(table.index_select(0, lines))
+        # a block that is read in full is no grid slot
+        logits.scatter_(2, chosen[:, None].expand(-1, rows.shape[1], -1), -math.inf)
+        return joint_attention([logits, torch.bmm(rows, self.chosen[0])], [self.values, self.chosen[1]])
 
     def _take_own(self, k: Tensor, v: Tensor, start: int) -> None:
-        """Copy the newest token of the own block; all of them where it does not follow the one before."""
+        """Copy the newest token of the own block; all of them where several came since the last query."""
         slot, begin = start - self.begin, self.begin
         if slot == self.newest + 1:
-            key, value, bias = (own.select(2, slot) for own in self.own)
-            key.copy_(k.select(2, start).view(key.shape))
-            value.copy_(v.select(2, start).view(value.shape))
+            key, value, bias = (own.select(1, slot) for own in self.own)
+            key.copy_(k.select(2, start).flatten(0, 1))
+            value.copy_(v.select(2, start).flatten(0, 1))
             bias.zero_()
         else:
             for own, x in zip(self.own, (k, v)):
-                own[:, :, : slot + 1] = x[:, :, begin : start + 1].reshape(*own.shape[:2], -1, own.shape[3])
-            self.own[2].fill_(-math.inf)[:, :, : slot + 1] = 0
+                own[:, : slot + 1] = x[:, :, begin : start + 1].flatten(0, 1)
+            self.own[2][:, : slot + 1] = 0
         self.newest = slot
 
     def _choose(self, rows: Tensor) -> Tensor:
@@ -620,28 +582,6 @@ def _window_attention(q, k, v, b, memory, start, scaling, cross) -> Tensor:
             mask = torch.cat([mask.expand(q.shape[0], -1, -1, -1), extra], 3)
         pieces.append(dense_attention(q[:, :, lo:hi], part_k, part_v, mask, False, scaling))
     return torch.cat(pieces, 2)
-
-
-def _masked_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
-    """One dense call on the keys [tokens; grid slots; cross keys] with an additive mask."""
-    summaries = summarize_blocks(k, v, spec) if summaries is None else summaries
-    tokens, grid = _axis_masks(q, k.shape[2], summaries, spec, start)
-    keys, values = [k, summaries.keys.to(k.dtype)], [v, summaries.values.to(v.dtype)]
-    token_bias = torch.zeros(tokens.shape, dtype=q.dtype, device=q.device).masked_fill_(~tokens, -math.inf)
-    grid_bias = torch.full(grid.shape, math.log(spec.block_size), dtype=q.dtype, device=q.device)
-    biases = [token_bias, grid_bias.masked_fill_(~grid, -math.inf)]
-    if cross is not None:
-        keys.append(cross[0])
-        values.append(cross[1])
-        row = torch.zeros(q.shape[0], cross[0].shape[2], dtype=q.dtype, device=q.device)
-        if cross[2] is not None:
-            row = row.masked_fill(~cross[2].bool(), -math.inf)
-        biases.append(row[:, None, None, :].expand(-1, k.shape[1], q.shape[2], -1))
-    groups = q.shape[1] // k.shape[1]
-    mask = torch.cat(biases, 3).repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(
-        q, torch.cat(keys, 2), torch.cat(values, 2), mask, scale=scaling, enable_gqa=groups > 1
-    )
 
 
 def _tile_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:

@@ -115,20 +115,22 @@ class FlashLiteCacheLayer(DynamicLayer):
     `fill` is the number of slots in use (an `int` while all rows agree, else `LongTensor` `[B]`), `start` the slot of
     the newest chunk's first token, `base` the position of slot 0 (likewise), `columns` the number of columns seen,
     padding included, which is what `generate` counts, and `mask` their real ones (`None` while there is no padding).
+    `version` rises with every change other than appending, moves of the buffers included: what was derived from them
+    is valid for one version.
     """
 
     def __init__(self, spec: AxisSpec):
-        self.spec = spec
+        self.spec, self.version = spec, 0
         super().__init__()
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
+        self.version += 1
         self.is_initialized = False
         self._keys: Any = None
         self._values: Any = None
         self._summaries: Any = None
-        self._closed: Any = None, 0, None
         self._spare: Any = None
         self.mask: Any = None
         self.fill: Any = 0
@@ -146,7 +148,7 @@ class FlashLiteCacheLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, value):
-        self._keys = value
+        self._keys, self.version = value, self.version + 1
 
     @property
     def values(self):
@@ -155,7 +157,7 @@ class FlashLiteCacheLayer(DynamicLayer):
 
     @values.setter
     def values(self, value):
-        self._values = value
+        self._values, self.version = value, self.version + 1
 
     def _by_column(self, states: torch.Tensor) -> torch.Tensor:
         if self.mask is None:
@@ -184,15 +186,8 @@ class FlashLiteCacheLayer(DynamicLayer):
 
     @property
     def summaries(self) -> BlockSummaries | None:
-        """Summaries of the blocks that lie entirely in the slots in use.
-
-        The same object until these blocks change, since decoding keeps there what it makes once per block.
-        """
-        whole, count, closed = self._closed
-        if whole is not self._summaries or count != self.summarized:
-            closed = _slice_summaries(self._summaries, self.spec, 0, self.summarized)
-            self._closed = self._summaries, self.summarized, closed
-        return closed
+        """Summaries of the blocks that lie entirely in the slots in use."""
+        return _slice_summaries(self._summaries, self.spec, 0, self.summarized)
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included."""
@@ -263,6 +258,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         if spare > 0:
             grow = -(-max(spare, slots // 8, block) // block) * block
             self._keys, self._values = _grow(self._keys, grow, 2), _grow(self._values, grow, 2)
+            self.version += 1
         blocks = self._keys.shape[2] // block - self._summaries.keys.shape[2]
         if blocks > 0:  # a segment memory has keys enough, but no summaries
             spare = blocks, blocks, blocks * (block // self.spec.sub_block_size)
@@ -275,7 +271,6 @@ class FlashLiteCacheLayer(DynamicLayer):
         """
         first = min(first, self.summarized)
         if last > first:
-            self._closed = None, 0, None
             block = self.spec.block_size
             fresh = summarize_blocks(
                 self._keys[:, :, first * block : last * block],
@@ -295,6 +290,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         block = self.spec.block_size
         if self._used // block < keep + max(keep // 4, 4):
             return
+        self.version += 1
         if isinstance(self.fill, int):
             shift = (self.fill // block - keep) * block
             self._keys, self._values = self._keys[:, :, shift:].clone(), self._values[:, :, shift:].clone()
@@ -388,8 +384,7 @@ class FlashLiteCacheLayer(DynamicLayer):
                 f"`crop` cannot take back {count} tokens: the window of {window} blocks has moved past them; "
                 f"remove at most {_SPARE_BLOCKS * self.spec.block_size} tokens at a time, or raise `memory_blocks`."
             )
-        # what was made for a closed block must not outlive it: other tokens may close it again
-        self._closed = None, 0, None
+        self.version += 1
         self.fill, self.columns = fill, self.columns - count
         self.mask = None if self.mask is None else self.mask[:, :-count]
         self.summarized = min(self.summarized, self._used // self.spec.block_size)
@@ -397,6 +392,7 @@ class FlashLiteCacheLayer(DynamicLayer):
     def _select(self, choose) -> None:
         """Apply `choose` to the batch dimension of the whole state."""
         if self.is_initialized:
+            self.version += 1
             self._keys, self._values = choose(self._keys), choose(self._values)
             self._summaries = BlockSummaries(*(choose(part) for part in self._summaries))
             self._select_counts(choose)
@@ -424,7 +420,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         for source, target in zip(old, self._spare):
             torch.index_select(source[:, :, :used], 0, beam_idx, out=target[:, :, :used])
         (self._keys, self._values), self._spare = self._spare, old
-        self._closed = None, 0, None
+        self.version += 1
         if self.summarized:
             self._summaries = BlockSummaries(*(part.index_select(0, beam_idx) for part in self._summaries))
         self._select_counts(lambda state: state.index_select(0, beam_idx))
@@ -441,6 +437,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         """Forget the rows where `rows` (bool `[B]`) is true, e.g. those whose document has ended."""
         if not self.is_initialized or not bool(rows.any()):
             return
+        self.version += 1
         self.fill = self._fill_tensor(self._keys.device).masked_fill(rows.to(self._keys.device), 0)
 
     def offload(self) -> None:
@@ -454,7 +451,7 @@ class FlashLiteCacheLayer(DynamicLayer):
 
     def _move(self, device) -> None:
         if self.is_initialized and self._keys.device != torch.device(device):
-            self._closed = None, 0, None
+            self.version += 1
             self._keys = self._keys.to(device, non_blocking=True)
             self._values = self._values.to(device, non_blocking=True)
             self._summaries = BlockSummaries(*(part.to(device, non_blocking=True) for part in self._summaries))
@@ -476,17 +473,52 @@ def roll_rows(states: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 class EncoderCacheLayer(DynamicLayer):
     """The encoder's keys and values for one decoder layer.
 
-    `sources` (`LongTensor` `[B]`, `None` if each row is taken for itself) numbers the rows by what they were made
-    from: rows of one number, such as the beams of a sentence, hold the same, and when they change places among
-    themselves there is nothing to do.
+    `whole` `[B, N, S, H or 2 H]` holds the keys with the dimensions that carry their positions; `keys` shows them
+    without. `sources` (`LongTensor` `[B]`, `None` if each row is taken for itself) numbers the rows by what they were
+    made from: rows of one number, such as the beams of a sentence, hold the same, so that nothing has to move when
+    they change places among themselves. `version` rises with every change.
     """
 
-    sources: torch.Tensor | None = None
+    def __init__(self, *args, **kwargs):
+        self.version, self.whole, self.sources = 0, None, None
+        super().__init__(*args, **kwargs)
+
+    @property
+    def keys(self):
+        """Keys `[B, N, S, H]` without the dimensions of the position, or `None` while empty."""
+        return None if self.whole is None else self.whole[..., : self.values.shape[3]]
+
+    @keys.setter
+    def keys(self, value):
+        self.whole, self.version = value, self.version + 1
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Hold the keys and values of all source tokens, which come at once; returns them as they are held.
+
+        Raises:
+            ValueError: if keys are held already.
+        """
+        if self.is_initialized:
+            raise ValueError(
+                f"The cache holds the keys of {self.whole.shape[2]} source tokens already; call `reset()` on it, or "
+                "pass an empty cache, to read another source."
+            )
+        self.keys, self.values = key_states, value_states
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        return self.whole, self.values
+
+    def get_seq_length(self) -> int:
+        """Source tokens held."""
+        return 0 if self.whole is None else self.whole.shape[2]
+
+    def _map(self, change) -> None:
+        if self.is_initialized:
+            self.keys, self.values = change(self.whole), change(self.values)
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()
-        self.sources = None
+        self.keys = self.values = self.sources = None
+        self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search."""
@@ -495,17 +527,25 @@ class EncoderCacheLayer(DynamicLayer):
             if torch.equal(sources, self.sources):
                 return
             self.sources = sources
-        super().reorder_cache(beam_idx)
+        self._map(lambda states: states.index_select(0, beam_idx.to(states.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
-        super().batch_repeat_interleave(repeats)
+        self._map(lambda states: states.repeat_interleave(repeats, dim=0))
         self.sources = None if self.sources is None else self.sources.repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows in `indices`."""
-        super().batch_select_indices(indices)
+        self._map(lambda states: states[indices.to(states.device)])
         self.sources = None if self.sources is None else self.sources[indices.to(self.sources.device)]
+
+    def offload(self) -> None:
+        """Move the state to the CPU."""
+        self._map(lambda states: states.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move the state back to the device it came from."""
+        self._map(lambda states: states.to(self.device, non_blocking=True))
 
 
 class FlashLiteCache(DynamicCache):
@@ -553,7 +593,13 @@ def prepare_cache(past_key_values, config, cross: bool):
         if not isinstance(past_key_values, EncoderDecoderCache):
             past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
         other = past_key_values.cross_attention_cache
-        if isinstance(other, DynamicCache) and not other.get_seq_length():
+        if not other.layers or not all(isinstance(layer, EncoderCacheLayer) for layer in other.layers):
+            if not isinstance(other, DynamicCache) or other.get_seq_length() > 0:
+                raise ValueError(
+                    f"The cache of the encoder's keys is a {type(other).__name__} of {other.get_seq_length()} tokens, "
+                    "but this decoder keeps positions beside them; pass an `EncoderDecoderCache` of empty "
+                    "`DynamicCache`s, or none."
+                )
             other.layers = [EncoderCacheLayer() for _ in range(config.num_hidden_layers)]
             other.layer_class_to_replicate = None
     own = own_cache(past_key_values)

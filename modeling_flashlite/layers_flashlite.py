@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_flashlite import dense_attention, multi_axis_attention, multi_axis_attention_reference
-from .cache_flashlite import EncoderCacheLayer, FlashLiteCache, Rows, axis_spec, own_cache
+from .cache_flashlite import FlashLiteCache, Rows, axis_spec, own_cache
 from .configuration_flashlite import FlashLiteDecoderConfig, FlashLiteEncoderConfig
 from .linear_flashlite import Linear
 
@@ -160,21 +160,19 @@ class FlashLiteAttention(nn.Module):
             self.content_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
             self.position_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))
 
-    def relative_weight(self, like: torch.Tensor) -> torch.Tensor | None:
-        """`W_R` as one matrix per head, `[N, H, H]`, in the type of `like`; `None` for rotary positions."""
-        if self.is_rotary:
-            return None
+    def relative_weight(self, like: torch.Tensor) -> torch.Tensor:
+        """`W_R` as one matrix per head, `[N, H, H]`, in the type of `like`; there is none for rotary positions."""
         # called as a module, so that adapters, quantizers and shards of `r_proj` count: r_proj(1) = W_R^T
         weight = self.r_proj(torch.eye(self.head_dim, dtype=like.dtype, device=like.device))
         return weight.view(self.head_dim, -1, self.head_dim).permute(1, 2, 0).contiguous()
 
-    def queries(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], weight=None):
-        """Queries with their positions, `[B, T, D]` -> `[B, N, T, H or 2 H]`; `weight` is `relative_weight`."""
+    def queries(self, hidden_states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]):
+        """Queries with their positions, `[B, T, D]` -> `[B, N, T, H or 2 H]`."""
         query = self.q_norm(self.q_proj(hidden_states))
         query = query.view(*hidden_states.shape[:-1], -1, self.head_dim).transpose(1, 2)
         if self.is_rotary:
             return rotate(query, *angles)
-        weight = self.relative_weight(query) if weight is None else weight
+        weight = self.relative_weight(query)
         content_bias, position_bias = self.content_bias.to(query.dtype), self.position_bias.to(query.dtype)
         # the heads are the batch: one product of all rows for each, however few tokens there are
         rows = (query + position_bias[:, None]).transpose(0, 1)
@@ -188,14 +186,9 @@ class FlashLiteAttention(nn.Module):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         key = self.k_norm(self.k_proj(hidden_states)).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        key = rotate(key, *angles) if self.is_rotary else self.with_sinusoids(key, angles)
-        return key, value
-
-    def with_sinusoids(self, key: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Append the dimensions that carry the position, `[B, M, S, H]` -> `[B, M, S, 2 H]`, where there are any."""
         if self.is_rotary:
-            return key
-        return torch.cat([key, torch.cat(angles, dim=-1).expand(*key.shape[:3], -1)], dim=-1)
+            return rotate(key, *angles), value
+        return torch.cat([key, torch.cat(angles, dim=-1).expand(*key.shape[:3], -1)], dim=-1), value
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -237,61 +230,37 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
 
     def forward(self, hidden_states, encoder_hidden_states, angles, context: "DecoderContext"):
         """`[B, T, D]` -> `[B, T, D]`, the weights of decoder keys `[B, N, T, S]` and those of encoder keys."""
-        rows, past_key_values, layer = context.rows, context.past_key_values, None
         hidden_states = hidden_states.to(product_dtype(hidden_states))
-        weight = self._kept_weight(hidden_states, past_key_values)
-        query, (key, value) = self.queries(hidden_states, angles, weight), self.keys_values(hidden_states, angles)
-        column_value = value
+        query, (key, value) = self.queries(hidden_states, angles), self.keys_values(hidden_states, angles)
+        column_value, rows = value, context.rows
         if rows is not None:
             query, key, value = rows.gather(query), rows.gather(key), rows.gather(value)
-        start, summaries = 0, None
-        if past_key_values is not None:
-            own = own_cache(past_key_values)
-            key, value = own.update(key, value, self.layer_idx, rows)
-            layer = own.layers[self.layer_idx]
-            start, summaries = layer.start, layer.summaries
-        elif context.memory is not None:
-            layer = context.memory.layers[self.layer_idx]
-            start = layer.fill
-            key, value, context.next_memory.layers[self.layer_idx] = layer.extend(key, value, rows)
-        cross = None
-        if encoder_hidden_states is not None:
-            cross = (*self._encoder_keys(encoder_hidden_states, context, past_key_values), context.encoder_mask)
-        weights = cross_weights = None
+        key, value, start, summaries = context.extend(self.layer_idx, key, value)
+        cross = self.encoder_keys(encoder_hidden_states, context)
         settings = {"start": start, "scaling": self.scaling, "cross": cross}
+        weights = cross_weights = None
         if self.config._attn_implementation == "eager":
             out, weights, cross_weights = multi_axis_attention_reference(query, key, value, self.spec, **settings)
         else:
             out = multi_axis_attention(query, key, value, self.spec, summaries=summaries, **settings)
         if rows is not None:
-            out = rows.scatter(out)
-            weights = None if weights is None else rows.scatter(weights)
-            cross_weights = None if cross_weights is None else rows.scatter(cross_weights)
+            out, weights, cross_weights = (x if x is None else rows.scatter(x) for x in (out, weights, cross_weights))
         if weights is not None and context.memory is None:
-            source = rows if layer is None else None if layer.mask is None else layer
-            if source is not None:
-                column_value = column_value if layer is None else layer.values
-                slot, real = source.column_slots()
-                out, weights = self._by_column(weights, slot, real, column_value, cross_weights, cross)
-        out = out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
-        return self.o_proj(out), weights, cross_weights
+            out, weights = self._by_column(out, weights, cross_weights, column_value, cross, context)
+        return self.o_proj(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), weights, cross_weights
 
-    def _kept_weight(self, hidden_states, past_key_values) -> torch.Tensor | None:
-        """`relative_weight`, taken once for all tokens of a generation: it lives as long as the keys in the cache."""
-        if self.is_rotary or past_key_values is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        layer = own_cache(past_key_values).layers[self.layer_idx]
-        weight = getattr(layer, "_relative_weight", None)
-        like = hidden_states.dtype, hidden_states.device
-        if weight is None or not layer.get_seq_length() or (weight.dtype, weight.device) != like:
-            layer._relative_weight = weight = self.relative_weight(hidden_states)
-        return weight
-
-    def _by_column(self, weights, slot, real, value, cross_weights, cross):
-        """Bring weights over row slots `[B, N, T, S]` into the order of the columns; padding gets 0.
+    def _by_column(self, out, weights, cross_weights, value, cross, context):
+        """Bring weights over row slots `[B, N, T, S]` into the order of the columns, where these differ.
 
         The output is taken from them once more: then a gradient with respect to the returned weights exists.
         """
+        source, past = context.rows, context.past_key_values
+        if past is not None:
+            source = own_cache(past).layers[self.layer_idx]
+            source, value = (None, value) if source.mask is None else (source, source.values)
+        if source is None:
+            return out, weights
+        slot, real = source.column_slots()
         weights = weights.gather(3, slot[:, None, None, :].expand(-1, *weights.shape[1:3], -1))
         weights = weights.masked_fill(~real[:, None], 0.0)
         out = weights @ value.repeat_interleave(self.num_key_value_groups, dim=1)
@@ -299,47 +268,21 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
             out = out + cross_weights @ cross[1].repeat_interleave(self.num_key_value_groups, dim=1)
         return out, weights
 
-    def _encoder_keys(self, encoder_hidden_states, context, past_key_values):
-        """Keys and values of the encoder's states; computed once where a cache keeps them."""
-        if not isinstance(past_key_values, EncoderDecoderCache):
-            return self.keys_values(encoder_hidden_states, context.encoder_angles()[self.layer_idx])
-        if past_key_values.is_updated.get(self.layer_idx):
-            layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
-            return self._positioned(layer, context), layer.values
-        sources = None if self.training else context.sources()
-        if sources is None:
-            key, value = self.keys_values(encoder_hidden_states, context.encoder_angles()[self.layer_idx])
-        else:
-            # once for each source, which also makes its rows the same to the last bit
-            first, number = sources
-            tables = context.encoder_angles()[self.layer_idx]
-            angles = tuple(table if len(table) == 1 else table[first] for table in tables)
-            key, value = (x[number] for x in self.keys_values(encoder_hidden_states[first], angles))
-        past_key_values.cross_attention_cache.update(key[..., : self.head_dim], value, self.layer_idx)
-        past_key_values.is_updated[self.layer_idx] = True
-        layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
-        if sources is not None and isinstance(layer, EncoderCacheLayer):
-            layer.sources = sources[1]
-        return (key if self.is_rotary else self._hold(layer, key)), value
-
-    def _positioned(self, layer, context) -> torch.Tensor:
-        """The cached encoder keys with their positions, made anew only when the cache holds other keys than before.
-
-        What the cache shows as its keys is the part without positions, a view of the whole.
-        """
-        if self.is_rotary:
-            return layer.keys
-        if torch.compiler.is_compiling():
-            return self.with_sinusoids(layer.keys, context.encoder_angles()[self.layer_idx])
-        view, whole = getattr(layer, "_positioned", (None, None))
-        if view is None or view is not layer.keys:
-            whole = self._hold(layer, self.with_sinusoids(layer.keys, context.encoder_angles()[self.layer_idx]))
-        return whole
-
-    def _hold(self, layer, whole: torch.Tensor) -> torch.Tensor:
-        layer.keys = whole[..., : self.head_dim]
-        layer._positioned = layer.keys, whole
-        return whole
+    def encoder_keys(self, states: torch.Tensor | None, context: "DecoderContext"):
+        """Keys and values of the encoder's states `[U, S, D]` and their mask; taken once where a cache holds them."""
+        if states is None:
+            return None
+        past = context.past_key_values
+        if not isinstance(past, EncoderDecoderCache):
+            return *self.keys_values(states, context.encoder_angles[self.layer_idx]), context.encoder_mask
+        layer = past.cross_attention_cache.layers[self.layer_idx]
+        if not past.is_updated.get(self.layer_idx):
+            key, value = self.keys_values(states, context.encoder_angles[self.layer_idx])
+            if context.sources is not None:
+                key, value = key[context.sources], value[context.sources]
+            past.cross_attention_cache.update(key, value, self.layer_idx)
+            past.is_updated[self.layer_idx], layer.sources = True, context.sources
+        return layer.whole, layer.values, context.encoder_mask
 
 
 @dataclass
@@ -347,19 +290,35 @@ class DecoderContext:
     """What all layers of one decoder forward share.
 
     `rows` maps padded or packed columns to rows (`None` where every column is real), `past_key_values` is the cache
-    (here, since checkpointed layers drop an argument of that name), `memory` is the segment memory before this
-    segment, `next_memory` receives the one after it (written again, alike, when a checkpointed layer is recomputed),
-    and `encoder_angles`, `sources` (see [`equal_sources`]; functions: a cache makes them needless) and `encoder_mask`
-    belong to the encoder's keys.
+    (here, since checkpointed layers drop an argument of that name), `memory` the segment memory before this segment,
+    and `next_memory` receives the one after it (written again, alike, when a checkpointed layer is recomputed).
+    `encoder_mask` `[B, S]` belongs to the encoder's keys. Where these are still to be made, `encoder_angles` belong to
+    the states that the layers get, and `sources` `[B]` says which of these states each row reads (`None`: its own).
     """
 
     rows: Rows | None = None
     past_key_values: EncoderDecoderCache | FlashLiteCache | None = None
     memory: FlashLiteCache | None = None
     next_memory: FlashLiteCache | None = None
-    encoder_angles: Callable[[], list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+    encoder_angles: list[tuple[torch.Tensor, torch.Tensor]] | None = None
     encoder_mask: torch.Tensor | None = None
-    sources: Callable[[], tuple[torch.Tensor, torch.Tensor] | None] = lambda: None
+    sources: torch.Tensor | None = None
+
+    @property
+    def past(self) -> FlashLiteCache | None:
+        """What came before in the rows: the decoder's part of the cache, or the segment memory."""
+        return self.memory if self.past_key_values is None else own_cache(self.past_key_values)
+
+    def extend(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor):
+        """All keys and values of the rows, new ones last, the slot of the first new one, and summaries if any."""
+        if self.past is None:
+            return key, value, 0, None
+        layer = self.past.layers[layer_idx]
+        if self.past_key_values is not None:
+            key, value = self.past.update(key, value, layer_idx, self.rows)
+            return key, value, layer.start, layer.summaries
+        key, value, self.next_memory.layers[layer_idx] = layer.extend(key, value, self.rows)
+        return key, value, layer.fill, None
 
 
 def equal_sources(states: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -426,8 +385,7 @@ class FlashLiteDecoderLayer(FlashLiteLayer):
     def __init__(self, config: FlashLiteDecoderConfig, layer_idx: int):
         super().__init__(config, FlashLiteDecoderAttention(config, layer_idx))
 
-    def forward(self, hidden_states, encoder_hidden_states, angles, context):
+    def forward(self, hidden_states, encoder_hidden_states, angles, context: DecoderContext):
         """`[B, T, D]` -> `[B, T, D]`."""
-        normed = self.input_layernorm(hidden_states)
-        attended, _, _ = self.self_attn(normed, encoder_hidden_states, angles, context)
+        attended, _, _ = self.self_attn(self.input_layernorm(hidden_states), encoder_hidden_states, angles, context)
         return self.add_branches(hidden_states, attended)

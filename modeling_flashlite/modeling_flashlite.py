@@ -8,11 +8,9 @@ D hidden size, E embedding size, V vocabulary.
 import contextlib
 import copy
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
@@ -32,7 +30,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from .cache_flashlite import FlashLiteCache
 from .compat_flashlite import CACHE, CacheNames, check_arguments, named_arguments, takes_cache
 from .configuration_flashlite import FlashLiteConfig
-from .int4_flashlite import int8_codes
+from .decode_flashlite import decode_session, decoding
 from .linear_flashlite import Linear
 from .loss_flashlite import chunked_cross_entropy
 
@@ -44,8 +42,6 @@ logger = logging.get_logger(__name__)
 
 # training logits of more elements than this are never built: the loss then runs chunk by chunk over the tokens
 _MAX_TRAINING_LOGITS = 2**20
-# per model, what decoding in batches of more than 16 rows holds of its 4-bit layers: one byte a weight, while it lives
-_INT8_CODES: WeakKeyDictionary = WeakKeyDictionary()
 
 
 @dataclass
@@ -137,7 +133,7 @@ class FlashLiteModel(FlashLitePreTrainedModel):
                 encoder_outputs=encoder_outputs,
                 decoder_inputs_embeds=decoder_inputs_embeds,
             )
-            outputs = self.decoder(
+            outputs = decoding(self.decoder)(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -163,7 +159,7 @@ class FlashLiteModel(FlashLitePreTrainedModel):
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
-        outputs = self.decoder(
+        outputs = decoding(self.decoder)(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             position_ids=decoder_position_ids,
@@ -246,10 +242,18 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         """An empty segment memory, to be passed as `memory` with the first segment."""
         return self.model.new_memory()
 
+    def generate(self, *args, **kwargs):
+        """[`GenerationMixin.generate`], decoding by one [`DecodeSession`] for the whole generation.
+
+        The library enters `_optimize_model_for_decode` around sampling only: before version 5.24 beams and drafts
+        would decode without a session, and a draft model would open a new one for each draft.
+        """
+        with self._optimize_model_for_decode():
+            return super().generate(*args, **kwargs)
+
     @contextlib.contextmanager
     def _optimize_model_for_decode(self):
-        # large batches of a quantized model unpack its codes once instead of for every token
-        with super()._optimize_model_for_decode(), int8_codes(_INT8_CODES.setdefault(self, WeakIdKeyDictionary())):
+        with super()._optimize_model_for_decode(), decode_session(self):
             yield
 
     def _head(self, hidden_states, labels, logits_to_keep, teacher, kwargs):

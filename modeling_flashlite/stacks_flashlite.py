@@ -4,7 +4,6 @@
 Shapes: B batch, T target columns, S source columns, D hidden size, E embedding size.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_flashlite import FlashLiteCache, Rows, own_cache, prepare_cache, rows_of_documents, rows_of_mask
+from .cache_flashlite import FlashLiteCache, Rows, prepare_cache, rows_of_documents, rows_of_mask
 from .compat_flashlite import CACHE, CacheNames, named_arguments, takes_cache
 from .configuration_flashlite import FlashLiteConfig, FlashLiteDecoderConfig, FlashLiteEncoderConfig
 from .layers_flashlite import (
@@ -35,7 +34,6 @@ from .layers_flashlite import (
 )
 from .linear_flashlite import Linear
 from .saving_flashlite import AtomicSaving
-from .step_flashlite import DecoderStep
 
 
 @dataclass
@@ -275,95 +273,101 @@ class FlashLiteDecoder(FlashLiteStack):
         Raises:
             ValueError: for inputs that cannot be meant; see `check_inputs`.
         """
-        if past_key_values is not None and memory is not None:
-            raise ValueError(
-                "Got both `past_key_values` and `memory`; a cache is a memory already, so give one of them."
-            )
-        if past_key_values is not None and not isinstance(past_key_values, Cache):
-            raise ValueError(
-                f"`past_key_values` is a {type(past_key_values).__name__}, but must be a cache; pass a "
-                "`FlashLiteCache`, an empty `DynamicCache`, or none."
-            )
-        if memory is not None and not isinstance(memory, FlashLiteCache):
-            raise ValueError(
-                f"`memory` is a {type(memory).__name__}, but must be a `FlashLiteCache`; start from this model's "
-                "`new_memory()`."
-            )
-        if past_key_values is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            raise ValueError(
-                "`past_key_values` is given in training with gradient checkpointing, which would write every token "
-                "into it twice; pass the past as `memory`, or disable one of them."
-            )
+        check_past(self, past_key_values, memory)
         past_columns = 0 if past_key_values is None else past_key_values.get_seq_length()
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, past_columns)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         rows = packed_rows(inputs_embeds, attention_mask, position_ids)
-        wholes = {
-            "an encoder's states belong": encoder_hidden_states,
-            "a cache belongs": past_key_values,
-            "a segment memory belongs": memory,
-        }
-        for belong in (name for name, given in wholes.items() if rows is not None and given is not None):
-            raise ValueError(
-                f"The decoder's position ids restart within a row, which means packed documents, but {belong} to "
-                "whole rows; give each document a row of its own."
-            )
+        check_packed(rows, encoder_hidden_states, past_key_values, memory)
         # a packed batch has no single end to continue from, and what a cache holds depends on the mask's values
         use_cache = use_cache and rows is None and not torch.compiler.is_exporting()
         if use_cache and memory is None or past_key_values is not None:
             past_key_values = prepare_cache(past_key_values, self.config, encoder_hidden_states is not None)
-        if rows is None:
-            rows = padded_rows(inputs_embeds, attention_mask)
+        context = DecoderContext(padded_rows(inputs_embeds, attention_mask) if rows is None else rows)
+        context.past_key_values, context.memory = past_key_values, memory
+        context.next_memory = None if memory is None else FlashLiteCache(self.config)
+        if encoder_hidden_states is not None:
+            encoder_hidden_states = self.read_encoder(encoder_hidden_states, encoder_attention_mask, context)
         hidden_states = self.embed(inputs_embeds)
-        make_context = functools.cache(
-            lambda: self._context(rows, past_key_values, memory, encoder_hidden_states, encoder_attention_mask)
-        )
-        recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        step = None if rows is not None else DecoderStep.of(self, past_key_values, hidden_states, **recorded)
-        next_memory = None
-        if step is not None:
-            hidden_states = step(hidden_states, past_key_values, encoder_attention_mask, make_context)
-        else:
-            context = make_context()
-            hidden_states = self._run_layers(hidden_states, encoder_hidden_states, context)
-            next_memory = context.next_memory
+        angles = layer_angles(self.config, target_positions(hidden_states, context), product_dtype(hidden_states))
+        # fewer layers run while a draft exits early
+        for layer, angle in zip(self.layers[: self.config.num_hidden_layers], angles):
+            hidden_states = layer(hidden_states, encoder_hidden_states, angle, context)
         return FlashLiteDecoderOutput(
             last_hidden_state=self.dropout(self.norm(hidden_states)),
-            memory=next_memory,
+            memory=context.next_memory,
             **{CACHE: past_key_values if use_cache else None},
         )
 
-    def _run_layers(self, hidden_states, encoder_hidden_states, context) -> torch.Tensor:
-        past = context.memory if context.past_key_values is None else own_cache(context.past_key_values)
-        positions = target_positions(hidden_states, context.rows, past)
-        all_angles = layer_angles(self.config, positions, product_dtype(hidden_states))
-        # fewer layers run while a draft exits early
-        for layer, angles in zip(self.layers[: self.config.num_hidden_layers], all_angles):
-            hidden_states = layer(hidden_states, encoder_hidden_states, angles, context)
-        return hidden_states
+    def read_encoder(self, states: torch.Tensor, mask: torch.Tensor | None, context: DecoderContext) -> torch.Tensor:
+        """Put into `context` what belongs to the encoder's states `[B, S, D]`; returns those that layers have to read.
 
-    def _context(self, rows, past_key_values, memory, encoder_hidden_states, encoder_attention_mask) -> DecoderContext:
-        context = DecoderContext(rows, past_key_values, memory)
-        if memory is not None:
-            if len(memory.layers) != len(self.layers):
-                raise ValueError(
-                    f"The memory has {len(memory.layers)} layers, but the decoder has {len(self.layers)}; start from "
-                    "this model's `new_memory()`."
-                )
-            context.next_memory = FlashLiteCache(self.config)
-        if encoder_hidden_states is not None:
-            mask = encoder_attention_mask
-            if mask is not None and tuple(mask.shape) != tuple(encoder_hidden_states.shape[:2]):
-                raise ValueError(
-                    f"The encoder's attention mask has shape {tuple(mask.shape)}, but its states "
-                    f"{tuple(encoder_hidden_states.shape[:2])}; give one entry per source token."
-                )
-            positions, dtype = source_positions(encoder_hidden_states, mask), product_dtype(encoder_hidden_states)
-            context.encoder_angles = functools.cache(lambda: layer_angles(self.config, positions, dtype))
-            context.encoder_mask = None if mask is None else mask.bool()
-            context.sources = functools.cache(lambda: equal_sources(encoder_hidden_states, mask))
-        return context
+        Rows that repeat the row before, as beams do, are read once where a cache holds the keys of all rows.
+        """
+        if mask is not None and tuple(mask.shape) != tuple(states.shape[:2]):
+            raise ValueError(
+                f"The encoder's attention mask has shape {tuple(mask.shape)}, but its states "
+                f"{tuple(states.shape[:2])}; give one entry per source token."
+            )
+        context.encoder_mask, past = None if mask is None else mask.bool(), context.past_key_values
+        if past is not None and all(map(past.is_updated.get, range(len(self.layers)))):
+            return states
+        if past is not None and not self.training and (sources := equal_sources(states, mask)) is not None:
+            first, context.sources = sources
+            states, mask = states[first], None if mask is None else mask[first]
+        context.encoder_angles = layer_angles(self.config, source_positions(states, mask), product_dtype(states))
+        return states
+
+
+def check_past(decoder: FlashLiteDecoder, past_key_values, memory) -> None:
+    """Refuse what the decoder cannot continue.
+
+    Raises:
+        ValueError: for both a cache and a memory, something else than them, a memory of another model, or a cache in
+            training with gradient checkpointing.
+    """
+    if past_key_values is not None and memory is not None:
+        raise ValueError("Got both `past_key_values` and `memory`; a cache is a memory already, so give one of them.")
+    if past_key_values is not None and not isinstance(past_key_values, Cache):
+        raise ValueError(
+            f"`past_key_values` is a {type(past_key_values).__name__}, but must be a cache; pass a `FlashLiteCache`, "
+            "an empty `DynamicCache`, or none."
+        )
+    if memory is not None and not isinstance(memory, FlashLiteCache):
+        raise ValueError(
+            f"`memory` is a {type(memory).__name__}, but must be a `FlashLiteCache`; start from this model's "
+            "`new_memory()`."
+        )
+    if memory is not None and len(memory.layers) != len(decoder.layers):
+        raise ValueError(
+            f"The memory has {len(memory.layers)} layers, but the decoder has {len(decoder.layers)}; start from this "
+            "model's `new_memory()`."
+        )
+    checkpoints = decoder.gradient_checkpointing and decoder.training and torch.is_grad_enabled()
+    if past_key_values is not None and checkpoints:
+        raise ValueError(
+            "`past_key_values` is given in training with gradient checkpointing, which would write every token into "
+            "it twice; pass the past as `memory`, or disable one of them."
+        )
+
+
+def check_packed(rows: Rows | None, encoder_hidden_states, past_key_values, memory) -> None:
+    """Refuse packed documents beside what belongs to whole rows.
+
+    Raises:
+        ValueError: for packed documents with an encoder's states, a cache or a segment memory.
+    """
+    wholes = {
+        "an encoder's states belong": encoder_hidden_states,
+        "a cache belongs": past_key_values,
+        "a segment memory belongs": memory,
+    }
+    for belong in (name for name, given in wholes.items() if rows is not None and given is not None):
+        raise ValueError(
+            f"The decoder's position ids restart within a row, which means packed documents, but {belong} to whole "
+            "rows; give each document a row of its own."
+        )
 
 
 def padded_rows(states: torch.Tensor, attention_mask: torch.Tensor | None) -> Rows | None:
@@ -400,14 +404,14 @@ def packed_rows(states, attention_mask, position_ids) -> Rows | None:
     return rows_of_documents(starts | (mask & (mask.cumsum(1) == 1)), mask)
 
 
-def target_positions(hidden_states: torch.Tensor, rows: Rows | None, past: FlashLiteCache | None) -> torch.Tensor:
+def target_positions(hidden_states: torch.Tensor, context: DecoderContext) -> torch.Tensor:
     """Positions `[B or 1, T]` of the new columns: real tokens of the row that came before."""
-    columns = hidden_states.shape[1]
-    if rows is None:
-        positions = torch.arange(columns, device=hidden_states.device)[None]
+    if context.rows is None:
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
     else:
-        positions = rows.slot % rows.source.shape[1]
-    if past is None:
+        positions = context.rows.slot % context.rows.source.shape[1]
+    if context.past is None:
         return positions
-    first = past.layers[0].base + past.layers[0].fill
+    layer = context.past.layers[0]
+    first = layer.base + layer.fill
     return positions + (first[:, None] if isinstance(first, torch.Tensor) else first)

@@ -14,6 +14,8 @@ import modeling_flashlite.attention_tiles_flashlite as tiles
 from modeling_flashlite.attention_flashlite import (
     AxisSpec,
     BlockSummaries,
+    WorkingSet,
+    fits_working_set,
     multi_axis_attention,
     multi_axis_attention_reference,
     summarize_blocks,
@@ -69,7 +71,7 @@ def cross_inputs(kind, batch, hkv, dv, grad):
 
 def paths_for(spec, queries, start):
     """The paths that can serve a call, by name."""
-    paths = {"dispatch": None, "masked": attention._masked_attention}
+    paths = {"dispatch": None}
     few_candidates = spec.memory_blocks is not None and (
         spec.relevance_top_k is None or spec.memory_blocks - 1 <= spec.relevance_top_k
     )
@@ -145,6 +147,13 @@ def test_decoding_step_by_step_and_in_uneven_chunks_equals_one_pass(ragged):
             assert (out - right).abs().max() < 1e-12
 
 
+def serve(working, q, k, v, start, scaling):
+    """The output `[B, H, 1, dv]` of a working set for the query `[B, H, 1, dk]` in slot `start`."""
+    rows = (q * scaling).reshape(working.heads, -1, q.shape[3]).to(working.values.dtype)
+    out = working.attend(rows, k[:, :, : start + 1], v[:, :, : start + 1], start)
+    return out.view(*q.shape[:3], -1).to(v.dtype)
+
+
 @pytest.mark.parametrize("memory", [None, 7])
 @pytest.mark.parametrize("kind", [None, "masked"])
 @pytest.mark.parametrize("top", [0, 2])
@@ -156,38 +165,11 @@ def test_a_working_set_serves_the_tokens_of_its_block(memory, kind, top):
     expected = multi_axis_attention_reference(q, k, v, spec, cross=cross)[0]
     for begin in range((top + 2) * b, 60, b):
         summaries = summarize_blocks(k[:, :, :begin], v[:, :, :begin], spec)
-        kept = set()
-        for start in (*range(begin, begin + b), begin + 1):  # and back, as after `crop`
-            own = k[:, :, : start + 1], v[:, :, : start + 1]
-            args = (q[:, :, start : start + 1], *own, spec)
-            out = multi_axis_attention(*args, start=start, cross=cross, summaries=summaries)
+        assert fits_working_set(k, v, spec, begin) and not fits_working_set(k, v, spec, (top + 1) * b)
+        working = WorkingSet(k[:, :, : begin + 1], v[:, :, : begin + 1], spec, begin // b, summaries, cross)
+        for start in (begin, begin + 1, begin + 3):  # one by one, and past a token that came in a chunk
+            out = serve(working, q[:, :, start : start + 1], k, v, start, 8**-0.5)
             assert (out - expected[:, :, start : start + 1]).abs().max() < 1e-12
-            kept.add(summaries.working_set)
-        assert len(kept) == 1 and None not in kept
-
-
-@torch.no_grad()
-def test_a_working_set_is_made_anew_for_other_arguments():
-    spec, start = AxisSpec(4, 2, 2, None), 41
-    q, k, v = qkv(queries=1, keys=60)
-    summaries = summarize_blocks(k, v, spec)
-    first = multi_axis_attention(q, k, v, spec, start=start, summaries=summaries)
-    others = (
-        (q, k, v, AxisSpec(4, 2, 3, None), start, None),
-        (q, k, v, spec, start + 4, None),
-        (q, k, v, spec, start, cross_inputs("all", 1, 2, 8, grad=False)),
-        (q, k.clone(), v, spec, start, None),
-        (q.float(), k.float(), v.float(), spec, start, None),
-    )
-    for *args, start, cross in others:
-        before = summaries.working_set
-        out = multi_axis_attention(*args, start=start, cross=cross, summaries=summaries)
-        expected = multi_axis_attention_reference(*args, start=start, cross=cross)[0]
-        assert (out - expected).abs().max() < (1e-12 if out.dtype == torch.float64 else 1e-5)
-        assert summaries.working_set is not before
-    with torch.inference_mode():
-        assert torch.equal(multi_axis_attention(q, k, v, spec, start=41, summaries=summaries), first)
-    assert torch.equal(multi_axis_attention(q, k, v, spec, start=41, summaries=summaries), first)
 
 
 @torch.no_grad()
@@ -199,26 +181,27 @@ def test_a_working_set_takes_bounds_and_blocks_wherever_they_lie():
     room = BlockSummaries(*(torch.cat([x, torch.full_like(x, math.nan)], -1) for x in summaries))
     narrowed = BlockSummaries(*(x[..., : y.shape[-1]] for x, y in zip(room, summaries)))
     turned = BlockSummaries(*(x.mT.contiguous().mT for x in summaries))
-    by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
-    for mine, (keys, values) in ((narrowed, (k, v)), (turned, (k, v)), (BlockSummaries(*summaries), by_token)):
-        out = multi_axis_attention(q, keys, values, spec, start=start, summaries=mine)
+    for mine in (narrowed, turned):
+        out = serve(WorkingSet(k, v, spec, start // 4, mine), q, k, v, start, 8**-0.5)
         assert (out - expected).abs().max() < 1e-12
-        # blocks that are no rows of a matrix are gathered for each token
-        assert (mine.working_set is None) == (keys is by_token[0])
+    by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    # blocks that are not rows of a matrix are gathered for each token
+    assert not fits_working_set(*by_token, spec, start) and fits_working_set(k, v, spec, start)
+    out = multi_axis_attention(q, *by_token, spec, start=start, summaries=summaries)
+    assert (out - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("hkv", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_working_set_pairs_heads_of_any_number_and_type(hkv, dtype):
+def test_a_working_set_of_any_number_of_heads_and_type(hkv, dtype):
     spec = AxisSpec(4, 2, 2, None)
     q, k, v = (torch.randn(1, n, 60, 8).to(dtype) for n in (2 * hkv, hkv, hkv))
     expected = multi_axis_attention_reference(q, k, v, spec)[0]
-    summaries = summarize_blocks(k, v, spec)
+    working = WorkingSet(k, v, spec, 10, summarize_blocks(k, v, spec))
     for start in range(40, 44):
-        out = multi_axis_attention(q[:, :, start : start + 1], k, v, spec, start=start, summaries=summaries)
+        out = serve(working, q[:, :, start : start + 1], k, v, start, 8**-0.5)
         assert (out - expected[:, :, start : start + 1]).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2)
-    assert summaries.working_set is not None
 
 
 def test_selection_does_not_flip_between_paths_in_float32():
@@ -277,7 +260,7 @@ def test_dense_while_the_axes_cover_everything():
         short = [x[:, :, :length] for x in (q, k, v)]
         for path in (multi_axis_attention, lambda *args: multi_axis_attention_reference(*args)[0]):
             assert (path(*short, spec) - dense(*short)).abs().max() < 1e-12
-        long = attention._masked_attention(q, k, v, spec, 0, None, None, None)[:, :, :length]
+        long = multi_axis_attention_reference(q, k, v, spec)[0][:, :, :length]
         assert (long - dense(*short)).abs().max() < 1e-12
     assert (multi_axis_attention(q, k, v, AxisSpec(b, 2, top, None)) - dense(q, k, v)).abs().max() > 1e-3
 
@@ -357,7 +340,7 @@ def test_the_long_path_holds_nothing_quadratic():
         assert record.largest < length * length / 8
     assert largest[4096] <= 2.1 * largest[2048]
     with Allocations() as record:
-        attention._masked_attention(q, k, v, AxisSpec(16, 8, 2, None), 0, None, None, None)
+        multi_axis_attention_reference(q, k, v, AxisSpec(16, 8, 2, None))
     assert record.largest >= length * length  # the hook does see a quadratic path
 
 

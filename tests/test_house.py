@@ -42,9 +42,9 @@ EDGES = {
     "quantization": {"codec", "ecq_modules", "ecq_search", "ecq_stream", "int4", "linear"},
     "cache": {"attention"},
     "layers": {"attention", "cache", "configuration", "linear"},
-    "step": {"attention", "cache", "ecq_modules", "int4", "layers", "linear"},
-    "stacks": {"cache", "compat", "configuration", "layers", "linear", "saving", "step"},
-    "modeling": {"cache", "compat", "configuration", "int4", "linear", "loss", "quantization", "stacks"},
+    "stacks": {"cache", "compat", "configuration", "layers", "linear", "saving"},
+    "decode": {"attention", "cache", "compat", "ecq_modules", "int4", "layers", "linear", "stacks"},
+    "modeling": {"cache", "compat", "configuration", "decode", "linear", "loss", "quantization", "stacks"},
 }
 # floor 2, the workshop, one folder per activity: it stands on everything that travels, and on these of its own floor
 WORKSHOP_EDGES = {

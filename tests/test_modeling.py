@@ -13,7 +13,13 @@ from modeling_flashlite import (
     FlashLiteForCausalLM,
     FlashLiteForConditionalGeneration,
 )
-from modeling_flashlite.attention_flashlite import AxisSpec, multi_axis_attention, multi_axis_attention_reference
+from modeling_flashlite.attention_flashlite import (
+    AxisSpec,
+    WorkingSet,
+    fits_working_set,
+    multi_axis_attention,
+    multi_axis_attention_reference,
+)
 from modeling_flashlite.cache_flashlite import FlashLiteCacheLayer
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
 
@@ -361,8 +367,9 @@ def test_crop_takes_tokens_back_exactly():
 @torch.no_grad()
 def test_decoding_with_crops_and_reorders_equals_attention_over_what_is_left(memory):
     spec, chance = AxisSpec(4, 2, 2, memory), random.Random(0)
-    layer = FlashLiteCacheLayer(spec)
+    layer, working, made_for = FlashLiteCacheLayer(spec), None, None
     k = v = torch.zeros(2, 2, 0, 8, dtype=torch.float64)
+    served = 0
     for _ in range(250):
         if k.shape[2] > 60 and chance.random() < 0.1:
             back = chance.randint(1, 9)
@@ -377,7 +384,17 @@ def test_decoding_with_crops_and_reorders_equals_attention_over_what_is_left(mem
         out = multi_axis_attention(q, *own, spec, start=layer.start, summaries=layer.summaries)
         expected = multi_axis_attention_reference(q, k, v, spec, start=k.shape[2] - 1)[0]
         assert (out - expected).abs().max() < 1e-12
-    assert layer.summaries.working_set is not None
+        if not fits_working_set(*own, spec, layer.start):
+            continue
+        # what is derived from the slots is valid for one version and block
+        if made_for != (layer.version, layer.start // 4):
+            made_for = layer.version, layer.start // 4
+            working = WorkingSet(*own, spec, layer.start // 4, layer.summaries)
+        else:
+            served += 1
+        out = working.attend((q * 8**-0.5).view(4, 2, 8), *own, layer.start).view_as(expected)
+        assert (out - expected).abs().max() < 1e-12
+    assert served > 50
 
 
 @torch.no_grad()

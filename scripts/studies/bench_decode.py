@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from modeling_flashlite.attention_flashlite import BlockSummaries, multi_axis_attention, summarize_blocks
+from modeling_flashlite.attention_flashlite import WorkingSet, summarize_blocks
 from modeling_flashlite.cli import start
 from modeling_flashlite.measure.benchmark import race, summarize_race
 from modeling_flashlite.measure.study import BenchArgs, run_bench
@@ -40,7 +40,7 @@ def measure(args: BenchArgs) -> list[dict]:
 
 
 def contenders(args: BenchArgs, length: int) -> dict:
-    """Steps that cycle through the tokens of the block before `length`; the first recomputes the block summaries."""
+    """Steps that cycle through the tokens of the block before `length`; the first one lays out the working set."""
     q, k, v = attention_inputs(1, length, **args.inputs)
     b = SPEC.block_size
     whole = summarize_blocks(k[:, :, : length - b], v[:, :, : length - b], SPEC)
@@ -52,12 +52,13 @@ def contenders(args: BenchArgs, length: int) -> dict:
         return lambda: step(*next(places))
 
     def ours(start, keys, values):
-        nonlocal summaries
+        nonlocal working
         if start % b == 0:
-            summaries = BlockSummaries(*whole)
-        return multi_axis_attention(q, keys, values, SPEC, start=start, summaries=summaries)
+            working = WorkingSet(keys, values, SPEC, start // b, whole)
+        rows = (grouped * HEAD_DIM**-0.5).flatten(0, 1).float()
+        return working.attend(rows, keys, values, start)
 
-    summaries = whole
+    working = WorkingSet(*pasts[0][1:], SPEC, pasts[0][0] // b, whole)
     return {
         DENSE: stepper(lambda _, keys, values: F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)),
         GROUPED: stepper(lambda _, keys, values: F.scaled_dot_product_attention(grouped, keys, values)),

@@ -1,0 +1,413 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""Decoding: everything that generation derives from weights and cache, and the token step that uses it.
+
+A [`DecodeSession`] takes the place of the decoder while a model generates. For a token of a small model per-operator
+overhead (about 1 us) dominates, and most operations of the layers only shape states or recompute what the weights
+alone determine. The session computes that once per generation and runs a token in few operations. The decoder itself
+is the slow truth; it runs whatever a session does not take: prompts, padded rows, training, recorded states, hooks.
+
+`generate` opens a session through `_optimize_model_for_decode`; [`decode_session`] opens one for a loop of one's own.
+A session is the only owner of derived state, and releases it when it closes. What it derives from a cache is keyed by
+the `version` of the cache's layers, which rises with every change other than appending.
+
+Shapes: B batch, N query heads, M key-value heads, G = N / M, H head size, D hidden size, S key slots.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .attention_flashlite import WorkingSet, fits_working_set, joint_weights, multi_axis_attention
+from .cache_flashlite import EncoderCacheLayer, FlashLiteCacheLayer, own_cache
+from .ecq_modules_flashlite import EcqModule, join
+from .int4_flashlite import TILE_ROWS, int8_codes
+from .layers_flashlite import (
+    LENGTH_ROPES,
+    FlashLiteDecoderAttention,
+    FlashLiteDecoderLayer,
+    FlashLiteMLP,
+    FlashLiteRMSNorm,
+    position_angles,
+    product_dtype,
+    rotate,
+)
+from .linear_flashlite import Linear, is_hooked, linear
+from .stacks_flashlite import FlashLiteDecoder, FlashLiteDecoderOutput, check_inputs
+
+# positions whose angles are computed together, if they depend on nothing else
+_ANGLES = 64
+
+# the open sessions of this thread (or task), by decoder; a draft model decodes within the generation of its target
+_SESSIONS: ContextVar[dict[FlashLiteDecoder, "DecodeSession"] | None] = ContextVar("sessions", default=None)
+
+
+@contextlib.contextmanager
+def decode_session(model) -> Iterator["DecodeSession"]:
+    """Decode by a session within this context; all that it derived is released at the end.
+
+    Contexts nest: the outermost one owns the sessions of all models that decode within it. Weights must not change
+    while a session is open, except before a new prompt.
+
+    Args:
+        model ([`FlashLiteHeadModel`]): whose decoder is replaced by the session.
+
+    Yields:
+        [`DecodeSession`].
+    """
+    outer, decoder = _SESSIONS.get(), model.get_decoder()
+    sessions = {} if outer is None else outer
+    session = sessions.setdefault(decoder, DecodeSession(decoder))
+    with contextlib.ExitStack() as stack:
+        if outer is None:
+            stack.callback(_SESSIONS.reset, _SESSIONS.set(sessions))
+            stack.callback(lambda: [opened.forget() for opened in sessions.values()])
+            # batches of more than 16 rows unpack 4-bit codes once instead of for every token
+            stack.enter_context(int8_codes())
+        yield session
+
+
+def decoding(decoder: FlashLiteDecoder) -> "FlashLiteDecoder | DecodeSession":
+    """What decodes in the place of `decoder`: its open session, or itself."""
+    if torch.compiler.is_compiling() or (sessions := _SESSIONS.get()) is None:
+        return decoder
+    return sessions.get(decoder, decoder)
+
+
+class Angles(NamedTuple):
+    """Cosines and sines of one position `[H / 2]`, both in a row, and each twice, `[H]`; or tables of them."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    both: torch.Tensor
+    cos_twice: torch.Tensor
+    sin_twice: torch.Tensor
+
+
+class DecodeSession:
+    """Called like the decoder, and equal to it; see [`decode_session`]."""
+
+    def __init__(self, decoder: FlashLiteDecoder):
+        self.decoder, config = decoder, decoder.config
+        self.kinds = config.rope_kinds
+        ropes = [config.rope_parameters if kind is None else config.rope_parameters.get(kind) for kind in self.kinds]
+        # positions whose angles are computed together; some angles depend on the length at hand
+        self.positions = 1 if any(rope and rope["rope_type"] in LENGTH_ROPES for rope in ropes) else _ANGLES
+        self.forget()
+
+    def forget(self) -> None:
+        """Release everything that was derived from weights and cache."""
+        for layer in getattr(self, "layers", None) or ():
+            layer.release()
+        # the layers' steps: `None` before the first token, empty where the decoder has to run
+        self.layers: list[LayerStep] | None = None
+        self._made_for: Any = None
+        self._cache: Any = None
+        self._tables: Any = None
+
+    def __call__(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs) -> FlashLiteDecoderOutput:
+        """The decoder's output for its arguments; see [`FlashLiteDecoder.forward`]."""
+        if not self._takes(input_ids, attention_mask, past_key_values, kwargs):
+            is_new = past_key_values is None or not past_key_values.get_seq_length()
+            if is_new and kwargs.get("use_cache") is not False:
+                self.forget()  # weights may have changed before a new text
+            arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
+            return self.decoder(input_ids=input_ids, **arguments)
+        decoder, own = self.decoder, own_cache(past_key_values)
+        check_inputs(decoder.config, input_ids, None, attention_mask, own.layers[0].columns)
+        states = decoder.embed(decoder.embed_tokens(input_ids))[:, 0]
+        angles = self._angles(own.layers[0].base + own.layers[0].fill, states)
+        for index, step in enumerate(self._steps(past_key_values)):
+            encoder = None
+            if own is not past_key_values:
+                cross = past_key_values.cross_attention_cache.layers[index]
+                encoder = step.encoder_keys(cross, kwargs.get("encoder_attention_mask"))
+            states = step(states, own.layers[index], angles[self.kinds[index]], encoder)
+        return FlashLiteDecoderOutput(last_hidden_state=decoder.norm(states[:, None]), past_key_values=past_key_values)
+
+    def _takes(self, input_ids, attention_mask, past_key_values, kwargs) -> bool:
+        """Whether these arguments are one new token for each row of a cache, and nothing else is asked for."""
+        use_cache = kwargs.get("use_cache")
+        if (
+            input_ids is None
+            or input_ids.shape[1] != 1
+            or kwargs.get("inputs_embeds") is not None
+            or kwargs.get("memory") is not None
+            or not (self.decoder.config.use_cache if use_cache is None else use_cache)
+            or any(value for name, value in kwargs.items() if name.startswith("output_"))
+            or not isinstance(past_key_values, Cache)
+            or not past_key_values.get_seq_length()
+            or self.decoder.training
+            or torch.is_grad_enabled()
+            or not (attention_mask is None or attention_mask[:, -1].all())
+        ):
+            return False
+        has_encoder = kwargs.get("encoder_hidden_states") is not None
+        return self._holds(past_key_values, has_encoder) and bool(self._steps(past_key_values))
+
+    def _holds(self, past_key_values, has_encoder: bool) -> bool:
+        """Whether all rows of the cache hold the same number of tokens, and it has the encoder's keys, if any."""
+        own, layers = own_cache(past_key_values), len(self.decoder.layers)
+        # fewer layers run while a draft exits early
+        if not layers == len(own.layers) == self.decoder.config.num_hidden_layers or own.offloading:
+            return False
+        if has_encoder == (own is past_key_values):
+            return False
+        if has_encoder and not all(map(past_key_values.is_updated.get, range(layers))):
+            return False
+        first = own.layers[0]
+        alike = isinstance(first, FlashLiteCacheLayer) and isinstance(first.fill, int) and isinstance(first.base, int)
+        return alike and first.mask is None
+
+    def _steps(self, past_key_values) -> "list[LayerStep]":
+        """The steps of all layers, made when the first token comes; none where the decoder has to run."""
+        weight = self.decoder.embed_tokens.weight
+        # tensors made in inference mode cannot be written to outside of it
+        made_for = weight.dtype, weight.device, product_dtype(weight), torch.is_inference_mode_enabled()
+        if self.layers is None or self._made_for != made_for or self._cache is not past_key_values:
+            self.forget()
+            plain = is_plain(self.decoder) and product_dtype(weight) == weight.dtype
+            self.layers = [LayerStep(layer) for layer in self.decoder.layers] if plain else []
+            self._made_for, self._cache = made_for, past_key_values
+        return self.layers
+
+    def _angles(self, position: int, like: torch.Tensor) -> dict[str | None, Angles]:
+        """The angles of one position for each kind of layer, from tables of some positions."""
+        first, index = position - position % self.positions, position % self.positions
+        if self._tables is None or self._tables[0] != first:
+            positions = torch.arange(first, first + self.positions, device=like.device)[None]
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            config, kinds = self.decoder.config, set(self.kinds)
+            tables = {kind: _table_of(*position_angles(config, positions, dtype, kind)) for kind in kinds}
+            self._tables = first, tables
+        return {kind: Angles(*(table[index] for table in tables)) for kind, tables in self._tables[1].items()}
+
+
+def _table_of(cos: torch.Tensor, sin: torch.Tensor) -> Angles:
+    cos, sin = cos[0, 0], sin[0, 0]
+    pairs = (cos, sin), (cos, cos), (sin, sin)
+    return Angles(cos, sin, *(torch.cat(pair, dim=1) for pair in pairs))
+
+
+def is_plain(decoder: FlashLiteDecoder) -> bool:
+    """Whether nothing hangs on the modules that a session does not call: hooks, shards, recorders, other classes."""
+    config = decoder.config
+    if config._attn_implementation != "sdpa" or config.output_attentions or config.output_hidden_states:
+        return False
+    if type(decoder) is not FlashLiteDecoder or is_hooked(decoder):
+        return False
+    for layer in decoder.layers:
+        norms = _norms(layer)
+        skipped = layer, layer.self_attn, layer.mlp, *norms
+        classes = FlashLiteDecoderLayer, FlashLiteDecoderAttention, FlashLiteMLP
+        if tuple(map(type, skipped[:3])) != classes or any(map(is_hooked, skipped)):
+            return False
+        if not {type(norm) for norm in norms} <= {nn.RMSNorm, FlashLiteRMSNorm, nn.Identity}:
+            return False
+        direct = [p for module in skipped for p in module.parameters(recurse=False)]
+        if any(type(p) is not nn.Parameter or p.device.type == "meta" for p in direct):
+            return False
+    return not nn.modules.module._has_any_global_hook()
+
+
+def _norms(layer: FlashLiteDecoderLayer) -> list[nn.Module]:
+    """The four places of a norm in a layer, in their order."""
+    names = "input_layernorm", "attention_output_norm", "post_attention_layernorm", "mlp_output_norm"
+    return [getattr(layer, name) for name in names]
+
+
+def _call(module: nn.Module):
+    """What runs a module: its forward, without the machinery for hooks where there are none."""
+    if is_hooked(module):
+        return module
+    if type(module) in (nn.Linear, Linear):
+        return functools.partial(linear, weight=module.weight, bias=module.bias)
+    return module.forward
+
+
+class LayerStep:
+    """One layer of a [`DecodeSession`]: constants of its weights, and what its cache holds in the form of a token."""
+
+    def __init__(self, layer: FlashLiteDecoderLayer):
+        attention = layer.self_attn
+        self.attention, self.spec = attention, attention.spec
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.query_key_value = self._together([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.gate_up = self._together([layer.mlp.gate_proj, layer.mlp.up_proj])
+        self.o, self.down = _call(attention.o_proj), _call(layer.mlp.down_proj)
+        self.act = _call(layer.mlp.act_fn)
+        self.norms = list(map(_norm_of, _norms(layer)))
+        self.head_norms = _call(attention.q_norm), _call(attention.k_norm)
+        self.multiplier = layer.residual_multiplier
+        self.groups, self.is_rotary = attention.num_key_value_groups, attention.is_rotary
+        self.query_map = None if self.is_rotary else self._query_map()
+        self._encoder: EncoderKeys | None = None
+        self._working: WorkingSet | None = None
+        self._version = -1
+
+    def _together(self, layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+        """The outputs of several layers of the same input as one function: one product, where they are codes."""
+        joint = None if any(map(is_hooked, layers)) else join(layers)
+        if joint is None:
+            calls = list(map(_call, layers))
+            return lambda states: [call(states) for call in calls]
+        self._joined = [*getattr(self, "_joined", ()), *layers]
+        starts = itertools.accumulate((len(layer.tiles) * TILE_ROWS for layer in layers), initial=0)
+        places = [(1, start, layer.out_features) for start, layer in zip(starts, layers)]
+
+        def product(states: torch.Tensor) -> list[torch.Tensor]:
+            output = joint.forward(states)
+            return [output.narrow(*place) for place in places]
+
+        return product
+
+    def release(self) -> None:
+        """Let go of what layers of codes hold for their joint product."""
+        for layer in getattr(self, "_joined", ()):
+            if isinstance(layer, EcqModule):
+                layer._forget()
+
+    @torch.no_grad()
+    def _query_map(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bias `[N, 1, 3 H]` and matrix `[N, H, 3 H]` that make content and both position terms of a scaled query.
+
+        With `a, b` the halves of `W_R^T (q + v)`, the product is `[q + u | a, -b | b, a]`: its second part times the
+        cosines plus its third times the sines are the dimensions that carry the position (see
+        [`FlashLiteAttention`]).
+        """
+        attention = self.attention
+        wide = torch.promote_types(attention.content_bias.dtype, torch.float32)
+        content, position = attention.content_bias.to(wide), attention.position_bias.to(wide)
+        weight = attention.relative_weight(attention.content_bias.new_empty(0)).to(wide)
+        first, second = weight.chunk(2, dim=-1)
+        unit = torch.eye(self.head_dim, dtype=wide, device=weight.device).expand_as(weight)
+        turned = torch.cat([first, -second, second, first], dim=-1)
+        bias = torch.cat([content[:, None], position[:, None] @ turned], dim=-1)
+        return bias * self.scaling, torch.cat([unit, turned], dim=-1) * self.scaling
+
+    def encoder_keys(self, layer: EncoderCacheLayer, mask: torch.Tensor | None) -> "EncoderKeys":
+        """The encoder's keys and values in the cache, made ready once for each version of them."""
+        ready = self._encoder
+        if ready is None or ready.made_from[0] is not layer or ready.made_from[1:] != (layer.version, id(mask)):
+            self._encoder = ready = EncoderKeys(layer, mask)
+        return ready
+
+    def __call__(
+        self, states: torch.Tensor, cache: FlashLiteCacheLayer, angles: Angles, encoder: "EncoderKeys | None"
+    ) -> torch.Tensor:
+        """States `[B, D]` of the newest tokens -> `[B, D]`; the cache grows in place."""
+        before, after, before_mlp, after_mlp = self.norms
+        query, key, value = self.query_key_value(before(states))
+        query = self._query(self.head_norms[0](query), angles)
+        batch = states.shape[0]
+        key = self.head_norms[1](key).view(batch, -1, 1, self.head_dim)
+        value = value.view(key.shape)
+        if self.is_rotary:
+            key = rotate(key, angles.cos, angles.sin)
+        else:
+            key = torch.cat([key, angles.both.to(key.dtype).expand(key.shape)], dim=-1)
+        keys, values = cache.update(key, value)
+        attended = self._attend(query, keys, values, cache, encoder).reshape(batch, -1)
+        states = torch.add(states, after(self.o(attended.to(states.dtype))), alpha=self.multiplier)
+        gate, up = self.gate_up(before_mlp(states))
+        return torch.add(states, after_mlp(self.down(self.act(gate) * up)), alpha=self.multiplier)
+
+    def _query(self, projected: torch.Tensor, angles: Angles) -> torch.Tensor:
+        """Scaled queries with their positions, `[B, N H]` -> `[B M, G, H or 2 H]`."""
+        size, batch = self.head_dim, projected.shape[0]
+        if self.query_map is None:
+            query = rotate(projected.view(batch, -1, 1, size), angles.cos, angles.sin) * self.scaling
+            return query.view(-1, self.groups, size).to(torch.promote_types(query.dtype, torch.float32))
+        bias, matrix = self.query_map
+        # the heads are the batch of the product
+        rows = projected.view(batch, -1, size).transpose(0, 1).to(matrix.dtype)
+        query = torch.baddbmm(bias, rows, matrix)
+        query.narrow(2, size, size).mul_(angles.cos_twice).addcmul_(query.narrow(2, 2 * size, size), angles.sin_twice)
+        return query.narrow(2, 0, 2 * size).transpose(0, 1).reshape(-1, self.groups, 2 * size)
+
+    def _attend(self, query, keys, values, cache, encoder) -> torch.Tensor:
+        """Scaled queries `[B M, G, H or 2 H]` over the slots of cache and encoder: `[B M, G, H]` or `[B, N, 1, H]`."""
+        spec, start = self.spec, cache.start
+        reach = start // spec.block_size - 1
+        within = spec.relevance_top_k is None or reach <= spec.relevance_top_k
+        if within and (spec.memory_blocks is None or reach < spec.memory_blocks):
+            return self._attend_densely(query, keys, values, encoder)
+        cross = None if encoder is None else encoder.cross
+        working = self._working_set(keys, values, cache, cross)
+        if working is not None:
+            return working.attend(query, keys, values, start)
+        rows = query.view(len(keys), -1, 1, query.shape[2])
+        settings = {"start": start, "scaling": 1.0, "summaries": cache.summaries}
+        return multi_axis_attention(rows, keys, values, spec, cross=cross, **settings)
+
+    @staticmethod
+    def _attend_densely(query, keys, values, encoder) -> torch.Tensor:
+        keys, values = (states.flatten(0, 1).to(query.dtype) for states in (keys, values))
+        logits = torch.bmm(query, keys.mT)
+        if encoder is None:
+            return torch.bmm(logits.softmax(2), values)
+        own, other = joint_weights([logits, encoder.logits(query)])
+        return torch.baddbmm(torch.bmm(own, values), other, encoder.values)
+
+    def _working_set(self, keys, values, cache: FlashLiteCacheLayer, cross) -> WorkingSet | None:
+        """The working set of the newest token's block; `None` where it would not pay, as while beams change places."""
+        block, changed = cache.start // self.spec.block_size, cache.version != self._version
+        self._version = cache.version
+        if changed or (self._working is not None and self._working.block != block):
+            self._working = None
+        if changed or not fits_working_set(keys, values, self.spec, cache.start):
+            return None
+        if self._working is None:
+            self._working = WorkingSet(keys, values, self.spec, block, cache.summaries, cross)
+        return self._working
+
+
+class EncoderKeys:
+    """The encoder's keys `[B, M, S, H or 2 H]` and values `[B, M, S, H]` of one layer, ready for a token."""
+
+    def __init__(self, layer: EncoderCacheLayer, mask: torch.Tensor | None):
+        # the mask is held, so that no other one can have its identity
+        self.made_from, self.mask = (layer, layer.version, id(mask)), mask
+        key, value = layer.whole, layer.values
+        seen = None if mask is None or mask.all() else mask.bool()
+        self.cross = key, value, seen
+        wide = torch.promote_types(key.dtype, torch.float32)
+        self.keys = key.flatten(0, 1).to(wide).mT.contiguous()
+        self.values = value.flatten(0, 1).to(wide)
+        self.bias = None
+        if seen is not None:
+            hidden = torch.zeros(seen.shape, dtype=wide, device=seen.device).masked_fill_(~seen, -math.inf)
+            self.bias = hidden.repeat_interleave(key.shape[1], dim=0)[:, None]
+
+    def logits(self, query: torch.Tensor) -> torch.Tensor:
+        """`[B M, G, S]` of scaled queries `[B M, G, H or 2 H]`."""
+        if self.bias is None:
+            return torch.bmm(query, self.keys)
+        return torch.baddbmm(self.bias, query, self.keys)
+
+
+def _norm_of(norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A norm as a function of `[B, D]`, faster than the operator for one token.
+
+    `x w / sqrt(mean(x^2) + eps) = x (sqrt(D) w) / hypot(|x|, sqrt(D eps))`.
+    """
+    if type(norm) is nn.Identity:
+        return norm.forward
+    wide = torch.promote_types(norm.weight.dtype, torch.float32)
+    size = norm.normalized_shape[0]
+    eps = torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
+    weight = (norm.weight.detach().to(wide) + getattr(norm, "offset", 0.0)) * size**0.5
+    floor = norm.weight.new_tensor((size * eps) ** 0.5, dtype=wide)
+
+    def normalize(states: torch.Tensor) -> torch.Tensor:
+        length = torch.linalg.vector_norm(states, 2, -1, True, dtype=wide)
+        return (states * weight).div_(torch.hypot(length, floor)).to(states.dtype)
+
+    return normalize
