@@ -6,7 +6,6 @@ only add to `forward` (a scaled or a shifted embedding) keep doing so.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .ecq_stream_flashlite import QuantizedWeight
+from .ecq_stream_flashlite import QuantizedWeight, TiledWeight
 from .int4_flashlite import (
     TILE_ROWS,
     KernelWeight,
@@ -25,8 +24,7 @@ from .int4_flashlite import (
     is_few_rows,
     is_plain,
     kernel_weight,
-    tile_codes,
-    untile_codes,
+    spread,
 )
 from .linear_flashlite import Linear
 
@@ -36,8 +34,8 @@ if TYPE_CHECKING:
 else:
     _Layer = object
 
-_HELD = ("weight", "tiles", "step", "outlier_rows", "outlier_tiles")
-_DERIVED = "kernel", "whole", "joint"
+_HELD = ("weight", "tiles", "step", "numbers", "factors")
+_DERIVED = "kernel", "joint"
 
 
 class CodedWeight(nn.Parameter):
@@ -69,16 +67,15 @@ class EcqModule(_Layer):
 
     Parameters:
         tiles (uint8, the layout of `int4_flashlite`), step (float32 `[rows]`): codes and steps.
-        outlier_rows (int64 `[R]`), outlier_tiles (uint8): absent without outliers, see `ecq_stream_flashlite`.
+        numbers (int64), factors (float32): what the tiles' columns multiply, `None` where that is just the input; see
+            [`TiledWeight.inputs`].
         weight (float `[rows, 0]`): has the dtype and device that other code asks a layer for; tied layers share it.
 
-    `kernel`, `whole` (tiles and steps, the outlier rows' behind the others) and `joint` are made from the codes when
-    they are first used, see [`EcqLinear`] and [`join`]. They are forgotten whenever codes or steps are set, loaded or
-    moved; so these must not be written to in other ways.
+    `kernel` and `joint` are made from the codes when they are first used, see [`EcqLinear`] and [`join`]. They are
+    forgotten whenever codes or steps are set, loaded or moved; so these must not be written to in other ways.
     """
 
     kernel: KernelWeight | None = None
-    whole: tuple[torch.Tensor, torch.Tensor] | None = None
     joint: EcqLinear | None = None
 
     def _forget(self) -> None:
@@ -115,18 +112,15 @@ class EcqModule(_Layer):
             value._is_hf_initialized = True
         super().__setattr__(name, value)
 
-    def set_quantized(self, weight: QuantizedWeight, device=None, tiles: torch.Tensor | None = None) -> None:
-        """Take over codes and steps; `tiles` is memory for the codes on the CPU, see [`QuantizedWeight.tiles`]."""
+    def set_quantized(self, weight: QuantizedWeight | TiledWeight, device=None) -> None:
+        """Take over codes and steps."""
         device = device or self.weight.device
         if device.type == "meta":
             device = torch.device("cpu")
         if self.weight.is_meta or self.weight.dtype == torch.uint8:
             self._parameters["weight"] = _without_elements(weight.shape[0], self.proxy_dtype, device)
-        rows, high = weight.outlier_rows, weight.outlier_packed
-        if high is not None:
-            high = tile_codes(high.to(device), len(rows), weight.shape[1])
-        tiles = weight.tiles(tiles)
-        for name, value in zip(_HELD[1:], (tiles, weight.step(), rows, high)):
+        tiled = TiledWeight.of(weight) if isinstance(weight, QuantizedWeight) else weight
+        for name, value in zip(_HELD[1:], (tiled.tiles, tiled.step(), *tiled.inputs())):
             if value is not None:
                 value = nn.Parameter(value.to(device), requires_grad=False)
                 value._is_hf_initialized = True
@@ -141,28 +135,45 @@ class EcqModule(_Layer):
         self.base, self.grid, self.stream = other.base, other.grid, None
         self._forget()
 
+    def tiled(self) -> TiledWeight:
+        """The codes where they lie, with all that belongs to them."""
+        none = torch.zeros(0, dtype=torch.long, device=self.tiles.device)
+        columns, wide, column_exponents = self.weight_shape[1], (none, none), None
+        exponents = _exponents(self.step / self.base, self.grid)
+        if self.factors is not None:
+            scale = self.factors.data[:columns]
+            column_exponents = _exponents(scale, self.grid)
+            column_exponents = column_exponents if column_exponents.any() else None
+            if self.numbers is not None:
+                numbers = self.numbers.data[columns:]
+                digit = self.factors.data[columns:] / scale[numbers]
+                wide = numbers[(digit > 4) & (digit < 64)], numbers[digit > 64]
+        return TiledWeight(self.weight_shape, self.tiles.data, wide, self.base, exponents, self.grid, column_exponents)
+
     def quantized(self) -> QuantizedWeight:
         """The codes and steps as a [`QuantizedWeight`], the same as was set."""
-        exponents = torch.round(torch.log2(self.step.double() / self.base) * self.grid).to(torch.int8)
-        packed, rows, high = untile_codes(self.tiles.data, *self.weight_shape).cpu(), self.outlier_rows, None
-        if rows is not None:
-            high = untile_codes(self.outlier_tiles.data, len(rows), self.weight_shape[1]).cpu()
-            rows = rows.data.cpu()
-        return QuantizedWeight(self.weight_shape, packed, self.base, exponents.cpu(), self.grid, rows, high)
+        return self.tiled().quantized()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight that the codes stand for, `[rows, columns]`; float32 or `dtype`."""
-        weight = self.quantized().codes().to(self.step.device) * self.step[:, None]
-        return weight.detach().to(dtype or torch.float32)
+        return self.quantized().dequantize().to(dtype or torch.float32)
 
     def _apply(self, fn, recurse=True):
-        exact = None if self.step is None else self.step.data
+        exact = {
+            name: self._parameters[name].data for name in ("step", "factors") if self._parameters.get(name) is not None
+        }
         super()._apply(fn, recurse)
         self._forget()
-        # `model.to(bfloat16)` must not round the steps: they are stored exactly.
-        if exact is not None and self.step.dtype != torch.float32:
-            self.step.data = exact.to(self.step.device, torch.float32)
+        # `model.to(bfloat16)` must not round steps and factors: they are stored exactly
+        for name, value in exact.items():
+            moved = self._parameters[name]
+            if moved.dtype != torch.float32:
+                moved.data = value.to(moved.device, torch.float32)
         return self
+
+
+def _exponents(ratios: torch.Tensor, grid: int) -> torch.Tensor:
+    return torch.round(torch.log2(ratios.detach().double()) * grid).to("cpu", torch.int8)
 
 
 class EcqLinear(EcqModule, nn.Linear):
@@ -175,36 +186,21 @@ class EcqLinear(EcqModule, nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x `[..., in_features]` to `[..., out_features]`, in the dtype of x."""
         held = self._parameters  # reading them as attributes costs as much as a small operation
-        rows, bias = held["outlier_rows"], held["bias"]
+        bias = held["bias"]
         plain = is_plain(input) and not held["step"].requires_grad and input.shape[-1] == self.in_features
-        if plain and rows is None and is_few_rows(input):
+        if plain and is_few_rows(input):
             output = int4_few_rows(input, self.kernel or self.prepared(), self.out_features)
             return output if bias is None else (output + bias).to(input.dtype)
-        if plain and rows is not None and self.joint is None:
-            kernel, start = self.kernel or self.prepared(), len(held["tiles"]) * TILE_ROWS
-            if is_few_rows(input):
-                output = int4_few_rows(input, kernel, start + len(rows))
-            else:
-                output = int4_linear(input, *self.whole, self.in_features)
-            output = output[..., : self.out_features].index_add(-1, rows, output[..., start:])
-            return output if bias is None else (output + bias).to(input.dtype)
-        output = int4_linear(input, self.tiles, self.step, self.in_features, self.bias)
-        if self.outlier_rows is not None:
-            steps = 16 * self.step[self.outlier_rows]
-            high = int4_linear(input, self.outlier_tiles, steps, self.in_features)
-            output = output.index_add(-1, self.outlier_rows, high)
-        return output
+        states = spread(input, self.numbers, self.factors)
+        # inputs of second digits are 16 times the others, so that int8 would leave these too few levels
+        return int4_linear(states, self.tiles, self.step, states.shape[-1], bias, self.numbers is None)
 
     def prepared(self) -> KernelWeight:
-        """The codes and steps for [`int4_few_rows`], the high parts of outlier rows behind the last tile; no bias."""
+        """The codes and steps for [`int4_few_rows`]; no bias."""
         if self.kernel is None:
-            tiles, step, rows = self.tiles.detach(), self.step.detach(), self.outlier_rows
-            if rows is not None:
-                step = torch.cat([nn.functional.pad(step, (0, -len(step) % TILE_ROWS)), 16 * step[rows]])
-                tiles = _neighbours([self.tiles, self.outlier_tiles])
-                self.__dict__["whole"] = tiles, step
+            step = self.step.detach()
             # past nn.Module, which would look through all kinds of members first
-            self.__dict__["kernel"] = kernel_weight(tiles, step)
+            self.__dict__["kernel"] = kernel_weight(self.tiles.detach(), step, self.numbers, self.factors)
         return self.kernel
 
 
@@ -229,15 +225,16 @@ def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
     """One layer that computes the outputs of several from the same input and the same codes, in one product.
 
     One product is quicker than several small ones. The codes of the layers become neighbours in memory, each layer's
-    own tiles a view of them, so that nothing but steps and outlier rows is held twice and every layer works on as
-    before.
+    own tiles a view of them, so that nothing but steps is held twice and every layer works on as before. Layers with
+    different wide columns get those of all of them.
 
     Args:
         layers (sequence of `nn.Module`): layers with the same number of input features.
 
     Returns:
         [`EcqLinear`] without bias, the same one while none of the layers changes; the outputs of each layer begin at
-        the next multiple of 64. None if one of the layers is wrapped or not quantized, has a bias or trains its steps.
+        the next multiple of 64. None if one of the layers is wrapped or not quantized, has a bias, other column scales
+        than the first, or trains its steps.
     """
     joint = getattr(layers[0], "joint", None)
     if joint is not None and all(getattr(layer, "joint", None) is joint for layer in layers):
@@ -251,23 +248,22 @@ def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
         for layer in coded
     ):
         return None
+    weights = [layer.tiled() for layer in coded]
+    scales = [[] if w.column_exponents is None else w.column_exponents.tolist() for w in weights]
+    if any(scale != scales[0] for scale in scales):
+        return None
+    wide = tuple(torch.cat([weight.wide[i] for weight in weights]).unique() for i in range(2))
+    for layer, weight in zip(coded, weights):
+        if any(not torch.equal(own, every) for own, every in zip(weight.wide, wide)):
+            layer.set_quantized(weight.widened(wide))
     columns, sizes = coded[0].in_features, [len(layer.tiles) * TILE_ROWS for layer in coded]
     with torch.device("meta"):
         joint = EcqLinear(columns, sum(sizes), bias=False)
     joint._open(coded[0].weight.dtype, coded[0].tiles.device)
-    parts, starts = [layer.tiles for layer in coded], itertools.accumulate(sizes, initial=0)
-    outliers = [(layer, start) for layer, start in zip(coded, starts) if layer.outlier_rows is not None]
-    if outliers:
-        rows = torch.cat([layer.outlier_rows + start for layer, start in outliers])
-        high = [untile_codes(layer.outlier_tiles, len(layer.outlier_rows), columns) for layer, _ in outliers]
-        joint._parameters["outlier_rows"] = nn.Parameter(rows, requires_grad=False)
-        high_tiles = nn.Parameter(tile_codes(torch.cat(high), len(rows), columns), requires_grad=False)
-        joint._parameters["outlier_tiles"] = high_tiles
-        parts.append(high_tiles)
-    tiles = _neighbours(parts)[: sum(sizes) // TILE_ROWS]
     step = torch.cat([nn.functional.pad(layer.step, (0, size - len(layer.step))) for layer, size in zip(coded, sizes)])
-    for name, value in (("tiles", tiles), ("step", step)):
-        joint._parameters[name] = nn.Parameter(value, requires_grad=False)
+    tiles = _neighbours([layer.tiles for layer in coded])
+    for name, value in zip(_HELD[1:], (tiles, step, coded[0].numbers, coded[0].factors)):
+        joint._parameters[name] = None if value is None else nn.Parameter(value.detach(), requires_grad=False)
     for layer in coded:
         layer._forget()
         layer.__dict__["joint"] = joint
@@ -283,14 +279,13 @@ class EcqEmbedding(EcqModule, nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """ids int `[...]` to `[..., embedding_dim]`, in the dtype of the model."""
-        output = int4_embedding(input, self.tiles, self.step, self.embedding_dim)
-        if self.outlier_rows is not None:
-            place = torch.full_like(self.step, -1, dtype=torch.long)
-            place[self.outlier_rows] = torch.arange(len(self.outlier_rows), device=place.device)
-            at = place[input]
-            steps = 16 * self.step[self.outlier_rows]
-            high = int4_embedding(at.clamp(min=0), self.outlier_tiles, steps, self.embedding_dim)
-            output = output + (at >= 0)[..., None] * high
+        columns = self.embedding_dim
+        if self.numbers is None:
+            output = int4_embedding(input, self.tiles, self.step, columns)
+            output = output if self.factors is None else output * self.factors
+        else:
+            digits = int4_embedding(input, self.tiles, self.step, self.tiles.shape[1]) * self.factors
+            output = digits[..., :columns].index_add(-1, self.numbers[columns:], digits[..., columns:])
         return output.to(self.weight.dtype)
 
 
@@ -368,7 +363,7 @@ class FakeQuantModule(_Layer):
     def quantized(self) -> QuantizedWeight:
         """What the file will hold."""
         base = torch.exp2(self.log_base.double() + self.log_step.detach().double()).float().item()
-        return QuantizedWeight.from_codes(self.codes(), base, self.exponents, self.grid)
+        return QuantizedWeight(self.codes().to(torch.int8), base, self.exponents, self.grid)
 
 
 class FakeQuantLinear(FakeQuantModule, nn.Linear):

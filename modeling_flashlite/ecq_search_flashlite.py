@@ -14,16 +14,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import nn
 
-from .codec_flashlite import coded_size, encode_bytes
-from .ecq_stream_flashlite import QuantizedWeight, stored_codes
+from .ecq_stream_flashlite import CODE_RANGE, QuantizedWeight, stream_bytes, wide_columns
 
 logger = logging.getLogger(__name__)
 _MIN_STEP, _MAX_STEP = 0.28, 3.0  # in standard deviations of the row: what 16 levels can serve
-_OUTLIER_NOISE = 0.3  # a row reaches beyond 16 levels when clipping costs this share of its rounding noise
 _WAVE_ROWS = 64
 
 
@@ -87,7 +84,7 @@ def _round_columns(weight, step, low, high, factor):
         last = min(first + 128, columns)
         errors = torch.empty_like(weight[:, first:last])
         for j in range(first, last):
-            codes[:, j] = torch.round(weight[:, j] / step).clamp(low, high)
+            codes[:, j] = torch.round(weight[:, j] / step).clamp(low[j], high[j])
             error = (weight[:, j] - codes[:, j] * step) / factor[j, j]
             weight[:, j:last] -= error[:, None] * factor[j, j:last]
             errors[:, j - first] = error
@@ -106,7 +103,7 @@ def _round_waves(weight, step, low, high, factor, rows_factor):
             i = torch.arange(max(0, wave - columns + 1), min(last - first, wave + 1), device=weight.device)
             j, at = wave - i, i + first
             value = weight[at, j]
-            code = torch.round(value / step[at]).clamp(low[at], high[at])
+            code = torch.round(value / step[at]).clamp(low[j], high[j])
             error = (value - code * step[at]) / (rows_diagonal[at] * diagonal[j])
             codes[at, j], errors[i, j] = code, error
             left = j[-1]
@@ -121,25 +118,17 @@ def quantize_layer(layer: Layer, multiplier: float, feedback: bool = True) -> Qu
     base, exponents = layer.steps(multiplier)
     weight = layer.weight.double()
     step = base * torch.exp2(exponents.double() / layer.grid)
-    wide = _outlier_rows(weight, step)
-    low, high = torch.where(wide, -128.0, -8.0).to(weight), torch.where(wide, 119.0, 7.0).to(weight)
+    wide = wide_columns(weight / step[:, None])
+    low, high = (torch.where(wide, float(far), near).to(weight) for far, near in zip(CODE_RANGE, (-8.0, 7.0)))
     if not feedback or layer.input_factor is None:
-        codes = torch.round(weight / step[:, None]).clamp(low[:, None], high[:, None])
+        codes = torch.round(weight / step[:, None]).clamp(low, high)
     elif layer.output_factor is None:
         codes = _round_columns(weight.clone(), step, low, high, layer.input_factor)
     else:
         codes = _round_waves(weight.clone(), step, low, high, layer.input_factor, layer.output_factor)
     base *= _gain(layer, weight, codes * step[:, None])
-    return QuantizedWeight.from_codes(codes, torch.tensor(base).item(), exponents, layer.grid)
-
-
-def _outlier_rows(weight: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Rows whose clipping noise is worth an escape to 8 bits; at most one in eight, the worst first."""
-    clipped = (weight.abs() - 7.5 * step[:, None]).clamp(min=0).square().mean(1) / (step.square() / 12)
-    worst = clipped.argsort(descending=True)[: max(1, len(step) // 8)]
-    wide = torch.zeros_like(step, dtype=torch.bool)
-    wide[worst] = clipped[worst] > _OUTLIER_NOISE
-    return wide
+    codes = codes.to(torch.int16 if wide.any() else torch.int8)
+    return QuantizedWeight(codes, torch.tensor(base).item(), exponents, layer.grid)
 
 
 def _gain(layer: Layer, weight: torch.Tensor, rounded: torch.Tensor) -> float:
@@ -148,17 +137,6 @@ def _gain(layer: Layer, weight: torch.Tensor, rounded: torch.Tensor) -> float:
     power = (rounded * product).sum().item()
     gain = (weight * product).sum().item() / power if power > 0 else 1.0
     return gain if 0.5 < gain < 2 else 1.0
-
-
-def weight_bytes(weight: QuantizedWeight) -> int:
-    """Bytes of the coded stream, without writing its codes."""
-    size = 12 + coded_size(stored_codes(weight)[0], weight.shape[0] * weight.shape[1])
-    if weight.exponents.any():
-        size += 4 + encode_bytes(weight.exponents.numpy().view(np.uint8)).size
-    if weight.outlier_packed is not None:
-        size += 12 + encode_bytes(weight.outlier_rows.numpy().astype("<u4").view(np.uint8), planes=4).size
-        size += coded_size(weight.outlier_packed.numpy(), len(weight.outlier_rows) * weight.shape[1])
-    return size
 
 
 def search(
@@ -188,7 +166,7 @@ def search(
 
     def size(shift: float, feedback: bool) -> tuple[list[QuantizedWeight], int]:
         weights = [quantize_layer(layer, shift, feedback) for layer in layers]
-        return weights, sum(weight_bytes(weight) for weight in weights)
+        return weights, sum(stream_bytes(weight) for weight in weights)
 
     feedback = any(layer.input_factor is not None for layer in layers)
     for _ in range(12 if feedback else 0):

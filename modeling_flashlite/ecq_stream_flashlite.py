@@ -1,261 +1,528 @@
-"""A quantized weight matrix and the byte stream in which it is stored.
+"""A quantized weight matrix: as it is searched, as it lies in memory, and the byte stream in which it is stored.
 
-A weight matrix `[rows, columns]` is `step[row] * code[row, column]` with integer codes, packed two per byte as in
-`codec_flashlite`. A row with outliers may use codes -136..119: such a code is `low + 16 * high` with both parts in
--8..7; `low` lies with the other rows, `high` in a second packed array for the outlier rows alone.
+`w[r, c] = code[r, c] * step[r] * column_scale[c]` with integer codes. Steps are `base * 2 ** (exponent[r] / grid)` and
+column scales, which are optional, `2 ** (exponent[c] / grid)`: small integers, so that they cost next to nothing on
+disk and the same bytes come back at every save.
 
-Steps are `base * 2 ** (exponent[row] / grid)`: one float and small integers, so that they cost next to nothing on disk
-and the same bytes come back at every save.
+**Digits.** The alphabet is not bounded by 16 levels: real weights have outlier columns. A code is a number of up to
+three balanced digits of base 16, `code = d0 + 16 d1 + 256 d2` with each digit in -8..7, so -2184..1911. Most columns
+need one digit; a *wide* column, in which any code leaves -8..7, has two, or three beyond -136..119. In memory the
+second and third digits are further columns of the same int4 matrix, whose inputs are those of their column times 16
+or 256: one storage and one product for any range, at half a byte per digit.
 
-Weight stream (little endian), one uint8 tensor under the name of the weight
+Weight stream, version 1 (little endian), one uint8 tensor under the name of the weight
     ======  =====  ====================================================================================================
     offset  bytes  meaning
     ======  =====  ====================================================================================================
     0       1      magic 0xE9
-    1       1      version: 1, codes row by row; 2, in tile order
-    2       1      flags: 1 exponents present (else all 0), 2 outlier rows present
+    1       1      version, 1
+    2       1      flags: 1 row exponents present (else all 0), 2 column exponents present (else no column scales)
     3       1      grid, exponents per octave, 1..255
     4       4      base, float32, positive
-    8       4      CRC-32 of bytes 0-7, rows (u32), columns (u32) and the parts below before the last
-    12      -      if flag 1: u32 length, side stream of the int8 exponents
-                   if flag 2: u32 count R, u32 length, side stream of the u32 row numbers, u32 length, code stream of
-                   `high`
-    -       -      code stream of `packed`; side and code streams are those of `codec_flashlite`
+    8       4      CRC-32 of rows and columns (u32 each), bytes 0-7 and everything from byte 12
+    12      1      groups G of columns, 1..32
+    13      G      digits of each group, 1..3
+    -       -      side chunks, each u32 length and payload: exponents of the rows (int8) if flag 1, of the columns
+                   if flag 2, number of each column's group (u8) if G > 1
+    -       4 n    directory: u32 length of each code chunk
+    -       -      code chunks
     ======  =====  ====================================================================================================
 
-Tile order is that of a loaded model's memory, so that nothing has to be reordered: the tiles of `int4_flashlite` as
-far as 64 rows fill them, then the remaining rows, row by row. The number of columns must be a multiple of 32. The
-encoder prefers it unless its bytes cost more, as where rows of an embedding differ in scale.
+Chunks are those of `codec_flashlite`. Columns of alike spread form a group with Huffman tables of its own. The rows
+are cut into *bands* of whole tiles (64 rows, see `int4_flashlite`) of about 4 MiB; every band has for every group, in
+order, one chunk of bytes, or two where the group has three digits:
+    1 digit   `[tiles, columns of the group, 32]`, byte j of a tile holds digit + 8 of row j in its low and of row
+              j + 32 in its high nibble: the order of a loaded model's memory
+    2 digits  `[tiles, columns, 64]` bytes code + 136
+    3 digits  the same of the low two digits, (code + 136) mod 256; then the third digits like the first
+Where rows are left that fill no tile, R of them, a last tile follows in the last band: R (bytes) or ceil(R / 2)
+(nibbles of rows j and j + ceil(R / 2)) in place of 64 and 32.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from .codec_flashlite import (
-    CodecError,
-    decode_bytes,
-    decode_groups,
-    encode_bytes,
-    encode_many,
-    pack_codes,
-    unpack_codes,
-)
+from .codec_flashlite import CodecError, chunk_bytes, decode_chunk, encode_chunk
 from .int4_flashlite import TILE_ROWS, empty_tiles, tile_codes, untile_codes
 
-_MAGIC, _ROWS, _TILES, _HEAD = 0xE9, 1, 2, 12
-_TILED_COST = 1.002  # what tile order may cost, for the time that it saves
+CODE_RANGE = -2184, 1911  # three balanced digits of base 16
 GRID = 16
-
-
-def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Codes -8..7 of any shape to uint8 `[ceil(count / 2)]`."""
-    return torch.from_numpy(pack_codes(codes.to(torch.int8).cpu().numpy()))
-
-
-def unpack(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """Inverse of [`pack`]: int8 of the given shape."""
-    return torch.from_numpy(unpack_codes(packed.cpu().numpy(), shape[0] * shape[1])).view(shape)
-
-
-def _whole_tiles(shape: tuple[int, int]) -> int:
-    """Rows that fill tiles."""
-    return shape[0] // TILE_ROWS * TILE_ROWS
+_MAGIC, _VERSION, _HEAD = 0xE9, 1, 12
+_ONE_DIGIT, _TWO_DIGITS = (-8, 7), (-136, 119)
+_MAX_GROUPS, _NARROW_GROUPS, _WIDE_GROUPS = 32, 16, 8  # in a stream; to begin with
+_BAND_BYTES = 1 << 22
+_TABLE_BYTES = 32, 0.42  # cost of a Huffman table: fixed, and per symbol that occurs
+_MOST_CODES = 4096  # in a byte of a stream; deflate reaches 2064
+_AHEAD = 1 << 22  # bytes of streams that are decoded or wait for it, per worker
 
 
 @dataclass
 class QuantizedWeight:
-    """A quantized matrix as it is searched, stored and loaded.
+    """A quantized matrix as it is searched: `w[r, c] = codes[r, c] * step()[r] * column_scale()[c]`.
 
     Attributes:
-        shape (`tuple[int, int]`): rows (output features or vocabulary), columns.
-        packed (`torch.Tensor` uint8 `[ceil(rows * columns / 2)]`): codes, or their low parts in outlier rows.
+        codes (`torch.Tensor` int8 or int16 `[rows, columns]`): integers in `CODE_RANGE`, -2184..1911. A single code
+            outside -8..7 makes its column wide, which costs another half byte for each of its weights in memory; the
+            file pays for what it holds, not for the range. See [`wide_columns`].
         base (`float`): step of exponent 0, a float32 value.
         exponents (`torch.Tensor` int8 `[rows]`): `step = base * 2 ** (exponents / grid)`.
         grid (`int`): exponents per octave.
-        outlier_rows (`torch.Tensor` int64 `[R]` or `None`): rows whose codes reach beyond -8..7.
-        outlier_packed (`torch.Tensor` uint8 `[ceil(R * columns / 2)]` or `None`): their high parts.
-        tiled (`bool`): whether `packed` is in tile order, not row by row.
+        column_exponents (`torch.Tensor` int8 `[columns]`, *optional*): `column_scale = 2 ** (exponents / grid)`. At
+            run time a layer's input is multiplied by it, a table's output rows likewise.
     """
 
-    shape: tuple[int, int]
-    packed: torch.Tensor
+    codes: torch.Tensor
     base: float
     exponents: torch.Tensor
     grid: int = GRID
-    outlier_rows: torch.Tensor | None = None
-    outlier_packed: torch.Tensor | None = None
-    tiled: bool = False
+    column_exponents: torch.Tensor | None = None
 
-    @classmethod
-    def from_codes(cls, codes: torch.Tensor, base: float, exponents: torch.Tensor, grid: int = GRID):
-        """Pack integer codes `[rows, columns]` of -136..119; rows that leave -8..7 become outlier rows."""
-        codes = codes.to(torch.int16)
-        wide = ((codes < -8) | (codes > 7)).any(dim=1).nonzero().flatten()
-        low = ((codes + 8) & 15) - 8
-        high = pack((codes[wide] - low[wide]) >> 4) if len(wide) else None
-        rows = wide.cpu() if len(wide) else None
-        return cls(tuple(codes.shape), pack(low), base, exponents.to("cpu", torch.int8), grid, rows, high)
-
-    def codes(self) -> torch.Tensor:
-        """Integer codes, int16 `[rows, columns]`."""
-        codes = unpack(self.packed_rows(), self.shape).to(torch.int16)
-        if self.outlier_rows is not None:
-            shape = len(self.outlier_rows), self.shape[1]
-            codes[self.outlier_rows] += 16 * unpack(self.outlier_packed, shape).to(torch.int16)
-        return codes
-
-    def packed_rows(self) -> torch.Tensor:
-        """Packed codes row by row, uint8 `[ceil(rows * columns / 2)]`."""
-        if not self.tiled:
-            return self.packed
-        whole, columns = _whole_tiles(self.shape), self.shape[1]
-        tiles = self.packed[: whole * columns // 2].view(-1, columns, TILE_ROWS // 2)
-        return torch.cat([untile_codes(tiles, whole, columns), self.packed[tiles.numel() :]])
-
-    def tiles(self, room: torch.Tensor | None = None) -> torch.Tensor:
-        """Packed codes as `tile_codes` returns them, in `room` where it is given; `packed` may be its beginning."""
-        if not self.tiled:
-            return tile_codes(self.packed, *self.shape, room)
-        (rows, columns), whole = self.shape, _whole_tiles(self.shape)
-        room = empty_tiles(rows, columns) if room is None else room
-        if room.data_ptr() != self.packed.data_ptr():
-            room.view(-1)[: self.packed.numel()] = self.packed
-        if whole < rows:
-            rest = room.view(-1)[whole * columns // 2 : self.packed.numel()]
-            tile_codes(rest, rows - whole, columns, room[whole // TILE_ROWS :])
-        return room
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
 
     def step(self) -> torch.Tensor:
         """Steps, float32 `[rows]`."""
-        return (self.base * torch.exp2(self.exponents.double() / self.grid)).float()
+        return _powers(self.base, self.exponents, self.grid)
+
+    def column_scale(self) -> torch.Tensor | None:
+        """Scales, float32 `[columns]`, or `None` where all are 1."""
+        return None if self.column_exponents is None else _powers(1.0, self.column_exponents, self.grid)
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight, float32 `[rows, columns]`."""
+        weight = self.codes.float() * self.step()[:, None].to(self.codes.device)
+        scale = self.column_scale()
+        return weight if scale is None else weight.mul_(scale.to(weight.device))
 
 
-def _cost(packed: np.ndarray) -> float:
-    """Order-0 entropy of all bytes, in bits."""
-    counts = np.bincount(packed)
-    counts = counts[counts > 0]
-    return float((counts * (math.log2(packed.size) - np.log2(counts))).sum())
+def _powers(base: float, exponents: torch.Tensor, grid: int) -> torch.Tensor:
+    return (base * torch.exp2(exponents.double() / grid)).float()
 
 
-def stored_codes(weight: QuantizedWeight) -> tuple[np.ndarray, bool]:
-    """Packed codes in the order in which the file will hold them, and whether that is tile order."""
-    rows = weight.packed_rows().numpy()
-    if weight.shape[0] >= TILE_ROWS and weight.shape[1] % 32 == 0:
-        whole = _whole_tiles(weight.shape)
-        tiles = tile_codes(torch.from_numpy(rows[: whole * weight.shape[1] // 2]), whole, weight.shape[1])
-        tiled = np.concatenate([tiles.view(-1).numpy(), rows[tiles.numel() :]])
-        if _cost(tiled) <= _TILED_COST * _cost(rows):
-            return tiled, True
-    return rows, False
+def wide_columns(ratio: torch.Tensor, share: float = 0.02) -> torch.Tensor:
+    """Columns that deserve codes beyond -8..7.
+
+    Args:
+        ratio (`torch.Tensor` float `[rows, columns]`): weights over their steps (and column scales).
+        share (`float`): the squared error of clipping to -8..7, over that of rounding (1/12), that a column may have.
+
+    Returns:
+        `torch.Tensor` bool `[columns]`.
+    """
+    clipped = (ratio.abs() - (_ONE_DIGIT[1] + 0.5)).clamp(min=0).square().mean(0)
+    return clipped > share / 12
 
 
-def encode_weights(weights: list[QuantizedWeight]) -> list[torch.Tensor]:
-    """The stored stream of each weight, uint8 `[bytes]`; many small weights are coded side by side."""
-    jobs, versions = [], []
-    for weight in weights:
-        packed, tiled = stored_codes(weight)
-        jobs.append((packed, weight.shape[0] * weight.shape[1]))
-        versions.append(_TILES if tiled else _ROWS)
-        if weight.outlier_packed is not None:
-            jobs.append((weight.outlier_packed.numpy(), len(weight.outlier_rows) * weight.shape[1]))
-    coded = iter(encode_many(jobs))
-    streams = []
-    for weight, version in zip(weights, versions):
-        low, parts, flags = next(coded), b"", 0
-        exponents = weight.exponents.cpu().numpy().astype(np.int8)
-        if exponents.any():
-            side = encode_bytes(exponents.view(np.uint8)).tobytes()
-            parts, flags = struct.pack("<I", len(side)) + side, 1
-        if weight.outlier_packed is not None:
-            rows = weight.outlier_rows.cpu().numpy().astype("<u4")
-            side, high = encode_bytes(rows.view(np.uint8), planes=4).tobytes(), next(coded).tobytes()
-            parts += struct.pack("<II", len(rows), len(side)) + side + struct.pack("<I", len(high)) + high
-            flags |= 2
-        head = struct.pack("<BBBBf", _MAGIC, version, flags, weight.grid, weight.base)
-        check = zlib.crc32(head + struct.pack("<II", *weight.shape) + parts)
-        raw = head + struct.pack("<I", check) + parts + low.tobytes()
-        streams.append(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
-    return streams
+@dataclass
+class TiledWeight:
+    """A quantized matrix as it lies in memory.
+
+    Attributes:
+        shape (`tuple[int, int]`): rows, columns.
+        tiles (`torch.Tensor` uint8 `[ceil(rows / 64), padded, 32]`): tiles of `int4_flashlite` of a matrix whose
+            columns are the first digits of all columns, then the second of `wide[0]`, then the third of `wide[1]`.
+        wide (pair of `torch.Tensor` int64): increasing numbers of the columns with two or more, and with three digits.
+        base, exponents, grid, column_exponents: as in [`QuantizedWeight`].
+    """
+
+    shape: tuple[int, int]
+    tiles: torch.Tensor
+    wide: tuple[torch.Tensor, torch.Tensor]
+    base: float
+    exponents: torch.Tensor
+    grid: int = GRID
+    column_exponents: torch.Tensor | None = None
+
+    step, column_scale = QuantizedWeight.step, QuantizedWeight.column_scale
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> TiledWeight:
+        """The same matrix in tiles, on the device of its codes."""
+        codes, wide = weight.codes, _wide_of(weight.codes)
+        digits = torch.cat([codes, codes[:, wide[0]], codes[:, wide[1]]], dim=1) if len(wide[0]) else codes
+        offsets = digits.new_full((digits.shape[1],), 8, dtype=torch.int16)
+        shifts = torch.zeros_like(offsets)
+        columns = codes.shape[1]
+        offsets[columns : columns + len(wide[0])], offsets[columns + len(wide[0]) :] = 136, 2184
+        shifts[columns : columns + len(wide[0])], shifts[columns + len(wide[0]) :] = 4, 8
+        if len(wide[0]):
+            digits = ((digits.to(torch.int16) + offsets) >> shifts & 15) - 8
+        tiles = tile_codes(digits.to(torch.int8))
+        return cls(weight.shape, tiles, wide, weight.base, weight.exponents, weight.grid, weight.column_exponents)
+
+    def widened(self, wide: tuple[torch.Tensor, torch.Tensor]) -> TiledWeight:
+        """The same matrix with these wide columns, among which are its own."""
+        columns, starts = self.shape[1], [self.shape[1], self.shape[1] + len(wide[0])]
+        tiles = empty_tiles(self.shape[0], starts[1] + len(wide[1]), self.tiles.device).fill_(0x88)
+        tiles[:, :columns] = self.tiles[:, :columns]
+        held = columns
+        for start, own, every in zip(starts, self.wide, wide):
+            tiles[:, start + torch.searchsorted(every, own)] = self.tiles[:, held : held + len(own)]
+            held += len(own)
+        return replace(self, tiles=tiles, wide=wide)
+
+    def codes(self) -> torch.Tensor:
+        """Codes `[rows, columns]`, int8 where there is one digit, else int16."""
+        (rows, columns), (second, third) = self.shape, self.wide
+        digits = untile_codes(self.tiles, rows, columns + len(second) + len(third))
+        if not len(second):
+            return digits
+        codes = digits[:, :columns].to(torch.int16)
+        codes[:, second] += 16 * digits[:, columns : columns + len(second)].to(torch.int16)
+        codes[:, third] += 256 * digits[:, columns + len(second) :].to(torch.int16)
+        return codes
+
+    def quantized(self) -> QuantizedWeight:
+        """The same matrix with plain codes."""
+        return QuantizedWeight(self.codes(), self.base, self.exponents, self.grid, self.column_exponents)
+
+    def inputs(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What the tiles' columns multiply: numbers of the inputs, int64, and factors, float32, both `[padded]`.
+
+        Numbers are `None` where they are 0, 1, 2, ...; factors where all are 1.
+        """
+        (second, third), scale = self.wide, self.column_scale()
+        if not len(second):
+            return None, scale
+        columns, padded = self.shape[1], self.tiles.shape[1]
+        numbers = torch.cat([torch.arange(columns, device=second.device), second, third])
+        factors = torch.ones(padded, device=second.device)
+        factors[columns : columns + len(second)] = 16
+        factors[columns + len(second) : len(numbers)] = 256
+        if scale is not None:
+            factors[: len(numbers)] *= scale.to(second.device)[numbers]
+        factors[len(numbers) :] = 0
+        return torch.nn.functional.pad(numbers, (0, padded - len(numbers))), factors
 
 
-def _parse(raw: memoryview, shape: tuple[int, int], name: str) -> tuple[dict, list[tuple[memoryview, int]]]:
-    """Header fields of a stream and its code streams with their counts; allocates nothing larger than a side array."""
-    rows, columns = shape
-    at = _HEAD
-
-    def take(length: int) -> memoryview:
-        nonlocal at
-        if at + length > len(raw):
-            raise CodecError(f"The stream of {name} is cut short; fetch the file again.")
-        at += length
-        return raw[at - length : at]
-
-    if len(raw) < _HEAD or raw[0] != _MAGIC or raw[1] not in (_ROWS, _TILES):
-        raise CodecError(
-            f"{name} is no version {_ROWS} or {_TILES} weight stream; update the package or fetch the file again."
+def _wide_of(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the columns with at least two, and with three digits."""
+    if codes.numel() == 0:
+        raise ValueError(f"A weight of shape {tuple(codes.shape)} has no codes; leave this layer out.")
+    low, high = (end.to(torch.int32) for end in torch.aminmax(codes, dim=0))
+    if codes.is_floating_point() or low.min() < CODE_RANGE[0] or high.max() > CODE_RANGE[1]:
+        raise ValueError(
+            f"Codes must be integers in {CODE_RANGE[0]}..{CODE_RANGE[1]}, but they are {codes.dtype} and span"
+            f" {low.min()}..{high.max()}; clamp them first."
         )
-    _, _, flags, grid, base, check = struct.unpack_from("<BBBBfI", raw)
-    if raw[1] == _TILES and columns % 32:
-        raise CodecError(f"The stream of {name} has tiles, but {columns} columns; fetch the file again.")
-    if flags > 3 or not grid or not 0 < base < math.inf:
-        raise CodecError(f"The stream of {name} has flags {flags}, grid {grid}, base {base}; fetch the file again.")
-    fields = {"base": base, "grid": grid, "exponents": torch.zeros(rows, dtype=torch.int8)}
-    fields["tiled"] = raw[1] == _TILES
-    codes = []
-    if flags & 1:
-        side = take(struct.unpack("<I", take(4))[0])
-        fields["exponents"] = torch.from_numpy(decode_bytes(side, rows).view(np.int8))
-    if flags & 2:
-        outliers, length = struct.unpack("<II", take(8))
-        if not 0 < outliers <= rows:
-            raise CodecError(f"The stream of {name} has {outliers} outlier rows of {rows}; fetch the file again.")
-        numbers = decode_bytes(take(length), 4 * outliers).view("<u4").astype(np.int64)
-        if numbers[-1] >= rows or (np.diff(numbers) <= 0).any():
-            raise CodecError(f"The outlier rows of {name} are not increasing below {rows}; fetch the file again.")
-        fields["outlier_rows"] = torch.from_numpy(numbers)
-        codes.append((take(struct.unpack("<I", take(4))[0]), outliers * columns))
-    if zlib.crc32(bytes(raw[:8]) + struct.pack("<II", rows, columns) + bytes(raw[_HEAD:at])) != check:
-        raise CodecError(f"The checksum of {name} is wrong for a {rows} x {columns} weight; fetch the file again.")
-    return fields, [(raw[at:], rows * columns), *codes]
+    second, third = (((low < a) | (high > b)).nonzero().flatten() for a, b in (_ONE_DIGIT, _TWO_DIGITS))
+    return second, third
+
+
+def _bands(rows: int, columns: int) -> list[tuple[int, int]]:
+    """First and last row of each band; the last one takes the rows that fill no tile."""
+    whole = rows // TILE_ROWS
+    step = max(1, _BAND_BYTES // (32 * columns))
+    starts = list(range(0, max(whole, 1), step))
+    return [(a * TILE_ROWS, b * TILE_ROWS) for a, b in zip(starts, starts[1:])] + [(starts[-1] * TILE_ROWS, rows)]
+
+
+def _nibbles(digits: np.ndarray) -> np.ndarray:
+    """Digits of rows `[rows, columns]`, each + 8, to the bytes of a band, see the module's docstring."""
+    rows, columns = digits.shape
+    whole = rows // TILE_ROWS * TILE_ROWS
+    halves = digits[:whole].reshape(-1, 2, 32, columns)
+    parts = [(halves[:, 0] | halves[:, 1] << 4).transpose(0, 2, 1).reshape(-1)]
+    if whole < rows:
+        half = (rows - whole + 1) // 2
+        low, high = digits[whole : whole + half], np.full((half, columns), 8, np.uint8)
+        high[: rows - whole - half] = digits[whole + half :]
+        parts.append((low | high << 4).T.reshape(-1))
+    return np.concatenate(parts) if whole < rows else parts[0]
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    """Bytes of rows `[rows, columns]` in the order of a band."""
+    rows, columns = values.shape
+    whole = rows // TILE_ROWS * TILE_ROWS
+    first = values[:whole].reshape(-1, TILE_ROWS, columns).transpose(0, 2, 1).reshape(-1)
+    return np.concatenate([first, values[whole:].T.reshape(-1)]) if whole < rows else first
+
+
+def _parts(codes: np.ndarray, digits: int) -> list[np.ndarray]:
+    """Bytes of one band of one group: codes `[rows, columns]` to one or two arrays to be coded."""
+    if digits == 1:
+        return [_nibbles((codes + 8).astype(np.uint8))]
+    shifted = codes.astype(np.int16) + 136
+    low = _bytes((shifted & 255).astype(np.uint8))
+    return [low] if digits == 2 else [low, _nibbles(((shifted >> 8) + 8).astype(np.uint8))]
+
+
+@dataclass
+class _Layout:
+    """How a matrix is stored: number of each column's group, digits of each group, bytes of the chunks of codes."""
+
+    groups: np.ndarray
+    digits: list[int]
+    size: int
+
+
+def _histograms(codes: np.ndarray, digits: int, bands: list[tuple[int, int]]) -> np.ndarray:
+    """Histograms `[chunks, 256]` of one group `[rows, columns]`: band after band, part after part."""
+    parts = [_parts(codes[first:last], digits) for first, last in bands]
+    return np.stack(
+        [torch.bincount(torch.from_numpy(part), minlength=256).numpy() for part in itertools.chain(*parts)]
+    )
+
+
+def _cost(histograms: np.ndarray) -> float:
+    """About how many bytes the chunks with these histograms take, their tables included."""
+    total = histograms.sum(-1, keepdims=True)
+    entropy = (histograms * np.log2(np.maximum(total, 1) / np.maximum(histograms, 1))).sum()
+    return entropy / 8 + (_TABLE_BYTES[0] + _TABLE_BYTES[1] * (histograms > 0).sum(-1)).sum()
+
+
+def _layout(weight: QuantizedWeight) -> tuple[_Layout, np.ndarray]:
+    """The best groups of columns: fine groups of alike spread, neighbours joined while that saves bytes."""
+    codes = weight.codes.cpu().numpy()
+    second, third = (part.cpu().numpy() for part in _wide_of(weight.codes))
+    spread = torch.from_numpy(codes).abs().sum(0, dtype=torch.int64).numpy()
+    kinds = np.ones(codes.shape[1], dtype=np.int64)
+    kinds[second], kinds[third] = 2, 3
+    numbers, digits, size, bands = np.zeros(codes.shape[1], dtype=np.uint8), [], 0, _bands(*codes.shape)
+    for kind in np.unique(kinds):
+        own = np.flatnonzero(kinds == kind)
+        own = own[np.argsort(spread[own], kind="stable")]
+        fine = min(_NARROW_GROUPS if kind == 1 else _WIDE_GROUPS, max(1, codes.shape[0] * len(own) // 4096), len(own))
+        groups = [(part, _histograms(codes[:, part], int(kind), bands)) for part in np.array_split(own, fine)]
+        for part, histograms in _joined(groups, codes.shape[1]):
+            numbers[part] = len(digits)
+            digits.append(int(kind))
+            size += sum(4 + chunk_bytes(histogram) for histogram in histograms)
+    return _Layout(numbers, digits, size), codes
+
+
+def _joined(groups: list[tuple[np.ndarray, np.ndarray]], columns: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Join neighbours, the best saving first, until no join saves."""
+    costs = [_cost(histograms) for _, histograms in groups]
+    pairs = [_cost(a[1] + b[1]) for a, b in itertools.pairwise(groups)]
+    while pairs:
+        savings = [costs[i] + costs[i + 1] + columns / 16 - pair for i, pair in enumerate(pairs)]
+        best = max(range(len(savings)), key=savings.__getitem__)
+        if savings[best] < 0:
+            break
+        (first, a), (last, b) = groups[best : best + 2]
+        groups[best : best + 2] = [(np.concatenate([first, last]), a + b)]
+        costs[best : best + 2] = [pairs[best]]
+        near = range(max(best - 1, 0), min(best + 1, len(groups) - 1))
+        pairs[max(best - 1, 0) : best + 2] = [_cost(groups[i][1] + groups[i + 1][1]) for i in near]
+    return groups
+
+
+def _head(weight: QuantizedWeight, layout: _Layout) -> tuple[bytes, bytes]:
+    """Bytes 0-7, and those from byte 12 to the directory."""
+    sides, flags = [], 0
+    exponents = weight.exponents.cpu().numpy().astype(np.int8)
+    if exponents.any():
+        sides.append(exponents)
+        flags |= 1
+    if weight.column_exponents is not None and weight.column_exponents.any():
+        sides.append(weight.column_exponents.cpu().numpy().astype(np.int8))
+        flags |= 2
+    if len(layout.digits) > 1:
+        sides.append(layout.groups)
+    rest = bytes([len(layout.digits), *layout.digits])
+    for side in sides:
+        payload = encode_chunk(side.view(np.uint8))
+        rest += struct.pack("<I", len(payload)) + payload
+    return struct.pack("<BBBBf", _MAGIC, _VERSION, flags, weight.grid, weight.base), rest
+
+
+def stream_bytes(weight: QuantizedWeight) -> int:
+    """Bytes of [`encode_weight`]'s stream, exactly, without coding."""
+    layout, _ = _layout(weight)
+    return _HEAD + len(_head(weight, layout)[1]) + layout.size
+
+
+def encode_weight(weight: QuantizedWeight) -> torch.Tensor:
+    """The stored stream, uint8 `[bytes]`; it depends on the values only."""
+    layout, codes = _layout(weight)
+    head, rest = _head(weight, layout)
+    groups = [np.ascontiguousarray(codes[:, layout.groups == i]) for i in range(len(layout.digits))]
+    chunks = [
+        encode_chunk(part)
+        for first, last in _bands(*codes.shape)
+        for group, digits in zip(groups, layout.digits)
+        for part in _parts(group[first:last], digits)
+    ]
+    rest += struct.pack(f"<{len(chunks)}I", *map(len, chunks)) + b"".join(chunks)
+    check = zlib.crc32(rest, zlib.crc32(struct.pack("<II", *weight.shape) + head))
+    return torch.frombuffer(bytearray(head + struct.pack("<I", check) + rest), dtype=torch.uint8)
+
+
+class _Stream:
+    """A stream with its head read and every length checked against the shape; [`fill`] decodes it chunk by chunk.
+
+    Nothing larger than a side chunk is allocated before [`open`].
+    """
+
+    def __init__(self, name: str, stream: torch.Tensor, shape: tuple[int, int]):
+        self.name, self.shape, (rows, columns) = name, shape, shape
+        self.raw, self.at = memoryview(stream.cpu().contiguous().numpy()), _HEAD
+        if len(self.raw) <= _HEAD or self.raw[0] != _MAGIC or self.raw[1] != _VERSION:
+            raise self._error(f"is no version {_VERSION} weight stream; update the package or")
+        if rows * columns > _MOST_CODES * len(self.raw) or not rows * columns:
+            raise self._error(f"has {len(self.raw)} bytes for {rows} x {columns} codes; check config.json or")
+        _, _, flags, grid, base, self.check = struct.unpack_from("<BBBBfI", self.raw)
+        count = self._take(1)[0]
+        self.digits = list(self._take(count))
+        if flags > 3 or not grid or not 0 < base < math.inf or not 0 < count <= _MAX_GROUPS:
+            raise self._error(f"has flags {flags}, grid {grid}, base {base}, {count} groups;")
+        if not all(1 <= digits <= 3 for digits in self.digits):
+            raise self._error(f"has groups of {self.digits} digits;")
+        exponents = self._side(rows, np.int8) if flags & 1 else np.zeros(rows, np.int8)
+        column_exponents = self._side(columns, np.int8) if flags & 2 else None
+        groups = self._side(columns, np.uint8) if count > 1 else np.zeros(columns, np.uint8)
+        if groups.max() >= count or (np.bincount(groups, minlength=count) == 0).any():
+            raise self._error(f"has columns that belong to none of its {count} groups;")
+        self.columns = [np.flatnonzero(groups == i) for i in range(count)]
+        self.fields = {
+            "base": base,
+            "grid": grid,
+            "exponents": torch.from_numpy(exponents),
+            "column_exponents": None if column_exponents is None else torch.from_numpy(column_exponents),
+        }
+        self.chunks = self._directory()
+
+    def _error(self, what: str) -> CodecError:
+        return CodecError(f"The stream of {self.name} {what} fetch the file again.")
+
+    def _take(self, length: int) -> memoryview:
+        if self.at + length > len(self.raw):
+            raise self._error("is cut short;")
+        self.at += length
+        return self.raw[self.at - length : self.at]
+
+    def _side(self, count: int, kind: type) -> np.ndarray:
+        (length,) = struct.unpack("<I", self._take(4))
+        if length > count:
+            raise self._error(f"has {length} bytes for {count} side values;")
+        return decode_chunk(self._take(length), count).view(kind).copy()
+
+    def _directory(self) -> list[tuple[int, int, int, bool, memoryview]]:
+        """(first row, last row, group, whether it holds third digits, payload) of each chunk."""
+        places = [
+            (first, last, group, third)
+            for first, last in _bands(*self.shape)
+            for group, digits in enumerate(self.digits)
+            for third in ((False, True) if digits == 3 else (False,))
+        ]
+        lengths = struct.unpack(f"<{len(places)}I", self._take(4 * len(places)))
+        if sum(lengths) != len(self.raw) - self.at:
+            raise self._error(f"has {len(self.raw) - self.at} bytes of codes in place of {sum(lengths)};")
+        return [(*place, self._take(length)) for place, length in zip(places, lengths)]
+
+    def open(self) -> None:
+        """Take memory for the codes: as much as the shape and the digits of the columns ask for."""
+        numbers = [torch.from_numpy(columns) for columns in self.columns]
+        wide = tuple(
+            torch.cat([n for n, d in zip(numbers, self.digits) if d >= digits] or [torch.zeros(0, dtype=torch.long)])
+            .sort()
+            .values
+            for digits in (2, 3)
+        )
+        self.places = [self.columns]  # of the digits in the tiles
+        start = self.shape[1]
+        for part in wide:
+            order = part.numpy()
+            self.places.append([start + np.searchsorted(order, columns) for columns in self.columns])
+            start += len(order)
+        self.weight = TiledWeight(self.shape, empty_tiles(self.shape[0], start), wide, **self.fields)
+        self.items = self.weight.tiles.numpy().view("V32")[:, :, 0]  # 32 bytes move as one
+        if start < self.items.shape[1]:
+            self.weight.tiles[:, start:] = 0x88
+
+    def verify(self) -> None:
+        """Check the checksum and the steps."""
+        head = struct.pack("<II", *self.shape) + bytes(self.raw[:8])
+        if zlib.crc32(self.raw[_HEAD:], zlib.crc32(head)) != self.check:
+            raise self._error(f"has a wrong checksum for a {self.shape[0]} x {self.shape[1]} weight;")
+        scale = self.weight.column_scale()
+        steps = self.weight.step() * (1 if scale is None else scale.max())
+        if not (torch.isfinite(steps).all() and (steps > 0).all()):
+            raise self._error("has a step that overflows or vanishes;")
+
+    def fill(self, first: int, last: int, group: int, third: bool, payload: memoryview) -> None:
+        """Decode one chunk to its place in the tiles."""
+        columns, whole = len(self.columns[group]), (last - first) // TILE_ROWS
+        rest, nibbles = last - first - whole * TILE_ROWS, third or self.digits[group] == 1
+        length = 32 if nibbles else TILE_ROWS
+        short = (rest + 1) // 2 if nibbles else rest
+        data = decode_chunk(payload, columns * (whole * length + short))
+        parts = (
+            [(first // TILE_ROWS, data[: columns * whole * length].reshape(whole, columns, length))] if whole else []
+        )
+        if rest:
+            last_tile = data[columns * whole * length :].reshape(columns, short)
+            parts.append((first // TILE_ROWS + whole, _whole_tile(last_tile, rest, nibbles)[None]))
+        for tile, part in parts:
+            tiles = self.items[tile : tile + len(part)]
+            if nibbles:
+                tiles[:, self.places[2 if third else 0][group]] = np.ascontiguousarray(part).view("V32")[:, :, 0]
+                continue
+            low, high = part[:, :, :32], part[:, :, 32:]
+            tiles[:, self.places[0][group]] = (low & 15 | high << 4).view("V32")[:, :, 0]
+            tiles[:, self.places[1][group]] = (low >> 4 | high & 240).view("V32")[:, :, 0]
+
+
+def _whole_tile(data: np.ndarray, rows: int, nibbles: bool) -> np.ndarray:
+    """The last tile `[columns, ...]` filled up with code 0: nibbles to `[columns, 32]`, bytes to `[columns, 64]`."""
+    if nibbles:
+        data = np.concatenate([data & 15, data >> 4], 1)[:, :rows]
+    full = np.full((len(data), TILE_ROWS), 8 if nibbles else 136, dtype=np.uint8)
+    full[:, :rows] = data
+    return full[:, :32] | full[:, 32:] << 4 if nibbles else full
 
 
 def decode_weights(
-    streams: Iterable[tuple[str, torch.Tensor, tuple[int, int], torch.Tensor | None]],
-) -> Iterator[tuple[int, QuantizedWeight]]:
-    """Inverse of [`encode_weights`] on untrusted bytes.
+    streams: Iterable[tuple[str, torch.Tensor, tuple[int, int]]], threads: int | None = None
+) -> Iterator[tuple[int, TiledWeight]]:
+    """Inverse of [`encode_weight`] on untrusted bytes, several streams at a time.
 
     Args:
-        streams (iterable of `(name, uint8 tensor, (rows, columns), room)`): the shape is the model's, never the
-            file's; room is a contiguous uint8 tensor on the CPU of at least the packed size, at the beginning of which
-            the packed codes shall lie, or `None`. Taken shortly before its turn, let go of when it is done.
+        streams (iterable of `(name, uint8 tensor, (rows, columns))`): the shape is the model's, never the file's. A
+            stream is taken shortly before its turn and let go of when it is done.
+        threads (`int`, *optional*): workers; as many as there are processors by default.
 
     Yields:
-        `(position, weight)` as each is done, not in order.
+        `(position, weight)` in order.
 
     Raises:
         [`CodecError`]: anything that is not exactly one valid stream of that shape.
     """
-    parsed: dict[int, tuple[str, tuple[int, int], dict]] = {}
+    workers = threads or os.cpu_count() or 1
+    running: deque[tuple[int, _Stream, list[Future]]] = deque()
+    pool = ThreadPoolExecutor(workers)
 
-    def groups():
-        for position, (name, stream, shape, room) in enumerate(streams):
-            fields, codes = _parse(memoryview(stream.cpu().contiguous().numpy()), shape, name)
-            parsed[position] = name, shape, fields
-            rooms = [None if room is None else room.view(-1)[: (shape[0] * shape[1] + 1) // 2].numpy(), None]
-            yield [(*item, room) for item, room in zip(codes, rooms)]
+    def finished() -> tuple[int, TiledWeight]:
+        position, stream, tasks = running.popleft()
+        for task in tasks:
+            task.result()
+        return position, stream.weight
 
-    for position, decoded in decode_groups(groups()):
-        name, shape, fields = parsed.pop(position)
-        packed, *high = (torch.from_numpy(codes) for codes in decoded)
-        weight = QuantizedWeight(shape, packed, **fields, outlier_packed=high[0] if high else None)
-        if not torch.isfinite(weight.step()).all():
-            raise CodecError(f"{name} has a step that overflows; fetch the file again.")
-        yield position, weight
+    try:
+        for position, item in enumerate(streams):
+            stream = _Stream(*item)
+            del item
+            stream.open()
+            tasks = [pool.submit(stream.verify), *(pool.submit(stream.fill, *chunk) for chunk in stream.chunks)]
+            running.append((position, stream, tasks))
+            while sum(len(held.raw) for _, held, _ in running) > workers * _AHEAD:
+                yield finished()
+        while running:
+            yield finished()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -54,65 +54,56 @@ _INT8_ERROR = 0.015  # relative error of the output that int8 activations may co
 _GROUP_WEIGHTS = 1 << 20  # weights unpacked at a time, to stay in the cache
 
 
-def _padded(in_features: int) -> int:
-    return -(-in_features // 32) * 32
+def _padded(columns: int) -> int:
+    """Columns of tiles for so many columns of codes.
+
+    A multiple of 32. A few more than needed can take less memory, since the kernel's scales are then fewer:
+    608 = 19 * 32 columns need one per 32 weights, 640 = 5 * 128 one per 128.
+    """
+    least = -(-columns // 32) * 32
+    return min(range(least, least + 256, 32), key=lambda padded: padded * (1 + 8 / _kernel_group(padded)))
 
 
-def empty_tiles(out_features: int, in_features: int, device=None) -> torch.Tensor:
-    """Room for the tiles of a weight `[N, K]`, not initialised: uint8 `[ceil(N / 64), Kp, 32]`."""
-    tiles = -(-out_features // TILE_ROWS)
-    return torch.empty(tiles, _padded(in_features), 32, dtype=torch.uint8, device=device)
+def empty_tiles(rows: int, columns: int, device=None) -> torch.Tensor:
+    """Room for the tiles of codes `[N, K]`, not initialised: uint8 `[ceil(N / 64), Kp, 32]`."""
+    return torch.empty(-(-rows // TILE_ROWS), _padded(columns), 32, dtype=torch.uint8, device=device)
 
 
-def tile_codes(
-    packed: torch.Tensor, out_features: int, in_features: int, tiles: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Tiles of packed codes.
+def tile_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Tiles of codes.
 
     Args:
-        packed (`torch.Tensor` uint8 `[ceil(out_features * in_features / 2)]`): row-major codes, two per byte, low
-            nibble first, each stored as code + 8 (the order of the codec).
-        out_features (`int`): N.
-        in_features (`int`): K.
-        tiles (`torch.Tensor`, *optional*): where they go, from [`empty_tiles`], whose memory may begin with `packed`
-            itself; made here by default.
+        codes (`torch.Tensor` int8 `[N, K]`): -8..7.
 
     Returns:
         `torch.Tensor` uint8 `[ceil(N / 64), Kp, 32]`.
     """
-    count = out_features * in_features
-    if packed.dtype != torch.uint8 or packed.numel() != (count + 1) // 2:
+    if codes.dtype != torch.int8 or codes.numel() and (codes.min() < -8 or codes.max() > 7):
         raise ValueError(
-            f"{out_features} x {in_features} codes need {(count + 1) // 2} uint8, got {packed.numel()} {packed.dtype}."
+            f"Tiles hold int8 codes -8..7, not {codes.dtype} of {codes.min()}..{codes.max()}; clamp them first."
         )
-    packed, padded = packed.reshape(-1), _padded(in_features)
-    tiles = empty_tiles(out_features, in_features, packed.device) if tiles is None else tiles
-    group = max(1, _GROUP_WEIGHTS // 4 // (TILE_ROWS * padded))
-    # 64 rows fill whole bytes, also when K is odd; backwards, since tiles do not lie before the codes that they hold
-    for first in reversed(range(0, len(tiles), group)):
-        part = packed[32 * in_features * first : 32 * in_features * (first + group)]
-        rows = min(group * TILE_ROWS, out_features - first * TILE_ROWS)
-        nibbles = torch.stack([part & 15, part >> 4], -1).view(-1)[: rows * in_features].view(rows, in_features)
-        if rows % TILE_ROWS or padded != in_features:
-            nibbles = F.pad(nibbles, (0, padded - in_features, 0, -rows % TILE_ROWS), value=8)
-        halves = nibbles.view(-1, 2, 32, padded)
+    rows, columns = codes.shape
+    tiles = empty_tiles(rows, columns, codes.device)
+    padded, group = tiles.shape[1], _group(TILE_ROWS * tiles.shape[1], codes.device)
+    for first in range(0, len(tiles), group):
+        part = (codes[TILE_ROWS * first : TILE_ROWS * (first + group)] + 8).view(torch.uint8)
+        if len(part) % TILE_ROWS or padded != columns:
+            part = F.pad(part, (0, padded - columns, 0, -len(part) % TILE_ROWS), value=8)
+        halves = part.view(-1, 2, 32, padded)
         tiles[first : first + group] = (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2)
     return tiles
 
 
-def untile_codes(tiles: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
-    """Inverse of [`tile_codes`]: uint8 `[ceil(out_features * in_features / 2)]`, an odd count padded with code 0."""
-    packed = tiles.new_empty((out_features * in_features + 1) // 2)
-    group = max(1, _GROUP_WEIGHTS // (TILE_ROWS * tiles.shape[1]))
+def untile_codes(tiles: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Inverse of [`tile_codes`]: int8 `[rows, columns]`."""
+    codes = tiles.new_empty(rows, columns, dtype=torch.int8)
+    group = _group(TILE_ROWS * tiles.shape[1], tiles.device)
     for first in range(0, len(tiles), group):
-        part = tiles[first : first + group]
-        nibbles = torch.stack([part & 15, part >> 4], 1).transpose(2, 3).reshape(-1, tiles.shape[1])
-        nibbles = nibbles[: out_features - first * TILE_ROWS, :in_features].reshape(-1)
-        if nibbles.numel() % 2:
-            nibbles = F.pad(nibbles, (0, 1), value=8)
-        start = 32 * in_features * first
-        packed[start : start + nibbles.numel() // 2] = nibbles[0::2] | (nibbles[1::2] << 4)
-    return packed
+        part = tiles[first : first + group, :columns]
+        nibbles = torch.stack([part & 15, part >> 4], 1).view(torch.int8).transpose(2, 3).reshape(-1, columns)
+        into = codes[TILE_ROWS * first : TILE_ROWS * (first + group)]
+        torch.sub(nibbles[: len(into)], 8, out=into)
+    return codes
 
 
 def _codes(tiles: torch.Tensor) -> torch.Tensor:
@@ -162,10 +153,9 @@ def _join(parts: list[torch.Tensor]) -> torch.Tensor:
 @functools.lru_cache(maxsize=1)
 def _tiles_fit_kernel() -> bool:
     """Whether this processor's int4 kernel reads tiles as they are (AVX-512 does)."""
-    packed = (torch.arange(64 * 32 // 2, device="cpu") * 7919 % 251).to(torch.uint8)
-    tiles = tile_codes(packed, 64, 32)
-    nibbles = torch.stack([packed & 15, packed >> 4], -1).view(64, 32).to(torch.int32)
-    return torch.equal(torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1).view(-1), tiles.view(-1))
+    codes = (torch.arange(64 * 32, device="cpu") * 7919 % 251 % 16 - 8).to(torch.int8).view(64, 32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
+    return torch.equal(packed.view(-1), tile_codes(codes).view(-1))
 
 
 _kernel_forms = WeakIdKeyDictionary()
@@ -215,25 +205,42 @@ def _kernel_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
 
 
 class KernelWeight(NamedTuple):
-    """A weight with its steps as PyTorch's kernel takes them, behind the activations and in this order.
+    """A weight with its steps as PyTorch's kernel takes them, and what its inputs are made of.
 
     Attributes:
         packed (`torch.Tensor` uint8 `[64 * tiles, Kp / 2]`): the tiles' own memory where their order fits.
         group (`int`): columns that share a scale.
         scales (`torch.Tensor` bfloat16 `[Kp / group, 64 * tiles, 2]`): steps rounded to bfloat16, and zeros.
+        numbers (`torch.Tensor` int64 `[Kp]`, *optional*): the input that each column of the tiles multiplies.
+        factors (`torch.Tensor` bfloat16 `[Kp]` or `[K]`, *optional*): what that input is multiplied by before.
     """
 
     packed: torch.Tensor
     group: int
     scales: torch.Tensor
+    numbers: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
 
 
-def kernel_weight(tiles: torch.Tensor, step: torch.Tensor) -> KernelWeight:
-    """Tiles and steps made ready for [`int4_few_rows`]: one byte more for every 64 weights, at best."""
+def kernel_weight(
+    tiles: torch.Tensor,
+    step: torch.Tensor,
+    numbers: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
+) -> KernelWeight:
+    """Tiles and steps made ready for [`int4_few_rows`]: one byte more for every 16 to 64 weights."""
     group = _kernel_group(tiles.shape[1])
     steps = F.pad(step.detach().to(torch.bfloat16), (0, len(tiles) * TILE_ROWS - len(step)))
     scales = torch.stack([steps, torch.zeros_like(steps)], -1).expand(tiles.shape[1] // group, -1, -1)
-    return KernelWeight(_kernel_form(tiles), group, scales.contiguous())
+    factors = None if factors is None else factors.detach().to(torch.bfloat16)
+    return KernelWeight(_kernel_form(tiles), group, scales.contiguous(), numbers, factors)
+
+
+def spread(x: torch.Tensor, numbers: torch.Tensor | None, factors: torch.Tensor | None) -> torch.Tensor:
+    """Inputs `[..., K]` to the inputs of the tiles' columns, `[..., Kp]`: `x[..., numbers] * factors`."""
+    if numbers is not None:
+        x = x.index_select(-1, numbers)
+    return x if factors is None else x * factors.to(x.dtype)
 
 
 def is_plain(x: torch.Tensor) -> bool:
@@ -266,10 +273,15 @@ def int4_few_rows(x: torch.Tensor, weight: KernelWeight, out_features: int) -> t
         `torch.Tensor` `[..., N]` in x's dtype.
     """
     *batch, in_features = x.shape
-    rows, padded = x.reshape(-1, in_features).to(torch.bfloat16), 2 * weight.packed.shape[1]
-    if padded != in_features:
-        rows = F.pad(rows, (0, padded - in_features))
-    out = torch.ops.aten._weight_int4pack_mm_for_cpu.default(rows.contiguous(), *weight)
+    packed, group, scales, numbers, factors = weight
+    rows, padded = x.reshape(-1, in_features).to(torch.bfloat16), 2 * packed.shape[1]
+    if numbers is not None:
+        rows = rows.index_select(1, numbers)
+    if factors is not None:
+        rows = rows * factors
+    if padded != rows.shape[1]:
+        rows = F.pad(rows, (0, padded - rows.shape[1]))
+    out = torch.ops.aten._weight_int4pack_mm_for_cpu.default(rows.contiguous(), packed, group, scales)
     if out.shape[1] != out_features:
         out = out[:, :out_features].contiguous()
     return out.to(x.dtype).view(*batch, out_features)
@@ -441,7 +453,7 @@ def int4_linear(
     Returns:
         `torch.Tensor` `[..., N]` in x's dtype, of bfloat16 precision.
     """
-    if x.shape[-1] != in_features or tiles.shape[1] != _padded(in_features):
+    if x.shape[-1] != in_features or not in_features <= tiles.shape[1] < in_features + 256:
         raise ValueError(
             f"Activations have {x.shape[-1]} features and the tiles {tiles.shape[1]}, "
             f"but in_features is {in_features} (tiles {_padded(in_features)}); check the weight's shape."

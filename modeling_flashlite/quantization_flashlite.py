@@ -10,7 +10,6 @@ without it transformers finds tensors of the wrong shape and raises, unless `ign
 
 from __future__ import annotations
 
-import itertools
 import json
 import mmap
 import struct
@@ -26,14 +25,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .ecq_modules_flashlite import EcqModule, FakeQuantModule, to_float, to_quantized, to_twin
 from .ecq_search_flashlite import Layer, grid_of, search
-from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weights
-from .int4_flashlite import TILE_ROWS, empty_tiles
+from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weight
 from .linear_flashlite import Linear
 
 Place = tuple[str, int, int]  # of a stream: file, first byte, bytes
 
 _METHOD = "ecq"
-_MOST_WEIGHTS = 4096  # in a byte of a stream; deflate and rANS reach 2064 and 2730
 _SMALL = 1 << 20  # bytes of a tensor that is copied rather than left in the memory map of its file
 _TRAINING_STATE = ("log_step", "log_base", "exponents", "code_lengths", "ecq_rate")
 _FIELDS = ("bits", "target_bits", "target_bytes", "max_loss_increase", "modules_to_not_convert", "stage")
@@ -298,7 +295,7 @@ class EcqQuantizer(HfQuantizer):
             for name, module in quantizable_layers(model, self.quantization_config).items():
                 rows, columns = weight_of(module).shape
                 steps = torch.zeros(rows, dtype=torch.int8)
-                empty = QuantizedWeight((rows, columns), None, 1.0, steps, grid_of(columns))
+                empty = QuantizedWeight(steps[:, None], 1.0, steps, grid_of(columns))
                 new = to_twin(module, empty, weight_of(module))
                 if new is not module:
                     model.set_submodule(name, new)
@@ -354,7 +351,7 @@ class EcqQuantizer(HfQuantizer):
                     state[key] = value.detach()
             return state, {}
         groups = groups_of(model)
-        streams = encode_weights([modules[0].quantized() for _, modules in groups])
+        streams = [encode_weight(modules[0].quantized()) for _, modules in groups]
         state = {}
         inner = {f"{name}." for names, _ in groups for name in names}
         memo = {}
@@ -429,11 +426,6 @@ def _ends(stream: torch.Tensor) -> bytes:
     return bytes(stream[:64].tolist() + stream[-64:].tolist())
 
 
-def _stream_bytes(module: EcqModule) -> int:
-    stream: Any = module.stream
-    return stream.numel() if isinstance(stream, torch.Tensor) else stream[2]
-
-
 def _take_stream(module: EcqModule) -> torch.Tensor:
     """The loaded stream, which the module gives away."""
     stream: Any = module.stream
@@ -461,46 +453,19 @@ def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[
     return list(groups.values())
 
 
-def _rooms(shapes: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """Memory for the tiles of each weight; sisters that may be joined are neighbours in it, see [`join`].
-
-    All is allocated before anything is decoded, so that what is needed in between leaves no gaps. It takes no room
-    before it is written.
-    """
-    rooms: dict[str, torch.Tensor] = {}
-    by_parent = itertools.groupby(shapes.items(), lambda item: (item[0].rpartition(".")[0], item[1][1]))
-    for (_, columns), sisters in by_parent:
-        named = [(name, -(-rows // TILE_ROWS)) for name, (rows, _) in sisters]
-        whole = empty_tiles(TILE_ROWS * sum(tiles for _, tiles in named), columns, device="cpu")
-        rooms |= dict(zip((name for name, _ in named), whole.split([tiles for _, tiles in named])))
-    return rooms
-
-
 def _decode_model(model) -> None:
-    """Turn the loaded streams into codes, some of them at a time, freeing each as it is done.
-
-    A weight is decoded into the memory that it will stay in.
-    """
+    """Turn the loaded streams into codes, some of them at a time, freeing each as it is done."""
     _leave_file(model)
     jobs = []
     for names, modules in groups_of(model):
         owner = next((module for module in modules if module.stream is not None), None)
         if owner is None:
             raise ValueError(f"The checkpoint has no coded weight for {names[0]}; it does not fit this architecture.")
-        (rows, columns), held = owner.weight_shape, _stream_bytes(owner)
-        if rows * columns > _MOST_WEIGHTS * held:
-            raise ValueError(
-                f"{held} bytes cannot hold the {rows} x {columns} codes of {names[0]}; check config.json."
-            )
         jobs.append((names[0], modules, owner))
-    rooms = _rooms({name: owner.weight_shape for name, _, owner in jobs})
-    # the largest first, so that no thread is left alone with it; then the small ones, which wait for one another
-    jobs.sort(key=lambda job: rooms[job[0]].numel())
-    jobs = jobs[-1:] + jobs[:-1]
-    streams = ((name, _take_stream(owner), owner.weight_shape, rooms[name]) for name, _, owner in jobs)
+    streams = ((name, _take_stream(owner), owner.weight_shape) for name, _, owner in jobs)
     for position, weight in decode_weights(streams):
-        name, modules, owner = jobs[position]
-        owner.set_quantized(weight, tiles=rooms[name])
+        _, modules, owner = jobs[position]
+        owner.set_quantized(weight)
         for module in modules:
             if module is not owner:
                 module.share_quantized(owner)

@@ -18,7 +18,7 @@ from modeling_flashlite.ecq_search_flashlite import (
     search,
     weight_bytes,
 )
-from modeling_flashlite.ecq_stream_flashlite import encode_weights
+from modeling_flashlite.ecq_stream_flashlite import encode_weight
 from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers
 from modeling_flashlite.training.calibration import _watch, batches_of, collect_moments, mean_loss, quantize
 
@@ -69,7 +69,7 @@ def test_feedback_lowers_the_loss_at_equal_steps():
     def cost(feedback: bool, output_factor) -> float:
         layer.output_factor = output_factor
         weight = quantize_layer(layer, -1.0, feedback)
-        error = layer.weight.double() - weight.codes() * weight.step()[:, None]
+        error = layer.weight.double() - weight.dequantize()
         return (error.T @ g @ error @ h).trace().item()
 
     both = layer.output_factor
@@ -82,7 +82,7 @@ def test_search_lands_on_the_budget():
     for bits in (2.0, 3.0):
         budget = sum(layer.weight.numel() for layer in layers) * bits / 8
         weights = search(layers, budget + 100, 100)
-        held = sum(len(stream) for stream in encode_weights(weights))
+        held = sum(len(encode_weight(weight)) for weight in weights)
         assert 0.99 * budget <= held <= budget + 8
         assert held == pytest.approx(sum(weight_bytes(weight) for weight in weights), abs=4)
 

@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_flashlite import int4_flashlite as int4
-from modeling_flashlite.codec_flashlite import pack_codes
 from modeling_flashlite.int4_flashlite import (
     dequantize_int4,
-    empty_tiles,
     int4_embedding,
     int4_embedding_reference,
     int4_few_rows,
@@ -34,12 +32,11 @@ SHAPES = [(64, 32), (512, 172), (172, 64), (1, 1), (33, 7), (100, 300)]
 
 
 def make(out_features, in_features, seed=0):
-    """(codes [N, K], packed codes, tiles, step [N])"""
+    """(codes [N, K], tiles, step [N])"""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-8, 8, (out_features, in_features), generator=generator, dtype=torch.int8)
-    packed = torch.from_numpy(pack_codes(codes.numpy()))
     step = torch.rand(out_features, generator=generator) * 0.02 + 0.01
-    return codes, packed, tile_codes(packed, out_features, in_features), step
+    return codes, tile_codes(codes), step
 
 
 def relative_error(value, reference):
@@ -49,32 +46,24 @@ def relative_error(value, reference):
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 1000))
 @settings(max_examples=50, deadline=None)
 def test_tiles_hold_the_codes(out_features, in_features, seed):
-    codes, packed, tiles, step = make(out_features, in_features, seed)
-    assert tiles.shape == (-(-out_features // 64), -(-in_features // 32) * 32, 32)
-    assert torch.equal(untile_codes(tiles, out_features, in_features), packed)
+    codes, tiles, step = make(out_features, in_features, seed)
+    assert tiles.shape[::2] == (-(-out_features // 64), 32)
+    assert in_features <= tiles.shape[1] < in_features + 64 and tiles.shape[1] % 32 == 0
+    assert torch.equal(untile_codes(tiles, out_features, in_features), codes)
     assert torch.equal(dequantize_int4(tiles, step, in_features), codes * step[:, None])
 
 
-@pytest.mark.parametrize("shape", [(64, 32), (300, 33), (130, 64), (64, 7), (257, 1)], ids=str)
-def test_codes_become_tiles_in_their_own_memory(shape, monkeypatch):
-    monkeypatch.setattr(int4, "_GROUP_WEIGHTS", 4)  # one tile at a time
-    _, packed, tiles, _ = make(*shape)
-    room = empty_tiles(*shape)
-    room.view(-1)[: len(packed)] = packed
-    assert tile_codes(room.view(-1)[: len(packed)], *shape, room) is room
-    assert torch.equal(room, tiles)
-
-
-def test_tile_codes_checks_its_length():
-    with pytest.raises(ValueError, match="need 8 uint8, got 7"):
-        tile_codes(torch.zeros(7, dtype=torch.uint8), 4, 4)
+@pytest.mark.parametrize("codes", [torch.full((4, 4), 8), torch.full((4, 4), -9), torch.zeros(4, 4)], ids=str)
+def test_tiles_take_int4_codes_only(codes):
+    with pytest.raises(ValueError, match=r"int8 codes -8\.\.7"):
+        tile_codes(codes if codes.is_floating_point() else codes.to(torch.int8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_values(shape, dtype):
     """Every branch (kernel, int8, unpacked; bias or none) stays within its precision of the float32 reference."""
-    _, _, tiles, step = make(*shape)
+    _, tiles, step = make(*shape)
     bias = torch.randn(shape[0]).mul(0.01).to(dtype)
     for rows in (0, 1, 3, int4._KERNEL_ROWS + 1, int4._KERNEL_ROWS_EXACT + 5):
         x = torch.randn(rows, shape[1]).to(dtype)
@@ -98,7 +87,7 @@ def test_linear_values(shape, dtype):
 )
 @settings(max_examples=50, deadline=None)
 def test_linear_of_any_shape(out_features, in_features, batch, int8, seed):
-    _, _, tiles, step = make(out_features, in_features, seed)
+    _, tiles, step = make(out_features, in_features, seed)
     x = torch.randn(*batch, in_features, generator=torch.Generator().manual_seed(seed))
     value = int4_linear(x, tiles, step, in_features, int8_activations=int8)
     reference = int4_linear_reference(x, tiles, step, in_features)
@@ -111,7 +100,7 @@ def test_linear_of_any_shape(out_features, in_features, batch, int8, seed):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_gradients(shape, rows):
     """Gradients in x, step and bias, to bfloat16 precision."""
-    codes, _, tiles, step = make(*shape)
+    codes, tiles, step = make(*shape)
     x, bias, step = torch.randn(rows, shape[1]).requires_grad_(), torch.randn(shape[0]).requires_grad_(), step
     step.requires_grad_()
     weight = torch.randn(rows, shape[0])
@@ -128,7 +117,7 @@ def test_linear_gradients(shape, rows):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_few_rows_in_one_call(shape, dtype):
     """The kernel that applies the steps keeps bfloat16 precision."""
-    _, _, tiles, step = make(*shape)
+    _, tiles, step = make(*shape)
     weight = kernel_weight(tiles, step)
     for batch in [(1,), (2, 3), (32,)]:
         x = torch.randn(*batch, shape[1]).to(dtype)
@@ -141,11 +130,11 @@ def test_few_rows_in_one_call(shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_held_int8_weights(shape, dtype):
     """Held, followed after a change, let go of; values to the precision of int8 activations, x left as it was."""
-    _, _, tiles, step = make(*shape)
+    _, tiles, step = make(*shape)
     bias = torch.randn(shape[0]).mul(0.01).to(dtype)
     with torch.no_grad(), int8_codes() as held:
         for seed in (0, 1):
-            tiles.copy_(make(*shape, seed=seed)[2])
+            tiles.copy_(make(*shape, seed=seed)[1])
             for rows in (17, 70):
                 x = torch.randn(rows, shape[1]).to(dtype)
                 before = x.clone()
@@ -161,7 +150,7 @@ def test_held_int8_weights(shape, dtype):
 
 
 def test_held_int8_weights_leave_outliers_and_gradients_alone():
-    _, _, tiles, step = make(64, 256)
+    _, tiles, step = make(64, 256)
     x = torch.randn(100, 256)
     x[:, 0] = 300.0
     with int8_codes():
@@ -175,14 +164,14 @@ def test_held_int8_weights_leave_outliers_and_gradients_alone():
         (gradient,) = torch.autograd.grad(int4_linear(x.detach(), tiles, step, 256).sum(), step)
         assert gradient.any()
     with torch.inference_mode():  # tensors without a version
-        tiles = make(64, 256)[2]
+        tiles = make(64, 256)[1]
         with int8_codes():
             assert int4_linear(x.detach(), tiles, step, 256).shape == (40, 64)
 
 
 def test_several_groups_equal_one(monkeypatch):
     """Unpacking a few tiles at a time changes nothing."""
-    _, _, tiles, step = make(300, 96)
+    _, tiles, step = make(300, 96)
     x, grad = torch.randn(60, 96, dtype=torch.bfloat16), torch.randn(60, 300)
     run = lambda: (  # noqa: E731
         int4_linear(x, tiles, step, 96),
@@ -194,14 +183,14 @@ def test_several_groups_equal_one(monkeypatch):
     for a, b in zip(run(), whole):
         assert relative_error(a, b) < 4e-3
     for shape in [(300, 96), (129, 33), (128, 31)]:
-        codes, packed, tiles, step = make(*shape)
-        assert torch.equal(untile_codes(tiles, *shape), packed)
+        codes, tiles, step = make(*shape)
+        assert torch.equal(untile_codes(tiles, *shape), codes)
         assert torch.equal(dequantize_int4(tiles, step, shape[1]), codes * step[:, None])
 
 
 def test_outliers_are_not_rounded_to_int8():
     """One huge activation would drown the others in an int8 scale; such rows are computed exactly."""
-    _, _, tiles, step = make(64, 256)
+    _, tiles, step = make(64, 256)
     x = torch.randn(100, 256)
     x[:, 0] = 300.0
     with torch.no_grad():
@@ -212,7 +201,7 @@ def test_outliers_are_not_rounded_to_int8():
 
 @pytest.mark.parametrize("rows", [2, 50])
 def test_not_finite_stays_not_finite(rows):
-    _, _, tiles, step = make(64, 32)
+    _, tiles, step = make(64, 32)
     x = torch.randn(rows, 32)
     x[0, 0], x[1, 1] = float("nan"), float("inf")
     value = int4_linear(x, tiles, step, 32)
@@ -224,7 +213,7 @@ def test_not_finite_stays_not_finite(rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_embedding_is_exact(shape, dtype):
-    _, _, tiles, step = make(*shape)
+    _, tiles, step = make(*shape)
     ids = torch.randint(0, shape[0], (3, 5))
     value = int4_embedding(ids, tiles, step, shape[1], dtype)
     assert torch.equal(value, int4_embedding_reference(ids, tiles, step, shape[1], dtype))
@@ -234,7 +223,7 @@ def test_embedding_is_exact(shape, dtype):
 
 
 def test_embedding_gradient_in_step():
-    codes, _, tiles, step = make(40, 24)
+    codes, tiles, step = make(40, 24)
     ids = torch.randint(0, 40, (17,))
     step.requires_grad_()
     (actual,) = torch.autograd.grad(int4_embedding(ids, tiles, step, 24).square().sum(), step)
@@ -244,7 +233,7 @@ def test_embedding_gradient_in_step():
 
 def test_one_storage_serves_embedding_and_head():
     """The tied case: rows looked up and logits computed from the same tiles."""
-    codes, _, tiles, step = make(200, 48)
+    codes, tiles, step = make(200, 48)
     hidden = int4_embedding(torch.arange(200), tiles, step, 48)
     logits = int4_linear(hidden, tiles, step, 48)
     weight = codes * step[:, None]
@@ -253,14 +242,14 @@ def test_one_storage_serves_embedding_and_head():
 
 def test_meta_tensors_run():
     """Shapes can be traced before any weight exists."""
-    _, _, tiles, step = make(64, 40)
+    _, tiles, step = make(64, 40)
     value = int4_linear(torch.empty(3, 40, device="meta"), tiles.to("meta"), step.to("meta"), 40)
     assert value.shape == (3, 64)
 
 
 def test_nothing_made_elsewhere_is_kept():
     """Scales and probes are cached, so neither a default device nor fake tensors may decide what they are."""
-    _, _, tiles, step = make(64, 32)
+    _, tiles, step = make(64, 32)
     x = torch.randn(2, 32)
     expected = int4_linear(x, tiles, step, 32)
     int4._unit_scales.cache_clear()
@@ -275,14 +264,14 @@ def test_nothing_made_elsewhere_is_kept():
 
 
 def test_wrong_width_is_named():
-    _, _, tiles, step = make(64, 64)
+    _, tiles, step = make(64, 64)
     with pytest.raises(ValueError, match="in_features is 64"):
         int4_linear(torch.randn(2, 63), tiles, step, 64)
 
 
 @pytest.mark.parametrize("rows", [1, 50])
 def test_compiles_with_and_without_gradient(rows):
-    _, _, tiles, step = make(96, 40)
+    _, tiles, step = make(96, 40)
     bias = torch.randn(96)
     compiled = torch.compile(
         lambda x: int4_linear(x, tiles, step, 40, bias).relu(), fullgraph=True, backend="aot_eager"
@@ -298,7 +287,7 @@ def test_compiles_with_and_without_gradient(rows):
 
 
 def test_op_passes_torch_checks():
-    _, _, tiles, _ = make(64, 32)
+    _, tiles, _ = make(64, 32)
     for rows, int8 in [(2, False), (50, True)]:
         torch.library.opcheck(
             torch.ops.flashlite.int4_matmul.default,
@@ -310,7 +299,7 @@ def test_op_passes_torch_checks():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_does_not_reach_inside(dtype):
     """Float16 would overflow on the unscaled sums."""
-    _, _, tiles, step = make(64, 512)
+    _, tiles, step = make(64, 512)
     x = torch.full((60, 512), 300.0)
     with torch.no_grad():
         plain = int4_linear(x, tiles, step, 512, int8_activations=False)
@@ -325,7 +314,7 @@ def test_second_copy_of_the_file_shares_the_op(tmp_path):
     spec = importlib.util.spec_from_file_location("int4_copy", int4.__file__)
     copied = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copied)
-    _, _, tiles, step = make(64, 32)
+    _, tiles, step = make(64, 32)
     x = torch.randn(3, 32, requires_grad=True)
     values = [module.int4_linear(x, tiles, step, 32) for module in (int4, copied)]
     assert torch.equal(*values)
@@ -335,13 +324,13 @@ def test_second_copy_of_the_file_shares_the_op(tmp_path):
 def test_kernel_copies_follow_their_tiles(monkeypatch):
     """Where the kernel wants another order, its copy is made once, renewed after a change, and dies with the tiles."""
     monkeypatch.setattr(int4, "_tiles_fit_kernel", lambda: False)
-    _, _, tiles, step = make(64, 32)
+    _, tiles, step = make(64, 32)
     x = torch.randn(2, 32)
     first = int4_linear(x, tiles, step, 32)
     assert int4._kernel_form(tiles) is int4._kernel_form(tiles)
     twin = copy.deepcopy(tiles)
     assert torch.equal(int4_linear(x, twin, step, 32), first)
-    tiles.copy_(tile_codes(make(64, 32, seed=1)[1], 64, 32))
+    tiles.copy_(make(64, 32, seed=1)[1])
     second = int4_linear(x, tiles, step, 32)
     assert relative_error(second, int4_linear_reference(x, tiles, step, 32)) < 6e-3
     assert tiles in int4._kernel_forms
@@ -358,7 +347,7 @@ def test_other_processors(capability):
         "import torch\n"
         "from tests.test_int4 import make, relative_error, int4_linear, int4_linear_reference\n"
         "for shape in [(64, 64), (200, 172)]:\n"
-        "    _, _, tiles, step = make(*shape)\n"
+        "    _, tiles, step = make(*shape)\n"
         "    for rows in (1, 4, 40):\n"
         "        x = torch.randn(rows, shape[1])\n"
         "        with torch.no_grad():\n"

@@ -48,7 +48,9 @@ class WrappedHead(nn.Module):
 @pytest.mark.parametrize("bias", [False, True])
 def test_fake_quantized_head_is_read_once_and_equals_its_call(chunk_size, bias):
     states, head, labels = make_case(torch.float32, bias)
-    levels = QuantizedWeight(tuple(head.weight.shape), None, 0.05, torch.zeros(V, dtype=torch.int8), 4)
+    levels = QuantizedWeight(
+        torch.zeros(head.weight.shape, dtype=torch.int8), 0.05, torch.zeros(V, dtype=torch.int8), 4
+    )
     head = to_twin(head, levels, head.weight.detach().clone())
     assert type(head) is FakeQuantLinear and is_plain_linear(head)
     expected, expected_grads = gradients(chunked_cross_entropy_reference, states, head, labels)

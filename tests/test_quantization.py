@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import os
 import pickle
 import struct
@@ -36,10 +35,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from modeling_flashlite import ecq_stream_flashlite, quantization_flashlite
-from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, join, to_quantized
-from modeling_flashlite.ecq_stream_flashlite import CodecError, QuantizedWeight, decode_weights, encode_weights
-from modeling_flashlite.int4_flashlite import empty_tiles, int8_codes, tile_codes
+from modeling_flashlite import quantization_flashlite
+from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, join
+from modeling_flashlite.ecq_stream_flashlite import QuantizedWeight
+from modeling_flashlite.int4_flashlite import int8_codes
 from modeling_flashlite.quantization_flashlite import EcqConfig, quantizable_layers
 from modeling_flashlite.training.calibration import merge_adapters, quantize
 
@@ -165,34 +164,6 @@ def test_tied_weights_are_stored_and_held_once(tmp_path):
     assert loaded.lm_head.tiles is loaded.model.embed_tokens.tiles
 
 
-def decoded(stream, shape):
-    ((_, weight),) = decode_weights([("w", stream, shape, None)])
-    return weight
-
-
-def test_outlier_rows_keep_their_range():
-    torch.manual_seed(0)
-    codes = torch.randint(-8, 8, (16, 96))
-    codes[3, :5] = torch.tensor([100, -136, 119, -9, 8])
-    weight = QuantizedWeight.from_codes(codes, 0.5, torch.arange(16) - 8, 8)
-    assert weight.outlier_rows.tolist() == [3]
-    back = decoded(encode_weights([weight])[0], (16, 96))
-    assert torch.equal(back.codes(), codes.short()) and torch.equal(back.step(), weight.step())
-    for plain in (nn.Linear(96, 16), nn.Embedding(80, 96)):
-        rows = plain.weight.shape[0]
-        weight = QuantizedWeight.from_codes(codes.repeat(5, 1)[:rows], 0.5, torch.zeros(rows), 8)
-        value = weight.codes() * weight.step()[:, None]
-        module = to_quantized(plain)
-        module.set_quantized(weight)
-        if isinstance(module, nn.Embedding):
-            assert torch.equal(module(torch.arange(rows)), value)
-        else:
-            x = torch.randn(7, 96)
-            want = nn.functional.linear(x, value, module.bias)
-            assert (module(x) - want).square().mean() < 1e-3 * want.var()
-        assert torch.equal(module.dequantize(), value)
-
-
 def test_steps_survive_a_cast():
     model = quantize(build("llama"), EcqConfig(target_bits=4))
     step = model.lm_head.step.clone()
@@ -221,7 +192,7 @@ def test_a_loaded_model_holds_nothing_of_its_file(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     weights = [module.quantized() for module in loaded.modules() if isinstance(module, (EcqLinear, EcqEmbedding))]
     expected = [module.quantized() for module in model.modules() if isinstance(module, (EcqLinear, EcqEmbedding))]
-    assert all(torch.equal(a.codes(), b.codes()) for a, b in zip(weights, expected, strict=True))
+    assert all(torch.equal(a.codes, b.codes) for a, b in zip(weights, expected, strict=True))
 
 
 def test_a_place_is_used_only_for_the_stream_that_stands_there(monkeypatch, tmp_path):
@@ -230,8 +201,9 @@ def test_a_place_is_used_only_for_the_stream_that_stands_there(monkeypatch, tmp_
     generator = torch.Generator().manual_seed(0)
     names = [f"model.layers.0.mlp.{kind}_proj" for kind in ("gate", "up")]
     for name in names:
-        codes = torch.randint(-8, 8, (96, 64), generator=generator)
-        model.get_submodule(name).set_quantized(QuantizedWeight.from_codes(codes, 1 / 64, torch.zeros(96)))
+        codes = torch.randint(-8, 8, (96, 64), generator=generator, dtype=torch.int8)
+        weight = QuantizedWeight(codes, 1 / 64, torch.zeros(96, dtype=torch.int8))
+        model.get_submodule(name).set_quantized(weight)
     model.save_pretrained(tmp_path)
     real, (gate, up) = quantization_flashlite._coded_places, (f"{name}.weight" for name in names)
 
@@ -243,19 +215,8 @@ def test_a_place_is_used_only_for_the_stream_that_stands_there(monkeypatch, tmp_
     monkeypatch.setattr(quantization_flashlite, "_coded_places", swapped)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name in names:
-        codes = (other.get_submodule(name).quantized().codes() for other in (loaded, model))
+        codes = (other.get_submodule(name).quantized().codes for other in (loaded, model))
         assert torch.equal(*codes)
-
-
-def test_loaded_sisters_are_neighbours(tmp_path):
-    """Joining the layers of a loaded model moves no codes."""
-    tile_filling().save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    attention = loaded.model.layers[0].self_attn
-    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
-    places = [layer.tiles.data_ptr() for layer in layers]
-    joint = join(layers)
-    assert joint.tiles.data_ptr() == places[0] and [layer.tiles.data_ptr() for layer in layers] == places
 
 
 def test_sharded_checkpoint(tmp_path):
@@ -388,73 +349,6 @@ def test_merged_conv1d_adapters_keep_their_effect():
     assert (got - want).square().mean() < 0.5 * (plain - want).square().mean()
 
 
-def _weight(shape=(24, 40)) -> QuantizedWeight:
-    torch.manual_seed(0)
-    codes = torch.randn(shape).mul(2).round().clamp(-8, 7)
-    codes[5, 0] = 60
-    return QuantizedWeight.from_codes(codes, 1 / 128, torch.arange(shape[0]) % 5, 8)
-
-
-def _stream(shape=(24, 40)) -> torch.Tensor:
-    return encode_weights([_weight(shape)])[0]
-
-
-@pytest.mark.parametrize("tiled", [False, True])
-@pytest.mark.parametrize("shape", [(64, 32), (128, 96), (131, 64), (24, 40), (64, 40), (9, 32)])
-def test_streams_of_both_orders_are_read(monkeypatch, shape, tiled):
-    """Tile order or row by row, a layer holds the same; tile order needs whole tiles."""
-    weight = _weight(shape)
-    monkeypatch.setattr(ecq_stream_flashlite, "_TILED_COST", math.inf if tiled else 0)
-    stream = encode_weights([weight])[0]
-    back = decoded(stream, shape)
-    assert back.tiled == (tiled and shape in ((64, 32), (128, 96), (131, 64))) and stream[1] == 1 + back.tiled
-    assert torch.equal(back.codes(), weight.codes()) and torch.equal(back.step(), weight.step())
-    assert torch.equal(encode_weights([back])[0], stream)
-    room = empty_tiles(*shape)
-    ((_, placed),) = decode_weights([("w", stream, shape, room)])
-    want = tile_codes(weight.packed, *shape)
-    assert placed.packed.data_ptr() == room.data_ptr() == placed.tiles(room).data_ptr()
-    assert torch.equal(room, want) and torch.equal(back.tiles(), want)
-
-
-def test_rows_of_different_scale_are_not_tiled():
-    """Bytes that pair rows of different scale cost more than bytes of one row; equal rows do not mind."""
-    torch.manual_seed(0)
-    codes, scales = torch.randn(128, 512), torch.where(torch.rand(128, 1) < 0.5, 0.3, 3.0)
-    for scale, version in ((1.0, 2), (scales, 1)):
-        weight = QuantizedWeight.from_codes((codes * scale).round().clamp(-8, 7), 1.0, torch.zeros(128))
-        assert encode_weights([weight])[0][1] == version
-
-
-@pytest.mark.parametrize("shape", [(24, 40), (64, 32)])
-def test_mutated_streams_fail_or_are_exact(shape):
-    stream = _stream(shape)
-    want = decoded(stream, shape)
-    generator = torch.Generator().manual_seed(0)
-    for trial in range(2000):
-        bad = stream.clone()
-        kind = trial % 3
-        at = int(torch.randint(0, len(bad), (), generator=generator))
-        if kind == 0:
-            bad[at] ^= int(torch.randint(1, 256, (), generator=generator))
-        elif kind == 1:
-            bad = bad[:at]
-        else:
-            other = int(torch.randint(0, len(bad), (), generator=generator))
-            bad = torch.cat([bad[:at], bad[other:]])
-        try:
-            got = decoded(bad, shape)
-        except CodecError:
-            continue
-        assert torch.equal(got.codes(), want.codes()) and torch.equal(got.step(), want.step())
-
-
-def test_streams_of_another_shape_fail():
-    for shape in ((40, 24), (24, 41), (1, 960), (10**6, 10**4)):
-        with pytest.raises(CodecError):
-            decoded(_stream(), shape)
-
-
 def test_damaged_checkpoints_raise(tmp_path):
     quantize(build("llama"), EcqConfig(target_bits=4)).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -499,26 +393,28 @@ def projections(model) -> list[nn.Module]:
     return [attention.q_proj, attention.v_proj]
 
 
-def tile_filling(seed: int = 0):
-    """A Llama whose attention layers fill their tiles."""
+def tile_filling(seed: int = 0, wide: bool = False):
+    """A Llama whose attention layers fill their tiles; some have wide columns, each others."""
     torch.manual_seed(seed)
     config = LlamaConfig(**{**SMALL, "hidden_size": 128}, intermediate_size=96, num_key_value_heads=2)
-    return quantize(AutoModelForCausalLM.from_config(config).eval(), EcqConfig())
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for column, layer in enumerate(projections(model) * wide):
+        layer.weight.data[:, column : 3 * column + 1] *= 12
+    return quantize(model, EcqConfig())
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("seed", [0, 1])
-def test_joined_layers_compute_what_each_computes(seed, tmp_path):
-    """Seed 1 has outlier rows."""
-    model, other = tile_filling(seed), tile_filling(1 - seed)
+@pytest.mark.parametrize("wide", [False, True])
+def test_joined_layers_compute_what_each_computes(wide, tmp_path):
+    model, other = tile_filling(0, wide), tile_filling(1, not wide)
     layers = projections(model)
-    before, bits = logits_of(model), [layer.quantized().packed for layer in layers]
+    before, bits = logits_of(model), [layer.quantized().codes for layer in layers]
     names, footprint = model.state_dict().keys(), model.get_memory_footprint()
     joint = join(layers)
-    assert (joint.outlier_rows is not None) == seed
+    assert joint.numbers is not None or not wide
     assert joint is join(layers) and joint.out_features == sum(layer.out_features for layer in layers)
-    for layer, packed in zip(layers, bits):
-        assert torch.equal(layer.quantized().packed, packed)
+    for layer, codes in zip(layers, bits):
+        assert torch.equal(layer.quantized().codes, codes)
     # nothing is held twice, and the model is the same to everybody else
     addresses = [layer.tiles.data_ptr() for layer in layers]
     assert addresses == [joint.tiles.data_ptr(), joint.tiles.data_ptr() + layers[0].tiles.numel()]
@@ -539,7 +435,7 @@ def test_joined_layers_compute_what_each_computes(seed, tmp_path):
     torch.testing.assert_close(joint(x), want, atol=1e-2, rtol=1e-2)
     assert "joint" not in copy.deepcopy(layers[0]).__dict__
     want = logits_of(model)
-    near = {"atol": 0.02, "rtol": 0.02}  # outlier rows of layers that are not joined are rounded at another place
+    near = {"atol": 0.02, "rtol": 0.02}  # the kernel adds up in another order where wide columns were added
     torch.testing.assert_close(logits_of(copy.deepcopy(model)), want, **near)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), want, **near)

@@ -234,7 +234,7 @@ def _loss_with(model, layers: list[Layer], weights: list[QuantizedWeight], batch
     """Loss of the float model with its weights replaced by the rounded ones, which are then put back."""
     originals = [layer.modules[0].weight.detach().clone() for layer in layers]
     for layer, weight in zip(layers, weights):
-        values = weight.codes().float() * weight.step()[:, None]
+        values = weight.dequantize()
         module = layer.modules[0]
         module.weight.copy_(values.T if isinstance(module, Conv1D) else values)
     try:

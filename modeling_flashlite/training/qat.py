@@ -27,7 +27,8 @@ import torch
 from transformers import TrainerCallback
 
 from ..ecq_modules_flashlite import FakeQuantModule, to_quantized, to_twin
-from ..ecq_search_flashlite import search, weight_bytes
+from ..ecq_search_flashlite import search
+from ..ecq_stream_flashlite import stream_bytes
 from ..quantization_flashlite import (
     EcqConfig,
     attach,
@@ -116,7 +117,7 @@ class RateController:
 
     def _held(self) -> int:
         """Bits of the coded streams."""
-        return 8 * sum(weight_bytes(twins[0].quantized()) for twins in self.groups)
+        return 8 * sum(stream_bytes(twins[0].quantized()) for twins in self.groups)
 
     @torch.no_grad()
     def measure(self, update: bool = True) -> list[tuple[torch.Tensor, torch.Tensor]]:
