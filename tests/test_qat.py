@@ -78,7 +78,7 @@ def test_stock_trainer_meets_the_budget(tmp_path, accumulation, bf16, checkpoint
     assert isinstance(model.lm_head, EcqLinear) and not torch.equal(logits_of(model), before)
     model.save_pretrained(tmp_path / "coded")
     size = (tmp_path / "coded" / "model.safetensors").stat().st_size
-    assert 8 * size / parameters == pytest.approx(4.0, abs=0.05)
+    assert 3.9 < 8 * size / parameters < 4.05
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "coded")
     # the Trainer leaves its autocast around the trained model
     assert torch.allclose(logits_of(loaded), logits_of(model), atol=0.01 if bf16 else 0)
