@@ -124,6 +124,7 @@ class FlashLiteModel(FlashLitePreTrainedModel):
         """
         check_arguments(self, kwargs, packed=position_ids is not None)
         recorded = self._recorded(kwargs)
+        recorded["return_dict"] = True
         own = {"past_key_values": past_key_values, "use_cache": use_cache, "memory": memory, **recorded}
         if not self.config.is_encoder_decoder:
             self._refuse_encoder_arguments(
@@ -376,6 +377,7 @@ class FlashLiteForConditionalGeneration(FlashLiteHeadModel, GenerationMixin):
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             memory=memory,
+            return_dict=True,
             **self.model._recorded(kwargs),
         )
         teacher = {"teacher_ids": teacher_ids, "teacher_weights": teacher_weights}
@@ -433,6 +435,7 @@ class FlashLiteForCausalLM(FlashLiteHeadModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             memory=memory,
+            return_dict=True,
             **self.model._recorded(kwargs),
         )
         if labels is not None and shifted is None:
@@ -490,7 +493,7 @@ class FlashLiteTaskModel(FlashLitePreTrainedModel):
             kwargs.update(decoder_input_ids=input_ids, decoder_inputs_embeds=inputs_embeds)
             if kwargs.get("decoder_attention_mask") is None:
                 kwargs["decoder_attention_mask"] = attention_mask
-        outputs = self.model(**inputs, **kwargs)
+        outputs = self.model(**inputs, return_dict=True, **kwargs)
         return outputs, getattr(self, self._head_name)(self.dropout(outputs.last_hidden_state))
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""Atomic saving: an interrupted save never costs the model that was in the folder."""
+"""Saving: an interrupted save never costs the model that was in the folder, and every fitting Auto class loads it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,23 @@ else:
     _Model = object
 
 
+# Auto class -> what it loads, by file and class; for machines that have the checkpoint and not this package
+AUTO_MAP = {
+    "AutoConfig": "configuration_flashlite.FlashLiteConfig",
+    "AutoModel": "modeling_flashlite.FlashLiteModel",
+    "AutoModelForSeq2SeqLM": "modeling_flashlite.FlashLiteForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_flashlite.FlashLiteForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_flashlite.FlashLiteForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_flashlite.FlashLiteForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_flashlite.FlashLiteForQuestionAnswering",
+}
+
+
+def fitting_auto_map(is_encoder_decoder: bool) -> dict[str, str]:
+    """The part of `AUTO_MAP` that a checkpoint with or without an encoder can be loaded with."""
+    return {name: path for name, path in AUTO_MAP.items() if is_encoder_decoder or name != "AutoModelForSeq2SeqLM"}
+
+
 class AtomicSaving(_Model):
     """Gives a [`PreTrainedModel`] a `save_pretrained` that replaces an older model once the new one is complete."""
 
@@ -26,6 +43,9 @@ class AtomicSaving(_Model):
         """
         rest = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
         folder = Path(save_directory)
+        if self._auto_class is not None:  # the code is saved too, with all classes
+            known = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = {**known, **fitting_auto_map(self.config.is_encoder_decoder)}
         in_place = kwargs.get("distributed_checkpoint") or folder.is_file()
         if in_place or not self.should_save_on_this_rank(is_main_process):
             super().save_pretrained(save_directory, **rest)

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from modeling_flashlite.measure.results import read_results
 from modeling_flashlite.publish import cards, repository
 from modeling_flashlite.publish.repository import PublishError, list_files, stage
+from modeling_flashlite.saving_flashlite import AUTO_MAP
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +52,7 @@ def test_stage_takes_what_travels_and_nothing_else(run, tmp_path):
         "tokenizer_config.json",
     }
     config = json.loads((folder / "config.json").read_text())
-    assert set(config["auto_map"]) == set(repository.AUTO_MAP)
+    assert set(config["auto_map"]) == set(AUTO_MAP)
     assert list(config["custom_pipelines"]) == ["translation"]
     assert config["task_specific_params"]["translation"]["num_beams"] == 4
 
@@ -59,7 +60,7 @@ def test_stage_takes_what_travels_and_nothing_else(run, tmp_path):
 def test_auto_map_names_every_head():
     import modeling_flashlite
 
-    for reference in repository.AUTO_MAP.values():
+    for reference in AUTO_MAP.values():
         module, name = reference.split(".")
         assert getattr(modeling_flashlite, name).__module__ == f"modeling_flashlite.{module}"
 

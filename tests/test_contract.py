@@ -489,12 +489,13 @@ def test_first_argument_is_the_main_input(model_class):
 
 
 def test_checkpoints_bring_their_code(make, tmp_path):
-    """Every head loads where the package cannot be imported, and computes the same."""
+    """Every head loads where the package cannot be imported, computes the same, and gives its body to other heads."""
     for index, (model_class, encoder) in enumerate(FORMS):
         model = make(model_class, encoder)
         folder = tmp_path / str(index) / "model"  # one name: the code is then imported once
         model.save_pretrained(folder)
-        assert set(model.config.auto_map) == {"AutoConfig", AUTO[model_class].__name__}
+        fitting = {auto.__name__ for auto in AUTO.values() if encoder or auto is not AutoModelForSeq2SeqLM}
+        assert set(model.config.auto_map) == {"AutoConfig", *fitting}
         torch.save((AUTO[model_class].__name__, inputs_of(model)), folder / "inputs.pt")
         torch.save(first_output(model, torch.load(folder / "inputs.pt")[1]), folder / "expected.pt")
     program = """
@@ -506,6 +507,13 @@ def test_checkpoints_bring_their_code(make, tmp_path):
         sys.meta_path.insert(0, Absent())
         for folder in sorted(pathlib.Path(sys.argv[1]).glob("*/model")):
             auto, inputs = torch.load(folder / "inputs.pt")
+            table = None
+            for name in transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map:
+                if name != "AutoConfig":
+                    other = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
+                    weight = other.get_input_embeddings().weight
+                    assert table is None or torch.equal(table, weight), (auto, name)
+                    table = weight
             model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
             with torch.no_grad():
                 torch.testing.assert_close(model(**inputs)[0], torch.load(folder / "expected.pt"))

@@ -10,17 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.tasks import TASKS
+from ..saving_flashlite import fitting_auto_map
 
 PACKAGE = Path(__file__).parents[1]
-AUTO_MAP = {
-    "AutoConfig": "configuration_flashlite.FlashLiteConfig",
-    "AutoModel": "modeling_flashlite.FlashLiteModel",
-    "AutoModelForSeq2SeqLM": "modeling_flashlite.FlashLiteForConditionalGeneration",
-    "AutoModelForCausalLM": "modeling_flashlite.FlashLiteForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_flashlite.FlashLiteForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_flashlite.FlashLiteForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_flashlite.FlashLiteForQuestionAnswering",
-}
 # class -> (Auto class, pipeline task)
 HEADS = {
     "FlashLiteForConditionalGeneration": ("AutoModelForSeq2SeqLM", "text2text-generation"),
@@ -113,7 +105,7 @@ def _complete_config(folder: Path, task: str | None) -> None:
         return
     for source in PACKAGE.glob("*_flashlite.py"):
         shutil.copyfile(source, folder / source.name)
-    changes: dict = {"auto_map": AUTO_MAP}
+    changes: dict = {"auto_map": fitting_auto_map(config.get("is_encoder_decoder", True))}
     auto_class, pipeline_task = HEADS.get((config.get("architectures") or [""])[0], ("", ""))
     classes = {
         "AutoModelForSeq2SeqLM": "FlashLitePipeline",
