@@ -371,7 +371,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"`crop` takes 0 or a negative number of tokens to remove, but got {tokens_to_remove}.")
-        count = -tokens_to_remove
+        count = -int(tokens_to_remove)  # assisted generation of older versions of the library gives a tensor
         if count == 0 or not self.is_initialized:
             return
         removed = count if self.mask is None else self.mask[:, -count:].sum(1)

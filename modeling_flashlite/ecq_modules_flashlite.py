@@ -195,6 +195,7 @@ class EcqLinear(EcqModule, nn.Linear):
         # inputs of second digits are 16 times the others, so that int8 would leave these too few levels
         return int4_linear(states, self.tiles, self.step, states.shape[-1], bias, self.numbers is None)
 
+    @torch.inference_mode(False)  # what is made in inference mode could enter no later training
     def prepared(self) -> KernelWeight:
         """The codes and steps for [`int4_few_rows`]; no bias."""
         if self.kernel is None:
@@ -221,6 +222,8 @@ def _neighbours(parts: Sequence[nn.Parameter]) -> torch.Tensor:
     return whole
 
 
+@torch.inference_mode(False)  # as in `prepared`
+@torch.no_grad()
 def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
     """One layer that computes the outputs of several from the same input and the same codes, in one product.
 

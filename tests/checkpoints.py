@@ -84,6 +84,12 @@ def save_checkpoint(kind: str, folder: Path) -> Path:
     return folder
 
 
+def checkpoint_layers(model, settings: dict | None = None) -> None:
+    """Recompute the layers in the backward pass; transformers 5.23 gave the method another name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(settings)
+
+
 def describe(folder: Path, **changes) -> None:
     """Write card.yaml (JSON is YAML) and a results file into a run."""
     (folder / "card.yaml").write_text(json.dumps({**WRITTEN, **changes}))

@@ -7,6 +7,8 @@ import textwrap
 
 import pytest
 import torch
+import transformers
+from checkpoints import checkpoint_layers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -27,6 +29,7 @@ from modeling_flashlite import (
     FlashLiteForTokenClassification,
     FlashLiteModel,
 )
+from modeling_flashlite.compat_flashlite import CACHE
 
 AUTO = {
     FlashLiteModel: AutoModel,
@@ -44,6 +47,7 @@ GENERATORS = [(FlashLiteForCausalLM, False), (FlashLiteForConditionalGeneration,
 every_form = pytest.mark.parametrize(("model_class", "encoder"), FORMS)
 both_generators = pytest.mark.parametrize(("model_class", "encoder"), GENERATORS)
 BATCH, LENGTH = 3, 21
+LIBRARY = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 
 @pytest.fixture
@@ -194,6 +198,8 @@ def test_attentions_and_hidden_states_have_the_columns_of_the_input(make, model_
     )
     real = inputs["decoder_attention_mask" if encoder else "attention_mask"].bool()[:, None].expand(mass.shape)
     torch.testing.assert_close(mass, real.float())
+    if LIBRARY < (5, 23):
+        return  # all states or none
     chosen = model(**inputs, output_hidden_states=[0, -1])
     states = chosen.decoder_hidden_states if encoder else chosen.hidden_states
     assert [state is None for state in states] == [False, True, False]
@@ -218,7 +224,7 @@ def test_checkpointing_changes_no_gradient(make, model_class, encoder, reentrant
     grads = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_layers(model, {"use_reentrant": reentrant})
         model.zero_grad()
         model(**inputs).loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
@@ -319,7 +325,7 @@ def test_cache_has_the_columns_that_generate_counts(make, model_class, encoder):
         assert isinstance(cache, EncoderDecoderCache)
         assert all(tuple(layer.keys.shape) == (BATCH, 2, LENGTH, 8) for layer in cache.cross_attention_cache.layers)
         cache = cache.self_attention_cache
-    assert isinstance(cache, DynamicCache) and not cache.is_compileable and cache.is_croppable
+    assert isinstance(cache, DynamicCache) and not cache.is_compileable and getattr(cache, "is_croppable", True)
     columns = out.sequences.shape[1] - 1
     assert cache.get_seq_length() == columns
     for layer in cache.layers:
@@ -377,7 +383,7 @@ def test_generation_goes_on_from_a_cache(make, model_class, encoder):
     inputs = inputs_of(model)
     whole = continued(model, encoder, inputs, return_dict_in_generate=True)
     first = continued(model, encoder, inputs, max_new_tokens=5, return_dict_in_generate=True)
-    rest = {"past_key_values": first.past_key_values}
+    rest = {CACHE: first.past_key_values}
     if encoder:
         rest |= {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         # the library tells a whole sequence from its new tokens by the length of the mask
@@ -475,7 +481,8 @@ def test_plans_name_what_exists(make, model_class, encoder):
         names = {".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names}
         assert model.tp_plan and set(model.tp_plan) <= names
         assert model._fsdp_plan and set(model._fsdp_plan) <= names
-        assert {name for name in model.tp_plan if name.endswith("embed_tokens")}
+        if LIBRARY >= (5, 23):  # before, the library cut the table by itself
+            assert {name for name in model.tp_plan if name.endswith("embed_tokens")}
         if model.get_output_embeddings() is not None:
             assert "lm_head" in model.tp_plan
     layers = {type(module).__name__ for module in model.modules()}

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from checkpoints import checkpoint_layers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -163,7 +164,7 @@ def test_segments_with_memory_equal_one_pass(training, checkpointing):
     model = causal_model().train(training)
     model.config.use_cache = False
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_layers(model)
     ids = tokens(2, 57)
     truth = model(ids).logits
     for size in (4, 7, 20):
