@@ -7,8 +7,9 @@ alone determine. The session computes that once per generation and runs a token 
 is the slow truth; it runs whatever a session does not take: prompts, padded rows, training, recorded states, hooks.
 
 `generate` opens a session through `_optimize_model_for_decode`; [`decode_session`] opens one for a loop of one's own.
-A session is the only owner of derived state, and releases it when it closes. What it derives from a cache is keyed by
-the `version` of the cache's layers, which rises with every change other than appending.
+A session owns what it derives, and releases it when it closes. What it derives from a cache is keyed by the `version`
+of the cache's layers, which rises with every change other than appending. Only the joint products of coded layers stay
+with these (see [`join`]): making them for every generation would cost a third of the time of a short one.
 
 Shapes: B batch, N query heads, M key-value heads, G = N / M, H head size, D hidden size, S key slots.
 """
@@ -27,7 +28,7 @@ from transformers.cache_utils import Cache
 
 from .attention_flashlite import WorkingSet, fits_working_set, joint_weights, multi_axis_attention
 from .cache_flashlite import EncoderCacheLayer, FlashLiteCacheLayer, own_cache
-from .ecq_modules_flashlite import EcqModule, join
+from .ecq_modules_flashlite import join
 from .int4_flashlite import TILE_ROWS, int8_codes
 from .layers_flashlite import (
     LENGTH_ROPES,
@@ -104,8 +105,6 @@ class DecodeSession:
 
     def forget(self) -> None:
         """Release everything that was derived from weights and cache."""
-        for layer in getattr(self, "layers", None) or ():
-            layer.release()
         # the layers' steps: `None` before the first token, empty where the decoder has to run
         self.layers: list[LayerStep] | None = None
         self._made_for: Any = None
@@ -250,15 +249,15 @@ class LayerStep:
         self.query_map = None if self.is_rotary else self._query_map()
         self._encoder: EncoderKeys | None = None
         self._working: WorkingSet | None = None
-        self._version = -1
+        self._version: int | None = None
 
-    def _together(self, layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    @staticmethod
+    def _together(layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
         """The outputs of several layers of the same input as one function: one product, where they are codes."""
         joint = None if any(map(is_hooked, layers)) else join(layers)
         if joint is None:
             calls = list(map(_call, layers))
             return lambda states: [call(states) for call in calls]
-        self._joined = [*getattr(self, "_joined", ()), *layers]
         starts = itertools.accumulate((len(layer.tiles) * TILE_ROWS for layer in layers), initial=0)
         places = [(1, start, layer.out_features) for start, layer in zip(starts, layers)]
 
@@ -267,12 +266,6 @@ class LayerStep:
             return [output.narrow(*place) for place in places]
 
         return product
-
-    def release(self) -> None:
-        """Let go of what layers of codes hold for their joint product."""
-        for layer in getattr(self, "_joined", ()):
-            if isinstance(layer, EcqModule):
-                layer._forget()
 
     @torch.no_grad()
     def _query_map(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -358,7 +351,7 @@ class LayerStep:
 
     def _working_set(self, keys, values, cache: FlashLiteCacheLayer, cross) -> WorkingSet | None:
         """The working set of the newest token's block; `None` where it would not pay, as while beams change places."""
-        block, changed = cache.start // self.spec.block_size, cache.version != self._version
+        block, changed = cache.start // self.spec.block_size, self._version not in (None, cache.version)
         self._version = cache.version
         if changed or (self._working is not None and self._working.block != block):
             self._working = None

@@ -316,9 +316,11 @@ def test_no_byte_outlives_a_generation(rows, coded, steps):
         quantize_data_free(model, EcqConfig())
     prompt = tokens(rows, 5)
     settings = {"max_new_tokens": 40, "min_new_tokens": 40, "attention_mask": torch.ones_like(prompt)}
-    model.generate(prompt, **{**settings, "max_new_tokens": 2, "min_new_tokens": 2})  # constants of torch and library
+    searches = {"num_beams": 2}, {"do_sample": False}
+    for search in searches:  # constants of the library, and what coded layers keep
+        model.generate(prompt, **{**settings, "max_new_tokens": 2, "min_new_tokens": 2}, **search)
     before = bytes_of_tensors()
-    model.generate(prompt, num_beams=2, **settings)
-    model.generate(prompt, do_sample=False, **settings)
+    for search in searches:
+        model.generate(prompt, **settings, **search)
     assert any(steps)
     assert bytes_of_tensors() == before

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from test_decode import one_by_one
 from test_modeling import causal_model, tokens
-from test_step import one_by_one, through_the_layers
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
 from modeling_flashlite.layers_flashlite import FlashLiteRMSNorm
@@ -56,23 +56,24 @@ def switched(name, **overrides):
 
 @pytest.mark.parametrize("encoder", [False, True])
 @pytest.mark.parametrize("name", SWITCHES)
-def test_a_step_is_the_layers(name, encoder, monkeypatch):
+def test_a_session_equals_the_decoder(name, encoder):
     model = switched(name, is_encoder_decoder=encoder)
     inputs = {"input_ids": tokens(2, 7, seed=2)} if encoder else {}
     ids = tokens(2, 17)
     short, _ = one_by_one(model, ids, **inputs)
-    layers = through_the_layers(monkeypatch, model, ids, **inputs)
+    layers, _ = one_by_one(model, ids, session=False, **inputs)
     whole = model(**{"decoder_input_ids" if encoder else "input_ids": ids}, **inputs).logits
     torch.testing.assert_close(short, layers, rtol=0, atol=1e-12)
     torch.testing.assert_close(short, whole, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("rope", LENGTHS)
-def test_a_step_is_the_layers_where_angles_follow_the_length(rope, monkeypatch):
+def test_a_session_equals_the_decoder_where_angles_follow_the_length(rope):
     model = causal_model(position_encoding="rotary", rope_parameters=LENGTHS[rope], max_position_embeddings=12)
     ids = tokens(1, 20)
     short, _ = one_by_one(model, ids)
-    torch.testing.assert_close(short, through_the_layers(monkeypatch, model, ids), rtol=0, atol=1e-12)
+    layers, _ = one_by_one(model, ids, session=False)
+    torch.testing.assert_close(short, layers, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SWITCHES)
