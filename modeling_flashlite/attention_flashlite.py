@@ -1,17 +1,21 @@
-"""Multi-axis attention: one softmax over a block axis, a relevance axis and a grid axis.
+"""Multi-axis attention: one softmax over a block axis, the first block, a relevance axis and a grid axis.
 
 For the query in slot `t`, block `i = t // b`, of a row's key buffer:
 
 - block axis: the keys `max(0, (i-1) b) <= s <= t`, one by one;
-- candidates: the complete blocks `max(0, i-W) <= j <= i-2`;
-- relevance axis: every key of the `K` candidates with the highest score
-  `S_j = max_r relu(m) . kmax_{j,r} - relu(-m) . kmin_{j,r}`, where `m` is the mean query of the key-value head's
-  group and `kmax`, `kmin` bound the keys of sub-block `r` (the page bound of Quest, arXiv:2406.10774). The choice is
-  made per token and per key-value head, without a gradient; of equal scores the older block wins;
+- first block: the keys `0 <= s < b`, one by one, however far back they are: pre-trained models park attention that
+  they have no use for on the first tokens (StreamingLLM, arXiv:2309.17453);
+- candidates: the complete blocks `max(1, i-W) <= j <= i-2`;
+- relevance axis: every key of the `K` candidates with the highest score `S_j = sum_g sum_r p_{g,j,r}`, where
+  `p_{g,j,r}` is the softmax, over all sub-blocks `r` of all candidates, of the logits of query head `g` of the group
+  and the mean key of the sub-block: an estimate of the share of attention that the block gets. The choice is made
+  per token and per key-value head, without a gradient; of equal scores the older block wins;
 - grid axis: every other candidate as a single slot (mean key, mean value) whose logit is raised by `log b`.
 
 `multi_axis_attention_reference` is the definition; every path of `multi_axis_attention` equals it, outputs and
-gradients. Nothing here knows of positions: their encoding changes queries and keys before they come.
+gradients. Nothing here knows of positions: their encoding changes queries and keys before they come. Where a position
+of the first block is to be another than its own (it stands just before the window of a query that has left it
+behind), its keys are met by a second set of queries, `first_query`.
 """
 
 import math
@@ -22,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_tiles_flashlite import TileAttention, TileSizes, box_features, top_blocks
+from .attention_tiles_flashlite import TileAttention, TileSizes, top_blocks
 
 # Up to this many queries are gathered with the blocks they chose instead of being cut into tiles.
 _FEW_QUERIES = 16
@@ -40,9 +44,10 @@ class AxisSpec:
 
     Args:
         block_size: tokens in a block (`b`).
-        sub_block_size: tokens in a sub-block that has its own key bounds (`c`, a divisor of `b`).
-        relevance_top_k: blocks read in full beside the own and the previous one (`K`); `None` reads every candidate.
-        memory_blocks: how many blocks back a query sees (`W`); `None` sees all.
+        sub_block_size: tokens in a sub-block that has its own mean key (`c`, a divisor of `b`).
+        relevance_top_k: blocks read in full beside the own, the previous and the first one (`K`); `None` reads every
+            candidate.
+        memory_blocks: how many blocks back a query sees, the first block apart (`W`); `None` sees all.
     """
 
     block_size: int = 64
@@ -61,32 +66,39 @@ class AxisSpec:
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value} is below 0; use 0 or more, or None for no limit.")
 
+    @property
+    def reach(self) -> float:
+        """How many blocks back a query reads one by one or on the grid; the first block is read from anywhere."""
+        return math.inf if self.memory_blocks is None else max(self.memory_blocks, 1)
+
+    def is_dense(self, block: int) -> bool:
+        """Whether the queries of a block see every earlier token: at least those of the first three blocks."""
+        top = math.inf if self.relevance_top_k is None else self.relevance_top_k
+        return block <= min(top + 2, self.reach + 1)
+
 
 class BlockSummaries(NamedTuple):
     """Summaries of the first `n` blocks of a key buffer, `r = b / c` sub-blocks each.
 
-    `keys` [B, Hkv, n, dk] and `values` [B, Hkv, n, dv] are block means, `boxes` [B, Hkv, 2 dk, n*r] the upper and
-    below them the lower bounds of the keys of each sub-block: one product with `box_features` gives all scores, and
-    reads its rows in order.
+    `keys` [B, Hkv, n, dk] and `values` [B, Hkv, n, dv] are block means, `sub_keys` [B, Hkv, n*r, dk] the mean keys of
+    the sub-blocks.
     """
 
     keys: Tensor
     values: Tensor
-    boxes: Tensor
+    sub_keys: Tensor
 
 
 def summarize_blocks(k: Tensor, v: Tensor, spec: AxisSpec) -> BlockSummaries:
     """Summarizes the `S // b` blocks that fit entirely in `k` [B, Hkv, S, dk] and `v` [B, Hkv, S, dv].
 
-    The means are differentiable; the bounds carry no gradient.
+    The means of blocks are differentiable; those of sub-blocks, by which blocks are chosen, carry no gradient.
     """
     b, c = spec.block_size, spec.sub_block_size
     n = k.shape[2] // b
     k_blocks, v_blocks = (x[:, :, : n * b].unflatten(2, (n, b)) for x in (k, v))
-    with torch.no_grad():
-        minima, maxima = k[:, :, : n * b].unflatten(2, (n * b // c, c)).aminmax(dim=3)
-        boxes = torch.cat([maxima.mT, minima.mT], 2)
-    return BlockSummaries(k_blocks.mean(3), v_blocks.mean(3), boxes)
+    sub_keys = k.detach()[:, :, : n * b].unflatten(2, (n * b // c, c)).mean(3)
+    return BlockSummaries(k_blocks.mean(3), v_blocks.mean(3), sub_keys)
 
 
 def _slots(start: int | Tensor, length: int, device: torch.device) -> Tensor:
@@ -95,38 +107,40 @@ def _slots(start: int | Tensor, length: int, device: torch.device) -> Tensor:
     return (start[:, None] if isinstance(start, Tensor) else start) + offsets[None, :]
 
 
-def _box_scores(mean: Tensor, boxes: Tensor, sub_blocks: int) -> Tensor:
-    """Scores `S_j` [B, Hkv, T, n] of every block for the mean queries [B, Hkv, T, dk]."""
-    return (box_features(mean) @ boxes.to(mean.dtype)).unflatten(-1, (-1, sub_blocks)).amax(-1)
+def _block_shares(q: Tensor, sub_keys: Tensor, candidates: Tensor, sub_blocks: int) -> Tensor:
+    """Scores `S_j` [B, Hkv, T, n] of scaled queries [B, Hkv, T, G, dk]; -inf where not of `candidates` [.., T, n]."""
+    logits = (q.flatten(2, 3) @ sub_keys.to(q.dtype).mT).unflatten(2, q.shape[2:4])
+    seen = candidates.repeat_interleave(sub_blocks, dim=-1)[:, :, :, None]
+    shares = logits.masked_fill(~seen, -math.inf).softmax(-1).sum(3).unflatten(-1, (-1, sub_blocks)).sum(-1)
+    return shares.masked_fill(~candidates, -math.inf)
 
 
 @torch.no_grad()
-def _select(q: Tensor, summaries: BlockSummaries, spec: AxisSpec, slots: Tensor) -> tuple[Tensor, Tensor]:
+def _select(q: Tensor, summaries: BlockSummaries, spec: AxisSpec, slots: Tensor, scaling: float):
     """The candidates [1 or B, 1, T, n] and the selected blocks [B, Hkv, T, n] of every query."""
     n, top = summaries.keys.shape[2], spec.relevance_top_k
     i = (slots // spec.block_size)[:, None, :, None]
     j = torch.arange(n, device=q.device)
-    candidates = j <= i - 2
+    candidates = (j >= 1) & (j <= i - 2)
     if spec.memory_blocks is not None:
         candidates = candidates & (j >= i - spec.memory_blocks)
     shape = (q.shape[0], summaries.keys.shape[1], q.shape[2], n)
     if top is None or top >= n:
         return candidates, candidates.expand(shape)
-    mean = q.unflatten(1, (summaries.boxes.shape[1], -1)).to(torch.promote_types(q.dtype, torch.float32)).mean(2)
-    scores = _box_scores(mean, summaries.boxes, spec.block_size // spec.sub_block_size)
-    scores = scores.masked_fill(~candidates, -math.inf)
+    queries = _rows(q, shape[1]).to(torch.promote_types(q.dtype, torch.float32)) * scaling
+    scores = _block_shares(queries, summaries.sub_keys, candidates, spec.block_size // spec.sub_block_size)
     selected = torch.zeros(shape, dtype=torch.bool, device=q.device).scatter(3, top_blocks(scores, top), True)
     return candidates, selected & candidates
 
 
-def _axis_masks(q: Tensor, s: int, summaries: BlockSummaries, spec: AxisSpec, start) -> tuple[Tensor, Tensor]:
+def _axis_masks(q: Tensor, s: int, summaries: BlockSummaries, spec: AxisSpec, start, scaling: float):
     """What each query sees: tokens [B, Hkv, T, S] one by one and grid slots [B, Hkv, T, n]."""
     b = spec.block_size
     slots = _slots(start, q.shape[2], q.device)
-    candidates, selected = _select(q, summaries, spec, slots)
+    candidates, selected = _select(q, summaries, spec, slots, scaling)
     t, key = slots[:, None, :, None], torch.arange(s, device=q.device)
-    tokens = ((key >= (t // b - 1) * b) & (key <= t)).expand(q.shape[0], selected.shape[1], -1, -1).clone()
-    covered = min(s, selected.shape[3] * b)
+    tokens = (((key >= (t // b - 1) * b) | (key < b)) & (key <= t)).expand(q.shape[0], selected.shape[1], -1, -1)
+    tokens, covered = tokens.clone(), min(s, selected.shape[3] * b)
     tokens[..., :covered] |= selected.repeat_interleave(b, dim=3)[..., :covered]
     return tokens, candidates & ~selected
 
@@ -140,6 +154,7 @@ def multi_axis_attention_reference(
     start: int | Tensor = 0,
     scaling: float | None = None,
     cross: Cross | None = None,
+    first_query: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The definition of multi-axis attention, with explicit weights.
@@ -152,18 +167,20 @@ def multi_axis_attention_reference(
         start: slot of the first query, one `int` or a LongTensor [B]; keys right of a query's slot are never seen.
         scaling: factor of the dot products, `dk ** -0.5` if `None`.
         cross: `(k_e [B, Hkv, Se, dk], v_e [B, Hkv, Se, dv], mask [B, Se] bool or None)`, keys that join the softmax.
+        first_query: queries [B, H, T, dk] that meet the keys of the first block instead of `q`. They may differ from
+            `q` only where a query stands in the third block or further on.
         dropout: probability of dropping a weight.
 
     Returns:
         `(out [B, H, T, dv], weights [B, H, T, S], cross_weights [B, H, T, Se] or None)`. A grid slot's weight is
         spread evenly over the tokens of its block, so that `out = weights @ v + cross_weights @ v_e`.
     """
-    _check(q, k, v, start, cross)
+    _check(q, k, v, start, cross, first_query)
     b, groups = spec.block_size, q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     summaries = summarize_blocks(k, v, spec)
-    tokens, grid = _axis_masks(q, k.shape[2], summaries, spec, start)
+    tokens, grid = _axis_masks(q, k.shape[2], summaries, spec, start, scaling)
     keys, values, seen = [k, summaries.keys], v, [tokens, grid]
     if cross is not None:
         keys.append(cross[0])
@@ -174,6 +191,8 @@ def multi_axis_attention_reference(
         return x.repeat_interleave(groups, dim=1)
 
     logits = (q * scaling).to(wide) @ spread(torch.cat(keys, 2)).to(wide).mT
+    if first_query is not None:
+        logits[..., :b] = (first_query * scaling).to(wide) @ spread(k[:, :, :b]).to(wide).mT
     n, s = grid.shape[3], k.shape[2]
     logits[..., s : s + n] += math.log(b)
     logits = logits.masked_fill(~spread(torch.cat(seen, 3)), -math.inf)
@@ -189,8 +208,13 @@ def multi_axis_attention_reference(
     return out.to(v.dtype), own.to(q.dtype), cross_weights
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, cross: Cross | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, cross: Cross | None, first_query=None) -> None:
     """Refuses shapes that do not belong together."""
+    if first_query is not None and first_query.shape != q.shape:
+        raise ValueError(
+            f"the queries of the first block have shape {tuple(first_query.shape)}, but those of all others "
+            f"{tuple(q.shape)}; give one for each query."
+        )
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit; expected "
@@ -217,6 +241,7 @@ def multi_axis_attention(
     start: int | Tensor = 0,
     scaling: float | None = None,
     cross: Cross | None = None,
+    first_query: Tensor | None = None,
     summaries: BlockSummaries | None = None,
 ) -> Tensor:
     """Multi-axis attention on the quickest path that fits; arguments as in `multi_axis_attention_reference`.
@@ -228,25 +253,24 @@ def multi_axis_attention(
     Returns:
         out [B, H, T, dv].
     """
-    _check(q, k, v, start, cross)
+    _check(q, k, v, start, cross, first_query)
     b, length = spec.block_size, q.shape[2]
     starts = start.tolist() if isinstance(start, Tensor) else [start]
     low, high = min(starts), max(starts)
     start = low if low == high else start
+    newest = (high + length - 1) // b
     top = math.inf if spec.relevance_top_k is None else spec.relevance_top_k
-    memory = math.inf if spec.memory_blocks is None else spec.memory_blocks
-    most = (high + length - 1) // b - 1
-    if most <= min(top, memory - 1):
+    if first_query is None and spec.is_dense(newest):
         return _dense_attention(q, k, v, start, scaling, cross)
-    if top >= memory - 1 or top == math.inf:
-        return _window_attention(q, k, v, b, memory, start, scaling, cross)
+    if top >= min(spec.reach, newest) - 1:
+        return _window_attention(q, k, v, b, int(min(spec.reach, newest)), start, scaling, cross, first_query)
     if _needs_grad(k, v):
         summaries = None
     if length <= _FEW_QUERIES:
-        return _step_attention(q, k, v, spec, start, scaling, cross, summaries)
+        return _step_attention(q, k, v, spec, start, scaling, cross, first_query, summaries)
     # not a decorator: importing the compiler takes a second, which eager calls need not wait for
     tiles = torch.compiler.disable(_tile_attention) if torch.compiler.is_compiling() else _tile_attention
-    return tiles(q, k, v, spec, start, scaling, cross, summaries)
+    return tiles(q, k, v, spec, start, scaling, cross, first_query, summaries)
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -310,51 +334,45 @@ def _local_keys(k: Tensor, v: Tensor, start: int | Tensor, length: int, b: int):
     return k, v, (keys >= (slots // b - 1).clamp(min=0) * b) & (keys <= slots)
 
 
-def _step_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
+def _step_attention(q, k, v, spec, start, scaling, cross, first_query, summaries) -> Tensor:
     """Few queries, as in decoding: only the chosen blocks are gathered, everything else is read where it lies."""
     b, top, length, hkv = spec.block_size, spec.relevance_top_k, q.shape[2], k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     summaries = summarize_blocks(k, v, spec) if summaries is None else summaries
     starts = [start] if isinstance(start, int) else start.tolist()
-    first = 0 if spec.memory_blocks is None else max(min(starts) // b - spec.memory_blocks, 0)
+    first = 1 if spec.memory_blocks is None else max(min(starts) // b - spec.memory_blocks, 1)
     end, r = (max(starts) + length - 1) // b - 1, b // spec.sub_block_size
     k_mean, v_mean = (x[:, :, first:end].to(wide) for x in summaries[:2])
-    boxes = summaries.boxes[..., first * r : end * r]
 
-    hidden = None
-    if length > 1 or isinstance(start, Tensor):
-        blocks = (_slots(start, length, q.device) // b)[:, None, :, None]
-        j = torch.arange(first, end, device=q.device)
-        hidden = j > blocks - 2
-        if spec.memory_blocks is not None:
-            hidden = hidden | (j < blocks - spec.memory_blocks)
-    queries = _rows(q, hkv).to(wide)
+    blocks = (_slots(start, length, q.device) // b)[:, None, :, None]
+    j = torch.arange(first, end, device=q.device)
+    candidates = j <= blocks - 2
+    if spec.memory_blocks is not None:
+        candidates = candidates & (j >= blocks - spec.memory_blocks)
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    queries = _rows(q, hkv).to(wide) * scaling
     with torch.no_grad():
-        scores = _box_scores(queries.mean(3), boxes, r)
-        if hidden is not None:
-            scores = scores.masked_fill_(hidden, -math.inf)
+        scores = _block_shares(queries, summaries.sub_keys[:, :, first * r : end * r], candidates, r)
         chosen = top_blocks(scores, top)
 
-    queries = queries * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    rows = queries.flatten(2, 3)
-
-    def part(keys: Tensor, dark: Tensor | None) -> Tensor:
-        logits = (rows @ keys.to(wide).mT).unflatten(2, (length, -1))
-        return logits if dark is None else logits.masked_fill(dark, -math.inf)
+    def part(queries: Tensor, keys: Tensor, seen: Tensor | None) -> Tensor:
+        logits = (queries.flatten(2, 3) @ keys.to(wide).mT).unflatten(2, (length, -1))
+        return logits if seen is None else logits.masked_fill(~seen, -math.inf)
 
     k_local, v_local, seen = _local_keys(k, v, start, length, b)
     picked = _take_blocks(k, v, (chosen + first).flatten(2), b)
     picked_k, picked_v = (x.to(wide).unflatten(2, (length, -1)) for x in picked)
-    relevance = queries @ picked_k.mT
-    grid = part(k_mean, None if hidden is None else hidden[:, :, :, None]) + math.log(b)
+    unseen = ~candidates.expand(scores.shape).gather(3, chosen).repeat_interleave(b, dim=3)
+    relevance = (queries @ picked_k.mT).masked_fill(unseen[:, :, :, None], -math.inf)
+    grid = part(queries, k_mean, candidates[:, :, :, None]) + math.log(b)
     grid = grid.scatter(4, chosen[:, :, :, None].expand(-1, -1, -1, grid.shape[3], -1), -math.inf)
-    if hidden is not None:
-        unseen = hidden.expand(scores.shape).gather(3, chosen).repeat_interleave(b, dim=3)
-        relevance = relevance.masked_fill(unseen[:, :, :, None], -math.inf)
-    logits = [relevance, part(k_local, None if seen is None else ~seen[:, None, :, None]), grid]
-    values = [v_local, v_mean]
+    others = queries if first_query is None else _rows(first_query, hkv).to(wide) * scaling
+    # the first two blocks of a row see the first block on the block axis
+    begin = part(others, k[:, :, :b], (blocks >= 2)[:, :, :, None])
+    local = part(queries, k_local, None if seen is None else seen[:, None, :, None])
+    logits, values = [relevance, begin, local, grid], [v[:, :, :b], v_local, v_mean]
     if cross is not None:
-        logits.append(part(cross[0], None if cross[2] is None else ~cross[2].bool()[:, None, None, None]))
+        logits.append(part(queries, cross[0], None if cross[2] is None else cross[2].bool()[:, None, None, None]))
         values.append(cross[1])
     widths = [x.shape[4] for x in logits]
     relevance, *weights = torch.cat(logits, 4).softmax(4).split(widths, 4)
@@ -368,18 +386,17 @@ def fits_working_set(k: Tensor, v: Tensor, spec: AxisSpec, start: int) -> bool:
     """Whether a query in slot `start` may use a [`WorkingSet`] of `k` and `v`, and is likely to gain by it."""
     b = spec.block_size
     top = math.inf if spec.relevance_top_k is None else spec.relevance_top_k
-    memory = math.inf if spec.memory_blocks is None else spec.memory_blocks
     few = k.shape[:2].numel() <= _FEW_HEADS
-    return top < memory - 1 and start // b - 1 > top and few and _is_table(k, b) and _is_table(v, b)
+    return top < spec.reach - 1 and start // b > top + 2 and few and _is_table(k, b) and _is_table(v, b)
 
 
 class WorkingSet:
     """Keys and values that the queries of one block can attend to, laid out so that a token is a few products.
 
     Per row and key-value head, in the type of the computation: the grid slots of all candidates, the encoder's keys,
-    the previous block and the own block side by side, and the `K` chosen blocks beside them. Per-operator overhead
-    dominates the time of a token, so everything that only changes when a block closes is made here, once for the `b`
-    tokens of a block. Equal to `multi_axis_attention`.
+    the first, the previous and the own block side by side, and the `K` chosen blocks beside them. Per-operator
+    overhead dominates the time of a token, so everything that only changes when a block closes is made here, once for
+    the `b` tokens of a block. Equal to `multi_axis_attention`.
 
     A working set reads `k` and `v` where they lie: it is valid until they move or change other than by appending. Its
     owner is the decoding session, which watches the cache's version; see [`fits_working_set`] for what it takes.
@@ -395,13 +412,13 @@ class WorkingSet:
     def __init__(self, k: Tensor, v: Tensor, spec: AxisSpec, block: int, summaries: BlockSummaries, cross=None):
         b, top = spec.block_size, spec.relevance_top_k or 0
         self.spec, self.top, self.block, self.begin, self.newest = spec, top, block, block * b, -2
-        first = 0 if spec.memory_blocks is None else max(block - spec.memory_blocks, 0)
+        first = 1 if spec.memory_blocks is None else max(block - spec.memory_blocks, 1)
         self.count, extra = block - 1 - first, 0 if cross is None else cross[0].shape[2]
         wide, heads = torch.promote_types(k.dtype, torch.float32), k.shape[:2].numel()
         self.heads, beside, self.chosen, self.moves = heads, [], [], []
         head = torch.arange(heads, device=k.device)[:, None]
         for x, means, other in zip((k, v), summaries, (None, None) if cross is None else cross[:2]):
-            parts = [means[:, :, first : first + self.count], x[:, :, self.begin - b : self.begin]]
+            parts = [means[:, :, first : first + self.count], x[:, :, :b], x[:, :, self.begin - b : self.begin]]
             if other is not None:
                 parts.insert(1, other)
             room = x.new_zeros(*x.shape[:2], b, x.shape[3])
@@ -417,30 +434,20 @@ class WorkingSet:
             self.bias[:, 0, self.count : self.count + extra].masked_fill_(dark, -math.inf)
         self.own = [x[:, -b:] for x in (*beside, self.bias.mT)]
         self.keys = beside[0].mT
-        if top:
-            self._take_boxes(summaries.boxes, first, wide)
+        self.first = 2, self.count + extra, b
+        self.sub_blocks = b // spec.sub_block_size
+        candidates = slice(first * self.sub_blocks, (first + self.count) * self.sub_blocks)
+        self.sub_keys = summaries.sub_keys[:, :, candidates].flatten(0, 1).to(wide).mT
 
-    def _take_boxes(self, boxes: Tensor, first: int, wide: torch.dtype) -> None:
-        """The bounds as one table [B Hkv 2 dk, n r] without a copy where its rows lie at even distances."""
-        batch, hkv, rows, columns = boxes.shape
-        pitch, r = boxes.stride(2), self.spec.block_size // self.spec.sub_block_size
-        begin, lines = boxes.storage_offset(), batch * hkv * rows
-        room = boxes.untyped_storage().nbytes() // boxes.element_size() - begin
-        even = boxes.stride() == (hkv * rows * pitch, rows * pitch, pitch, 1) and lines * pitch <= room
-        if boxes.dtype != wide or not even:
-            boxes = boxes[..., first * r : (first + self.count) * r].to(wide).contiguous()
-            pitch, first, begin = boxes.shape[3], 0, 0
-        self.boxes = boxes.as_strided((lines, pitch), (pitch, 1), begin)
-        self.bounds = (batch * hkv, self.count, r), (pitch, r, 1), first * r
-        width = rows // 2
-        line = torch.arange(lines, device=boxes.device).view(-1, 2, width)
-        self.upper, self.lower = (line[:, i].flatten() for i in (0, 1))
-        self.bags = torch.arange(0, batch * hkv * width, width, device=boxes.device)
+    def attend(self, rows: Tensor, k: Tensor, v: Tensor, start: int, first_rows: Tensor | None = None) -> Tensor:
+        """The output [B Hkv, G, dv] of the scaled queries [B Hkv, G, dk] in slot `start`.
 
-    def attend(self, rows: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        """The output [B Hkv, G, dv] of the scaled queries [B Hkv, G, dk] in slot `start`."""
+        `first_rows` are the queries of the first block, where they are others (`first_query` elsewhere).
+        """
         self._take_own(k, v, start)
         logits = torch.baddbmm(self.bias, rows, self.keys)
+        if first_rows is not None:
+            logits.narrow(*self.first).copy_(torch.bmm(first_rows, self.keys.narrow(*self.first)))
         if not self.top:
             return torch.bmm(logits.softmax(2), self.values)
         chosen = self._choose(rows)
@@ -469,14 +476,11 @@ class WorkingSet:
         self.newest = slot
 
     def _choose(self, rows: Tensor) -> Tensor:
-        """The chosen candidates [B Hkv, K] of the queries [B Hkv, G, dk].
-
-        Only one bound of each dimension counts, by the sign of the query: a sum over such rows reads half the table.
-        """
-        total = rows.sum(1).view(-1)  # the mean times G: the same order
-        lines = torch.where(total.signbit(), self.lower, self.upper)
-        bounds = torch._embedding_bag_forward_only(self.boxes, lines, self.bags, False, 0, False, total)[0]
-        return top_blocks(bounds.as_strided(*self.bounds).amax(2), self.top)
+        """The chosen candidates [B Hkv, K] of the scaled queries [B Hkv, G, dk]."""
+        shares = torch.bmm(rows, self.sub_keys).softmax(2).sum(1)
+        if self.sub_blocks > 1:
+            shares = shares.view(self.heads, -1, self.sub_blocks).sum(2)
+        return top_blocks(shares, self.top)
 
 
 def _dense_attention(q, k, v, start, scaling, cross) -> Tensor:
@@ -563,18 +567,26 @@ def _explicit_attention(q, k, v, mask: Tensor | None, causal: bool, scaling: flo
     return torch.bmm(logits.softmax(-1), v_rows).view(*q.shape[:3], v.shape[3]).to(v.dtype)
 
 
-def _window_attention(q, k, v, b, memory, start, scaling, cross) -> Tensor:
-    """A band: every query sees every token of its last `memory` blocks (at least one) and of its own block."""
-    back, length = max(memory, 1) * b, q.shape[2]
+def _window_attention(q, k, v, b, reach, start, scaling, cross, first_query) -> Tensor:
+    """A band: every query sees every token of its last `reach` blocks, of its own block and of the first one."""
+    back, length = reach * b, q.shape[2]
+    if first_query is not None:
+        # one product serves both kinds of queries: each meets zeros where the other one counts
+        scaling = q.shape[3] ** -0.5 if scaling is None else scaling
+        (q, k), first_k = (F.pad(x, (0, x.shape[3])) for x in (q, k)), F.pad(k[:, :, :b], (k.shape[3], 0))
+        q = torch.cat([q[..., : first_query.shape[3]], first_query], 3)
+        cross = cross and (F.pad(cross[0], (0, cross[0].shape[3])), *cross[1:])
+        k = torch.cat([first_k, k[:, :, b:]], 2)
     pieces = []
     for lo in range(0, length, max(back, 256)):
         hi = min(lo + max(back, 256), length)
-        slots = _slots(start, length, q.device)[:, lo:hi]
+        slots = _slots(start, length, q.device)[:, lo:hi, None]
         oldest, newest = (int(slots.min()) // b) * b - back, int(slots.max()) + 1
-        origin = max(oldest, 0)
-        keys = torch.arange(origin, newest, device=q.device)
-        mask = ((keys <= slots[..., None]) & (keys >= slots[..., None] // b * b - back))[:, None]
-        part_k, part_v = k[:, :, origin:newest], v[:, :, origin:newest]
+        keys = torch.arange(newest, device=q.device)
+        keys = keys[(keys < b) | (keys >= oldest)]
+        mask = ((keys <= slots) & ((keys >= slots // b * b - back) | (keys < b)))[:, None]
+        origin = max(oldest, b)
+        part_k, part_v = (torch.cat([x[:, :, : min(b, newest)], x[:, :, origin:newest]], 2) for x in (k, v))
         if cross is not None:
             part_k, part_v = torch.cat([part_k, cross[0]], 2), torch.cat([part_v, cross[1]], 2)
             extra = cross[2] if cross[2] is not None else mask.new_ones(q.shape[0], cross[0].shape[2])
@@ -584,7 +596,7 @@ def _window_attention(q, k, v, b, memory, start, scaling, cross) -> Tensor:
     return torch.cat(pieces, 2)
 
 
-def _tile_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
+def _tile_attention(q, k, v, spec, start, scaling, cross, first_query, summaries) -> Tensor:
     """Tiles merged by log-sum-exp; needs `memory_blocks` to exceed `relevance_top_k` by more than one block."""
     if summaries is None or k.requires_grad or v.requires_grad:
         with torch.no_grad():
@@ -602,4 +614,4 @@ def _tile_attention(q, k, v, spec, start, scaling, cross, summaries) -> Tensor:
         k_e, v_e, mask = cross
         bias = q.new_zeros(q.shape[0], k_e.shape[2])
         bias = bias if mask is None else bias.masked_fill(~mask.bool(), -math.inf)
-    return TileAttention.apply(q, k, v, k_e, v_e, bias, starts, tuple(summaries), sizes)
+    return TileAttention.apply(q, first_query, k, v, k_e, v_e, bias, starts, tuple(summaries), sizes)

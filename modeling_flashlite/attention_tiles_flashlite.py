@@ -1,10 +1,11 @@
 """The long path of multi-axis attention: tiles merged by log-sum-exp, with the exact joint gradient.
 
-The softmax over a query's keys is cut into parts whose keys lie side by side in memory: the block axis, one part per
-selected block, the grid axis, the encoder keys. Each part gives an output `o_p` and a log-sum-exp `l_p`; with
-`l = logsumexp_p l_p` the whole is `sum_p exp(l_p - l) o_p`. The queries that selected a block are gathered and meet it
-in one tile, so no key is copied and nothing of L x L elements exists. Given the merged output and log-sum-exp, the
-backward of a part is its share of the joint gradient, because `P = exp(s - l)` and `D = do . o` are all it needs.
+The softmax over a query's keys is cut into parts whose keys lie side by side in memory: the block axis, the first
+block, one part per selected block, the grid axis, the encoder keys. Each part gives an output `o_p` and a log-sum-exp
+`l_p`; with `l = logsumexp_p l_p` the whole is `sum_p exp(l_p - l) o_p`. The queries that selected a block are gathered
+and meet it in one tile, so no key is copied and nothing of L x L elements exists. Given the merged output and
+log-sum-exp, the backward of a part is its share of the joint gradient, because `P = exp(s - l)` and `D = do . o` are
+all it needs.
 """
 
 import math
@@ -55,11 +56,6 @@ def tile_backward(grad, q, k, v, bias, out, lse, scale: float, causal: bool = Fa
     return grad_logits @ k, grad_logits.mT @ q, weights.mT @ grad
 
 
-def box_features(mean: Tensor) -> Tensor:
-    """What a mean query [..., dk] meets the boxes with [..., 2 dk]: its positive and its negative part."""
-    return torch.cat([mean.clamp(min=0), mean.clamp(max=0)], -1)
-
-
 def top_blocks(scores: Tensor, k: int) -> Tensor:
     """Indices [..., k] of the `k` highest scores along the last dimension; of equal scores the lower index wins."""
     n = scores.shape[-1]
@@ -91,17 +87,19 @@ class TileSizes(NamedTuple):
 
     def first_sparse_slot(self) -> int:
         """Queries before this slot see every earlier token."""
-        return (self.top + 2) * self.block
+        return (self.top + 3) * self.block
 
 
 class _Head(NamedTuple):
     """One key-value head of one row: q [T, G, dk] in slots from `start`, k [S, dk], v [S, dv] and the summaries.
 
+    `first` [T, G, dk] are the queries that meet the first block: `q` itself, unless the caller gave others.
     Values are padded with zeros to the keys' width where the CPU op, which wants equal widths, then serves them; what
     it returns is cut to dv where it is stored.
     """
 
     q: Tensor
+    first: Tensor
     k: Tensor
     v: Tensor
     k_mean: Tensor
@@ -165,19 +163,19 @@ def _causal_bias(head: _Head, hi: int) -> Tensor:
     return bias.masked_fill_(torch.ones_like(bias, dtype=torch.bool).triu_(head.start + 1), -math.inf)
 
 
-def _hide_others(x: Tensor, lo: int, first: int, start: int, sizes: TileSizes) -> None:
-    """Sets the columns (blocks from `first`) that are no candidates of the queries (rows, from `lo`) to -inf."""
+def _hide_others(x: Tensor, lo: int, first: int, start: int, sizes: TileSizes, columns: int = 1) -> None:
+    """Sets what is no candidate of the queries (rows of x [R, ..], from `lo`) to -inf: `columns` for each block."""
     b, rows = sizes.block, x.shape[0]
     for block in range((start + lo) // b, (start + lo + rows - 1) // b + 1):
         mine = x[max(block * b - start - lo, 0) : (block + 1) * b - start - lo]
-        mine[:, block - 1 - first :] = -math.inf
+        mine[..., (block - 1 - first) * columns :] = -math.inf
         if sizes.memory:
-            mine[:, : max(block - sizes.memory - first, 0)] = -math.inf
+            mine[..., : max(block - sizes.memory - first, 0) * columns] = -math.inf
 
 
 def _candidate_range(lo: int, hi: int, start: int, sizes: TileSizes) -> tuple[int, int]:
     """The blocks that are candidates of any of the queries lo..hi."""
-    first = max((start + lo) // sizes.block - sizes.memory, 0) if sizes.memory else 0
+    first = max((start + lo) // sizes.block - sizes.memory, 1) if sizes.memory else 1
     return first, (start + hi - 1) // sizes.block - 1
 
 
@@ -185,14 +183,17 @@ def _scored_chunks(lo: int, hi: int):
     return [(t, min(t + _SCORED_QUERIES, hi)) for t in range(lo, hi, _SCORED_QUERIES)]
 
 
-def _choose(head: _Head, features: Tensor, boxes: Tensor, lo: int, sizes: TileSizes) -> Tensor:
-    """Selected blocks [R, K] of the queries from `lo`, given their features [R, 2 dk] and boxes [r, n, 2 dk]."""
-    first, end = _candidate_range(lo, lo + features.shape[0], head.start, sizes)
-    scores = features @ boxes[0, first:end].T
-    for box in boxes[1:, first:end]:
-        torch.maximum(scores, features @ box.T, out=scores)
-    _hide_others(scores, lo, first, head.start, sizes)
-    return top_blocks(scores, sizes.top) + first
+def _choose(head: _Head, lo: int, hi: int, sub_keys: Tensor, sizes: TileSizes) -> Tensor:
+    """Selected blocks [R, K] of the queries lo..hi, given the mean keys of all sub-blocks [n r, dk]."""
+    first, end = _candidate_range(lo, hi, head.start, sizes)
+    (rows, groups, dim), r = head.q[lo:hi].shape, sizes.sub_blocks
+    logits = (head.q[lo:hi].view(-1, dim) * sizes.scale) @ sub_keys[first * r : end * r].T
+    logits = logits.view(rows, groups, -1)
+    _hide_others(logits, lo, first, head.start, sizes, r)
+    shares = logits.softmax(2).sum(1)
+    shares = shares if r == 1 else shares.view(rows, -1, r).sum(2)
+    _hide_others(shares, lo, first, head.start, sizes)
+    return top_blocks(shares, sizes.top) + first
 
 
 def _grid_bias(head: _Head, chosen: Tensor, lo: int, sizes: TileSizes) -> tuple[int, int, Tensor]:
@@ -215,7 +216,7 @@ def _blocks(x: Tensor, b: int) -> tuple[Tensor, ...]:
     return x[: x.shape[0] // b * b].view(-1, 1, 1, b, x.shape[1]).unbind(0)
 
 
-def _head_forward(head: _Head, boxes: Tensor, sizes: TileSizes, buffer: Tensor, out: Tensor, lse: Tensor, chosen):
+def _head_forward(head: _Head, sub_keys: Tensor, sizes: TileSizes, buffer: Tensor, out: Tensor, lse: Tensor, chosen):
     """Fills out [T, G, dv], lse [T, G] and chosen [T, K] of one head."""
     t_count, groups, _ = head.q.shape
     dense = min(max(sizes.first_sparse_slot() - head.start, 0), t_count)
@@ -223,7 +224,7 @@ def _head_forward(head: _Head, boxes: Tensor, sizes: TileSizes, buffer: Tensor, 
         _dense_prefix(head, dense, sizes, out, lse)
     if dense == t_count:
         return
-    parts = sizes.top + 2 + (head.cross is not None)
+    parts = sizes.top + 3 + (head.cross is not None)
     chunk = -(-(t_count - dense) // -(-(t_count - dense) * parts * groups // buffer.shape[0]))
     bias = _local_bias(sizes.block, groups, head.q)
     for lo in range(dense, t_count, chunk):
@@ -234,8 +235,11 @@ def _head_forward(head: _Head, boxes: Tensor, sizes: TileSizes, buffer: Tensor, 
         _forward_local(head, lo, hi, sizes, bias, view[: rows * groups], logs[0])
         slots = view[rows * groups : 2 * rows * groups].view(rows, groups, -1)
         for a, z in _scored_chunks(lo, hi):
-            chosen[a:z] = _choose(head, box_features(head.q[a:z].mean(1)), boxes, a, sizes) if sizes.top else 0
+            if sizes.top:
+                chosen[a:z] = _choose(head, a, z, sub_keys, sizes)
             _forward_grid(head, a, z, chosen[a:z].long(), sizes, slots[a - lo : z - lo], logs[1, a - lo : z - lo])
+        begin = view[2 * rows * groups : 3 * rows * groups].view(rows, groups, -1)
+        _forward_first(head, lo, hi, sizes, begin, logs[2])
         if head.cross is not None:
             there = slice(-rows * groups, None)
             _forward_cross(head, lo, hi, sizes, view[there].view(rows, groups, -1), logs[-1])
@@ -285,6 +289,14 @@ def _forward_grid(head: _Head, lo: int, hi: int, chosen: Tensor, sizes: TileSize
     logs.copy_(log[0].T)
 
 
+def _forward_first(head: _Head, lo: int, hi: int, sizes: TileSizes, out: Tensor, logs: Tensor) -> None:
+    groups = head.q.shape[1]
+    k, v = _shared(head.k[: sizes.block], groups), _shared(head.v[: sizes.block], groups)
+    o, log = tile_forward(_heads_view(head.first[lo:hi]), k, v, None, sizes.scale)
+    out.copy_(o[0, ..., : out.shape[2]].transpose(0, 1))
+    logs.copy_(log[0].T)
+
+
 def _forward_cross(head: _Head, lo: int, hi: int, sizes: TileSizes, out: Tensor, logs: Tensor) -> None:
     """The encoder keys. Where all of a row are masked the op's log-sum-exp means nothing: the part has no mass."""
     if head.cross is None or not (head.cross[2] > -math.inf).any():
@@ -309,7 +321,7 @@ def _forward_pairs(head: _Head, lo: int, chosen: Tensor, sizes: TileSizes, buffe
     q = head.q[lo : lo + rows].view(rows, -1)
     order, blocks, counts = _pairs_by_block(chosen)
     keys, values = _blocks(head.k, sizes.block), _blocks(head.v, sizes.block)
-    outs = buffer[2 * rows * groups :][: order.shape[0] * groups].split([groups * count for count in counts])
+    outs = buffer[3 * rows * groups :][: order.shape[0] * groups].split([groups * count for count in counts])
     pair_logs = []
     for block, queries, out in zip(blocks, (order // sizes.top).split(counts), outs):
         picked = q.index_select(0, queries).view(1, 1, -1, dim)
@@ -319,22 +331,22 @@ def _forward_pairs(head: _Head, lo: int, chosen: Tensor, sizes: TileSizes, buffe
     where = torch.empty_like(order)
     where[order] = torch.arange(order.shape[0], device=order.device)
     ranks = torch.cat(pair_logs).index_select(0, where).view(rows, sizes.top, groups)
-    logs[2 : 2 + sizes.top] = ranks.transpose(0, 1)
+    logs[3 : 3 + sizes.top] = ranks.transpose(0, 1)
     return where.view(rows, sizes.top)
 
 
 def _merge(buffer: Tensor, logs: Tensor, where: Tensor, out: Tensor, lse: Tensor) -> None:
     """Sums the parts of every query with their weights into out [R, G, dv] and lse [R, G].
 
-    The buffer holds rows in the order: block axis, grid axis, pairs (at `where`), encoder keys.
+    The buffer holds rows in the order: block axis, grid axis, first block, pairs (at `where`), encoder keys.
     """
     parts, rows, groups = logs.shape
     device = buffer.device
     total = logs.logsumexp(0)
     weights = (logs - total).exp_().permute(1, 2, 0).reshape(rows * groups, parts)
     index = torch.arange(rows, device=device)[:, None]
-    columns = [index, index + rows, where + 2 * rows]
-    if parts > where.shape[1] + 2:
+    columns = [index, index + rows, index + 2 * rows, where + 3 * rows]
+    if parts > where.shape[1] + 3:
         columns.append(index + rows * (parts - 1))
     index = (torch.cat(columns, 1)[:, None, :] * groups + torch.arange(groups, device=device)[:, None]).flatten(0, 1)
     merged = F.embedding_bag(index, buffer, per_sample_weights=weights, mode="sum")
@@ -343,9 +355,10 @@ def _merge(buffer: Tensor, logs: Tensor, where: Tensor, out: Tensor, lse: Tensor
 
 
 class _Grads(NamedTuple):
-    """Where the gradients of a head go: as q, k, v, the means and the encoder keys and values."""
+    """Where the gradients of a head go: as q, `first`, k, v, the means and the encoder keys and values."""
 
     q: Tensor
+    first: Tensor
     k: Tensor
     v: Tensor
     k_mean: Tensor
@@ -369,6 +382,10 @@ def _head_backward(head: _Head, sizes: TileSizes, out, lse, chosen, grad: Tensor
     if dense == t_count:
         return
     _backward_local(head, dense, t_count, sizes, out, lse, grad, grads)
+    k, v, others = head.k[: sizes.block], head.v[: sizes.block], head._replace(q=head.first)
+    gk, gv = _backward_shared(others, dense, t_count, k, v, None, sizes, out, lse, grad, grads.first)
+    grads.k[: sizes.block] += gk
+    grads.v[: sizes.block] += gv
     for lo, hi in _scored_chunks(dense, t_count):
         first, end, bias = _grid_bias(head, chosen[lo:hi].long(), lo, sizes)
         k, v = head.k_mean[first:end], head.v_mean[first:end]
@@ -431,80 +448,81 @@ def _backward_pairs(head: _Head, lo: int, sizes: TileSizes, out, lse, chosen, gr
         grad_v[block][0, 0].add_(gv[0].sum(0))
 
 
-def _box_table(boxes: Tensor, sub_blocks: int) -> Tensor:
-    """Boxes of one head [2 dk, n r] as [r, n, 2 dk]."""
-    return boxes.unflatten(1, (-1, sub_blocks)).permute(2, 1, 0).contiguous()
-
-
 class TileAttention(torch.autograd.Function):
-    """`apply(q, k, v, cross_k, cross_v, cross_bias, starts, summaries, sizes)` -> out [B, H, T, dv].
+    """`apply(q, first, k, v, cross_k, cross_v, cross_bias, starts, summaries, sizes)` -> out [B, H, T, dv].
 
-    q [B, H, T, dk], k [B, Hkv, S, dk], v [B, Hkv, S, dv]; cross_bias [B, Se] additive; `starts` one int per row;
-    `summaries` (means of keys and values, boxes) of at least the candidate blocks; `sizes` a `TileSizes`
-    whose memory exceeds its top-k by more than one block. Inputs of low precision are computed in float32: on a CPU
-    the tiles are no slower that way. Memory beyond inputs and outputs is constant in length, but for the selection.
+    q [B, H, T, dk], `first` alike or `None` for q itself, k [B, Hkv, S, dk], v [B, Hkv, S, dv]; cross_bias [B, Se]
+    additive; `starts` one int per row; `summaries` of at least the candidate blocks; `sizes` a `TileSizes` whose
+    memory exceeds its top-k by more than one block. Inputs of low precision are computed in float32: on a CPU the
+    tiles are no slower that way. Memory beyond inputs and outputs is constant in length, but for the selection.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, cross_k, cross_v, cross_bias, starts, summaries, sizes):
+    def forward(ctx, q, first, k, v, cross_k, cross_v, cross_bias, starts, summaries, sizes):
         batch, heads, length, _ = q.shape
         hkv, groups, dv = k.shape[1], heads // k.shape[1], v.shape[3]
         wide = torch.promote_types(q.dtype, torch.float32)
         out = q.new_empty(batch, length, heads, dv)
         lse = q.new_empty(batch, hkv, length, groups, dtype=wide)
         chosen = torch.zeros(batch, hkv, length, sizes.top, dtype=torch.int32, device=q.device)
-        parts = sizes.top + 2 + (cross_k is not None)
+        parts = sizes.top + 3 + (cross_k is not None)
         sparse = min(max(length + max(starts) - sizes.first_sparse_slot(), 0), length)
         rows = parts * groups * min(sparse, max(_PART_ELEMENTS // (parts * groups * dv), 2 * sizes.block))
         buffer = q.new_empty(rows, dv, dtype=wide)
         for row in range(batch):
             for h in range(hkv):
-                head = _take_head(q, k, v, cross_k, cross_v, cross_bias, starts, summaries, row, h, wide)
-                boxes = _box_table(summaries[2][row, h], sizes.sub_blocks).to(wide)
+                head = _take_head(q, first, k, v, cross_k, cross_v, cross_bias, starts, summaries, row, h, wide)
+                sub_keys = summaries[2][row, h].to(wide)
                 there = out[row, :, h * groups : (h + 1) * groups]
-                _head_forward(head, boxes, sizes, buffer, there, lse[row, h], chosen[row, h])
-        ctx.save_for_backward(q, k, v, cross_k, cross_v, cross_bias, out, lse, chosen, *summaries[:2])
+                _head_forward(head, sub_keys, sizes, buffer, there, lse[row, h], chosen[row, h])
+        ctx.save_for_backward(q, first, k, v, cross_k, cross_v, cross_bias, out, lse, chosen, *summaries[:2])
         ctx.starts, ctx.sizes = starts, sizes
         return out.transpose(1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        q, k, v, cross_k, cross_v, cross_bias, out, lse, chosen, *means = ctx.saved_tensors
+        q, first, k, v, cross_k, cross_v, cross_bias, out, lse, chosen, *means = ctx.saved_tensors
         hkv, groups, b = k.shape[1], q.shape[1] // k.shape[1], ctx.sizes.block
         wide = lse.dtype
-        results = [None if x is None else torch.empty_like(x) for x in (q, k, v, cross_k, cross_v)]
+        results = [None if x is None else torch.empty_like(x) for x in (q, first, k, v, cross_k, cross_v)]
         for row in range(q.shape[0]):
             for h in range(hkv):
-                head = _take_head(q, k, v, cross_k, cross_v, cross_bias, ctx.starts, means, row, h, wide)
+                head = _take_head(q, first, k, v, cross_k, cross_v, cross_bias, ctx.starts, means, row, h, wide)
                 mine = slice(h * groups, (h + 1) * groups)
                 o = _op_width(out[row, :, mine].to(wide), head.v)
                 g = _op_width(grad_out[row, mine].transpose(0, 1).to(wide), head.v)
                 cross = head.cross and (torch.zeros_like(head.cross[0]), torch.zeros_like(head.cross[1]))
-                grads = _Grads(*map(torch.zeros_like, head[:5]), cross)
+                grad_q = torch.zeros_like(head.q)
+                grad_first = grad_q if first is None else torch.zeros_like(grad_q)
+                grads = _Grads(grad_q, grad_first, *map(torch.zeros_like, head[2:6]), cross)
                 _head_backward(head, ctx.sizes, o, lse[row, h], chosen[row, h], g, grads)
                 n = grads.k_mean.shape[0]
                 for own, mean in ((grads.k, grads.k_mean), (grads.v, grads.v_mean)):
                     own[: n * b].unflatten(0, (n, b)).add_(mean.div_(b)[:, None])
-                results[0][row, mine] = grads.q.transpose(0, 1)
-                for result, part in zip(results[1:], (grads.k, grads.v, *(grads.cross or ()))):
+                results[0][row, mine] = grad_q.transpose(0, 1)
+                if first is not None:
+                    results[1][row, mine] = grad_first.transpose(0, 1)
+                for result, part in zip(results[2:], (grads.k, grads.v, *(grads.cross or ()))):
                     if result is not None:
                         result[row, h] = part[:, : result.shape[3]]
         return *results, None, None, None, None
 
 
-def _take_head(q, k, v, cross_k, cross_v, cross_bias, starts, means, row: int, h: int, wide: torch.dtype) -> _Head:
+def _take_head(
+    q, first, k, v, cross_k, cross_v, cross_bias, starts, means, row: int, h: int, wide: torch.dtype
+) -> _Head:
     """One key-value head of one row with its group of queries, in the dtype of the computation."""
     groups = q.shape[1] // k.shape[1]
     cross = None
     if cross_k is not None:
         cross_k = cross_k[row, h].to(wide)
         cross = (cross_k, _op_width(cross_v[row, h].to(wide), cross_k), cross_bias[row].to(wide))
-    own_q = q[row, h * groups : (h + 1) * groups].transpose(0, 1)
-    own_q, k, v, k_mean, v_mean = (
-        x.to(wide).contiguous() for x in (own_q, *(x[row, h] for x in (k, v, means[0], means[1])))
-    )
-    return _Head(own_q, k, _op_width(v, k), k_mean, _op_width(v_mean, k), starts[row], cross)
+    mine = slice(h * groups, (h + 1) * groups)
+    own_q, own_first = (None if x is None else x[row, mine].transpose(0, 1).to(wide).contiguous() for x in (q, first))
+    k, v, k_mean, v_mean = (x[row, h].to(wide).contiguous() for x in (k, v, means[0], means[1]))
+    first = own_q if own_first is None else own_first
+    return _Head(own_q, first, k, _op_width(v, k), k_mean, _op_width(v_mean, k), starts[row], cross)
 
 
 def _op_width(x: Tensor, like: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 """The cache of Flash-Lite: a ring of key-value blocks that is also the segment memory.
 
 The state of a layer is a pure function of its keys and values. A row's real tokens stand in consecutive slots, padding
-takes none, so left padding, right padding and no padding hold the same state. Slot 0 is the beginning of a block. What
-lies further back than the window of `memory_blocks` is dropped, block by block, so generation of any length runs in
-bounded memory.
+takes none, so left padding, right padding and no padding hold the same state. Slot 0 is the beginning of the row,
+whose first block stays for good. What lies between it and the window of `memory_blocks` is dropped, block by block,
+so generation of any length runs in bounded memory.
 
 Shapes: B batch, R rows, N key-value heads, T new columns, S slots, H head size, b block size.
 """
@@ -25,18 +25,17 @@ def axis_spec(config) -> AxisSpec:
 def _slice_summaries(summaries: BlockSummaries, spec: AxisSpec, first: int, last: int | None = None) -> BlockSummaries:
     """Views of the summaries of the blocks from `first` to `last`."""
     r = spec.block_size // spec.sub_block_size
-    boxes = slice(first * r, None if last is None else last * r)
+    sub_blocks = slice(first * r, None if last is None else last * r)
     return BlockSummaries(
-        summaries.keys[:, :, first:last], summaries.values[:, :, first:last], summaries.boxes[..., boxes]
+        summaries.keys[:, :, first:last], summaries.values[:, :, first:last], summaries.sub_keys[:, :, sub_blocks]
     )
 
 
-def _grow(states: torch.Tensor, spare: int, dim: int) -> torch.Tensor:
-    """A copy with room for `spare` more along `dim`, which is left as it comes."""
-    shape = list(states.shape)
-    shape[dim] += spare
-    grown = states.new_empty(shape)
-    grown.narrow(dim, 0, states.shape[dim]).copy_(states)
+def _grow(states: torch.Tensor, spare: int) -> torch.Tensor:
+    """A copy of `[B, N, S, H]` with room for `spare` more slots, which is left as it comes."""
+    batch, heads, slots, size = states.shape
+    grown = states.new_empty(batch, heads, slots + spare, size)
+    grown[:, :, :slots].copy_(states)
     return grown
 
 
@@ -113,8 +112,9 @@ class FlashLiteCacheLayer(DynamicLayer):
     """Keys, values and block summaries of one decoder layer.
 
     `fill` is the number of slots in use (an `int` while all rows agree, else `LongTensor` `[B]`), `start` the slot of
-    the newest chunk's first token, `base` the position of slot 0 (likewise), `columns` the number of columns seen,
-    padding included, which is what `generate` counts, and `mask` their real ones (`None` while there is no padding).
+    the newest chunk's first token, `base` the number of tokens dropped behind the first block (likewise), so that a
+    later slot holds the position `base + slot`, `columns` the number of columns seen, padding included, which is what
+    `generate` counts, and `mask` their real ones (`None` while there is no padding).
     `version` rises with every change other than appending, moves of the buffers included: what was derived from them
     is valid for one version.
     """
@@ -168,12 +168,12 @@ class FlashLiteCacheLayer(DynamicLayer):
 
     def column_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The slot of each remembered column, `[B, C]`, and whether it holds a real token, `[B, 1, C]`."""
-        slot = self._fill_tensor(self.mask.device)[:, None] - self._later_tokens()
-        return slot.clamp(0, max(self._used - 1, 0)), (self.mask & (slot >= 0))[:, None]
-
-    def _later_tokens(self) -> torch.Tensor:
-        """Real tokens from each column on, `[B, C]`: counted from the newest, since the oldest columns may be gone."""
-        return self.mask.flip(1).cumsum(1).flip(1)
+        block = self.spec.block_size
+        # columns between may be gone, so the first block is counted from the oldest, all else from the newest
+        early = self.mask.cumsum(1) - 1
+        late = self._fill_tensor(self.mask.device)[:, None] - self.mask.flip(1).cumsum(1).flip(1)
+        real = self.mask & ((early < block) | (late >= block))
+        return torch.where(early < block, early, late).clamp(0, max(self._used - 1, 0)), real[:, None]
 
     @property
     def _used(self) -> int:
@@ -257,12 +257,12 @@ class FlashLiteCacheLayer(DynamicLayer):
         spare, block = slots - self._keys.shape[2], self.spec.block_size
         if spare > 0:
             grow = -(-max(spare, slots // 8, block) // block) * block
-            self._keys, self._values = _grow(self._keys, grow, 2), _grow(self._values, grow, 2)
+            self._keys, self._values = _grow(self._keys, grow), _grow(self._values, grow)
             self.version += 1
         blocks = self._keys.shape[2] // block - self._summaries.keys.shape[2]
         if blocks > 0:  # a segment memory has keys enough, but no summaries
             spare = blocks, blocks, blocks * (block // self.spec.sub_block_size)
-            self._summaries = BlockSummaries(*map(_grow, self._summaries, spare, (2, 2, 3)))
+            self._summaries = BlockSummaries(*map(_grow, self._summaries, spare))
 
     def _summarize(self, first: int, last: int) -> None:
         """Refresh the summaries of the blocks `first` to `last`, and of those before that have none yet.
@@ -282,43 +282,38 @@ class FlashLiteCacheLayer(DynamicLayer):
         self.summarized = last
 
     def _evict(self) -> None:
-        """Drop the blocks that no future query can reach, once half of the buffer is such blocks."""
-        window = self.spec.memory_blocks
-        if window is None:
+        """Drop the blocks that no future query can reach, once a fifth of the buffer is such blocks."""
+        if self.spec.memory_blocks is None:
             return
-        keep = max(window, 1) + _SPARE_BLOCKS
-        block = self.spec.block_size
-        if self._used // block < keep + max(keep // 4, 4):
-            return
-        self.version += 1
-        if isinstance(self.fill, int):
-            shift = (self.fill // block - keep) * block
-            self._keys, self._values = self._keys[:, :, shift:].clone(), self._values[:, :, shift:].clone()
-            dropped = shift // block
-            kept = _slice_summaries(self._summaries, self.spec, dropped)
-            self.summarized -= shift // block
-        else:
-            shift = (self.fill // block - keep).clamp(min=0) * block
-            self._keys, self._values = roll_rows(self._keys, shift), roll_rows(self._values, shift)
-            held = self._keys.shape[2] // block
-            kept = _slice_summaries(self._summaries, self.spec, 0, held)
-        self._summaries = BlockSummaries(*(part.clone() for part in kept))
-        self.fill, self.base = self.fill - shift, self.base + shift
-        if not isinstance(self.fill, int):
-            self.summarized = 0
-            self._summarize(0, self._used // block)
-        self._forget_columns()
+        keep = int(self.spec.reach) + _SPARE_BLOCKS
+        if self._used // self.spec.block_size > keep + max(keep // 4, 4):
+            self.version += 1
+            self._drop_between(keep)
+            self._summaries = summarize_blocks(self._keys, self._values, self.spec)
+            self._closed, self.summarized = (None, 0, None), self._used // self.spec.block_size
 
-    def _forget_columns(self) -> None:
-        """Drop the oldest columns of the mask, whose tokens have left in every row."""
-        if self.mask is not None:
-            within = self._later_tokens() <= self._fill_tensor(self.mask.device)[:, None]
-            self.mask = self.mask[:, int(within.any(0).int().argmax()) :]
+    def _drop_between(self, keep: int) -> None:
+        """Leave the first block, `keep` blocks before the newest one of each row, and that one."""
+        block = self.spec.block_size
+        if isinstance(self.fill, int):
+            shift = max(self.fill // block - keep - 1, 0) * block
+            if shift:
+                self._keys, self._values = (
+                    torch.cat([states[:, :, :block], states[:, :, block + shift :]], 2)
+                    for states in (self._keys, self._values)
+                )
+        else:
+            shift = (self.fill // block - keep - 1).clamp(min=0) * block
+            self._keys, self._values = (_roll_rows(states, shift, block) for states in (self._keys, self._values))
+        self.fill, self.base = self.fill - shift, self.base + shift
+        if self.mask is not None:  # and the columns whose tokens have left in every row
+            _, real = self.column_slots()
+            self.mask = self.mask[:, real.any(0)[0] | ~self.mask.any(0)]
 
     def extend(self, key_states, value_states, rows: Rows | None = None):
         """The slots of this layer followed by new keys and values, out of place and differentiable in the new ones.
 
-        Returns the layer's successor too: a detached memory of the last `memory_blocks + 2` blocks.
+        Returns the layer's successor too: a detached memory of the first block, the last `memory_blocks` and the own.
         """
         successor = FlashLiteCacheLayer(self.spec)
         if not self.is_initialized:
@@ -348,20 +343,9 @@ class FlashLiteCacheLayer(DynamicLayer):
         return torch.cat([old[:, :, : self._used], old.new_zeros(new.shape)], 2).scatter(2, index, new)
 
     def trim(self) -> None:
-        """Keep just what future queries can reach: whole blocks, `memory_blocks` before the current one."""
-        window, block = self.spec.memory_blocks, self.spec.block_size
-        if window is None:
-            return
-        # a query in block i reaches block i - W, and always block i - 1
-        reach = max(window, 1)
-        if isinstance(self.fill, int):
-            shift = max(0, self.fill // block - reach) * block
-            self._keys, self._values = self._keys[:, :, shift:], self._values[:, :, shift:]
-        else:
-            shift = (self.fill // block - reach).clamp(min=0) * block
-            self._keys, self._values = roll_rows(self._keys, shift), roll_rows(self._values, shift)
-        self.fill, self.base = self.fill - shift, self.base + shift
-        self._forget_columns()
+        """Keep just what future queries can reach: whole blocks, the first and `memory_blocks` before the newest."""
+        if self.spec.memory_blocks is not None:
+            self._drop_between(int(self.spec.reach))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last `-tokens_to_remove` columns back.
@@ -377,11 +361,10 @@ class FlashLiteCacheLayer(DynamicLayer):
         removed = count if self.mask is None else self.mask[:, -count:].sum(1)
         fill = self.fill - removed
         lowest = fill if isinstance(fill, int) else int(fill.min())
-        evicted = self.base if isinstance(self.base, int) else int(self.base.max())
-        window = self.spec.memory_blocks or 0
-        if lowest < 0 or count > self.columns or (evicted and lowest // self.spec.block_size < max(window, 1)):
+        lost = torch.as_tensor((self.base > 0) & (fill // self.spec.block_size <= self.spec.reach))
+        if lowest < 0 or count > self.columns or lost.any():
             raise ValueError(
-                f"`crop` cannot take back {count} tokens: the window of {window} blocks has moved past them; "
+                f"`crop` cannot take back {count} tokens: the window of {self.spec.reach} blocks has moved past them; "
                 f"remove at most {_SPARE_BLOCKS * self.spec.block_size} tokens at a time, or raise `memory_blocks`."
             )
         self.version += 1
@@ -438,7 +421,10 @@ class FlashLiteCacheLayer(DynamicLayer):
         if not self.is_initialized or not bool(rows.any()):
             return
         self.version += 1
-        self.fill = self._fill_tensor(self._keys.device).masked_fill(rows.to(self._keys.device), 0)
+        rows = rows.to(self._keys.device)
+        self.fill = self._fill_tensor(rows.device).masked_fill(rows, 0)
+        self.base = torch.as_tensor(self.base, device=rows.device).masked_fill(rows, 0).expand(len(rows)).clone()
+        self.mask = None if self.mask is None else self.mask & ~rows[:, None]
 
     def offload(self) -> None:
         """Move the state to the CPU."""
@@ -463,10 +449,10 @@ def _can_replace(spare: torch.Tensor, states: torch.Tensor) -> bool:
     return writable and spare.shape == states.shape and spare.device == states.device
 
 
-def roll_rows(states: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Move the slots of each row `shift` (`[B]`) to the front and cut the width to what remains in use."""
-    width = states.shape[2] - int(shift.min())
-    index = (shift[:, None] + torch.arange(width, device=states.device)).clamp(max=states.shape[2] - 1)
+def _roll_rows(states: torch.Tensor, shift: torch.Tensor, first: int) -> torch.Tensor:
+    """Take `shift` (`[B]`) slots behind the `first` ones out of each row and cut the width to what remains in use."""
+    slots = torch.arange(states.shape[2] - int(shift.min()), device=states.device)
+    index = torch.where(slots < first, slots, shift[:, None] + slots).clamp(max=states.shape[2] - 1)
     return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
 
 

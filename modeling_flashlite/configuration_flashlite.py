@@ -245,12 +245,14 @@ class FlashLiteDecoderConfig(FlashLiteStackConfig):
 
     Args:
         block_size (`int`, defaults to 64): tokens in a block (b).
-        sub_block_size (`int`, *optional*): tokens under one bounding box of the relevance score (c); defaults to 16,
-            and to `block_size` where 16 does not divide it.
-        relevance_top_k (`int`, *optional*, defaults to 8): past blocks that a token reads in full (K); `None` reads
-            all of them, which is dense attention.
-        memory_blocks (`int`, *optional*, defaults to 512): past blocks that a token can reach at all (W), hence the
-            length of the segment memory and of the cache; `None` keeps everything.
+        sub_block_size (`int`, *optional*): tokens under one mean key, by which blocks are chosen (c); defaults to 16,
+            and to `block_size` where 16 does not divide it. Smaller ones choose better and cost more.
+        relevance_top_k (`int`, *optional*, defaults to 8): past blocks that a token reads in full (K), beside its
+            own, the previous and the first one of the row; `None` reads all of them, which is dense attention.
+        memory_blocks (`int`, *optional*, defaults to 512): past blocks that a token can reach at all (W), the first
+            one apart, hence the length of the segment memory and of the cache; `None` keeps everything. The first
+            block seems to stand just before this window once it has left it, so that no distance exceeds
+            `(memory_blocks + 2) * block_size`.
         logits_scaling (`float`, defaults to 1.0): what the logits of the language-model head are divided by (Granite).
     """
 

@@ -27,7 +27,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention_flashlite import WorkingSet, fits_working_set, joint_weights, multi_axis_attention
-from .cache_flashlite import EncoderCacheLayer, FlashLiteCacheLayer, own_cache
+from .cache_flashlite import EncoderCacheLayer, FlashLiteCacheLayer, axis_spec, own_cache
 from .ecq_modules_flashlite import join
 from .int4_flashlite import TILE_ROWS, int8_codes
 from .layers_flashlite import (
@@ -36,9 +36,12 @@ from .layers_flashlite import (
     FlashLiteDecoderLayer,
     FlashLiteMLP,
     FlashLiteRMSNorm,
+    first_block_shift,
+    nearer,
     position_angles,
     product_dtype,
     rotate,
+    shift_angles,
 )
 from .linear_flashlite import Linear, is_hooked, linear
 from .stacks_flashlite import FlashLiteDecoder, FlashLiteDecoderOutput, check_inputs
@@ -110,6 +113,7 @@ class DecodeSession:
         self._made_for: Any = None
         self._cache: Any = None
         self._tables: Any = None
+        self._shift: Any = None
 
     def __call__(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs) -> FlashLiteDecoderOutput:
         """The decoder's output for its arguments; see [`FlashLiteDecoder.forward`]."""
@@ -122,13 +126,14 @@ class DecodeSession:
         decoder, own = self.decoder, own_cache(past_key_values)
         check_inputs(decoder.config, input_ids, None, attention_mask, own.layers[0].columns)
         states = decoder.embed(decoder.embed_tokens(input_ids))[:, 0]
-        angles = self._angles(own.layers[0].base + own.layers[0].fill, states)
+        position = own.layers[0].base + own.layers[0].fill
+        angles, shift = self._angles(position, states), self._shift_angles(position, states)
         for index, step in enumerate(self._steps(past_key_values)):
             encoder = None
             if own is not past_key_values:
                 cross = past_key_values.cross_attention_cache.layers[index]
                 encoder = step.encoder_keys(cross, kwargs.get("encoder_attention_mask"))
-            states = step(states, own.layers[index], angles[self.kinds[index]], encoder)
+            states = step(states, own.layers[index], angles[self.kinds[index]], encoder, shift and shift[index])
         return FlashLiteDecoderOutput(last_hidden_state=decoder.norm(states[:, None]), past_key_values=past_key_values)
 
     def _takes(self, input_ids, attention_mask, past_key_values, kwargs) -> bool:
@@ -187,6 +192,21 @@ class DecodeSession:
             tables = {kind: _table_of(*position_angles(config, positions, dtype, kind)) for kind in kinds}
             self._tables = first, tables
         return {kind: Angles(*(table[index] for table in tables)) for kind, tables in self._tables[1].items()}
+
+    def _shift_angles(self, position: int, like: torch.Tensor):
+        """Angles, for each layer, of how much nearer the first block seems to this position, made once a block.
+
+        `None` where it stands where it is.
+        """
+        spec = axis_spec(self.decoder.config)
+        shift = first_block_shift(position, spec)
+        if shift and (self._shift is None or self._shift[0] != shift):
+            positions, dtype = (
+                torch.tensor([[position]], device=like.device),
+                torch.promote_types(like.dtype, torch.float32),
+            )
+            self._shift = shift, shift_angles(self.decoder.config, positions, spec, dtype)
+        return self._shift[1] if shift else None
 
 
 def _table_of(cos: torch.Tensor, sin: torch.Tensor) -> Angles:
@@ -293,9 +313,17 @@ class LayerStep:
         return ready
 
     def __call__(
-        self, states: torch.Tensor, cache: FlashLiteCacheLayer, angles: Angles, encoder: "EncoderKeys | None"
+        self,
+        states: torch.Tensor,
+        cache: FlashLiteCacheLayer,
+        angles: Angles,
+        encoder: "EncoderKeys | None",
+        shift: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """States `[B, D]` of the newest tokens -> `[B, D]`; the cache grows in place."""
+        """States `[B, D]` of the newest tokens -> `[B, D]`; the cache grows in place.
+
+        `shift` are the angles of how much nearer the first block seems, where it does.
+        """
         before, after, before_mlp, after_mlp = self.norms
         query, key, value = self.query_key_value(before(states))
         query = self._query(self.head_norms[0](query), angles)
@@ -307,7 +335,8 @@ class LayerStep:
         else:
             key = torch.cat([key, angles.both.to(key.dtype).expand(key.shape)], dim=-1)
         keys, values = cache.update(key, value)
-        attended = self._attend(query, keys, values, cache, encoder).reshape(batch, -1)
+        first = None if shift is None else nearer(query[None], *shift)[0]
+        attended = self._attend(query, keys, values, cache, encoder, first).reshape(batch, -1)
         states = torch.add(states, after(self.o(attended.to(states.dtype))), alpha=self.multiplier)
         gate, up = self.gate_up(before_mlp(states))
         return torch.add(states, after_mlp(self.down(self.act(gate) * up)), alpha=self.multiplier)
@@ -325,19 +354,20 @@ class LayerStep:
         query.narrow(2, size, size).mul_(angles.cos_twice).addcmul_(query.narrow(2, 2 * size, size), angles.sin_twice)
         return query.narrow(2, 0, 2 * size).transpose(0, 1).reshape(-1, self.groups, 2 * size)
 
-    def _attend(self, query, keys, values, cache, encoder) -> torch.Tensor:
-        """Scaled queries `[B M, G, H or 2 H]` over the slots of cache and encoder: `[B M, G, H]` or `[B, N, 1, H]`."""
+    def _attend(self, query, keys, values, cache, encoder, first) -> torch.Tensor:
+        """Scaled queries `[B M, G, H or 2 H]` over the slots of cache and encoder: `[B M, G, H]` or `[B, N, 1, H]`.
+
+        `first` are the queries of the first block, where they are others.
+        """
         spec, start = self.spec, cache.start
-        reach = start // spec.block_size - 1
-        within = spec.relevance_top_k is None or reach <= spec.relevance_top_k
-        if within and (spec.memory_blocks is None or reach < spec.memory_blocks):
+        if first is None and spec.is_dense(start // spec.block_size):
             return self._attend_densely(query, keys, values, encoder)
         cross = None if encoder is None else encoder.cross
         working = self._working_set(keys, values, cache, cross)
         if working is not None:
-            return working.attend(query, keys, values, start)
-        rows = query.view(len(keys), -1, 1, query.shape[2])
-        settings = {"start": start, "scaling": 1.0, "summaries": cache.summaries}
+            return working.attend(query, keys, values, start, first)
+        rows, first = (x if x is None else x.view(len(keys), -1, 1, query.shape[2]) for x in (query, first))
+        settings = {"start": start, "scaling": 1.0, "first_query": first, "summaries": cache.summaries}
         return multi_axis_attention(rows, keys, values, spec, cross=cross, **settings)
 
     @staticmethod

@@ -119,10 +119,40 @@ def layer_angles(config, positions: torch.Tensor, dtype: torch.dtype) -> list[tu
     return [angles[kind] for kind in kinds]
 
 
+def shift_angles(config, positions: torch.Tensor, spec, dtype: torch.dtype):
+    """Cosine and sine `[B, 1, T, H / 2]` for each layer: angles of [`first_block_shift`] of `positions` `[B, T]`."""
+    shift, kinds = first_block_shift(positions, spec)[:, None, :, None], config.rope_kinds
+    turns = {kind: shift * rope_frequencies(config, positions, kind)[0].to(torch.float64) for kind in set(kinds)}
+    angles = {kind: (turn.cos().to(dtype), turn.sin().to(dtype)) for kind, turn in turns.items()}
+    return [angles[kind] for kind in kinds]
+
+
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate each pair (h, h + H / 2) of `[B, N, T, H]` by its position's angle (https://huggingface.co/papers/2104.09864)."""
     first, second = states.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def first_block_shift(positions, spec):
+    """How much nearer than it is the first block seems to queries at `positions`, a tensor or an `int`.
+
+    Once it has left the window it stands just before it, so that no distance exceeds what the window spans and text of
+    any length can be read as if it were as long (https://huggingface.co/papers/2309.17453).
+    """
+    if spec.memory_blocks is None:
+        return 0 * positions
+    blocks = positions // spec.block_size - int(spec.reach) - 1
+    return (blocks.clamp(min=0) if isinstance(blocks, torch.Tensor) else max(blocks, 0)) * spec.block_size
+
+
+def nearer(query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Queries with their positions, `[B, N, T, H or 2 H]`, as they are at positions less by some shift.
+
+    `cos` and `sin` `[.., H / 2]` belong to the shift. The last dimensions carry the position in both encodings, and
+    turn alike.
+    """
+    size = 2 * cos.shape[-1]
+    return torch.cat([query[..., :-size], rotate(query[..., -size:], cos, -sin)], dim=-1)
 
 
 class FlashLiteAttention(nn.Module):
@@ -232,12 +262,16 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
         """`[B, T, D]` -> `[B, T, D]`, the weights of decoder keys `[B, N, T, S]` and those of encoder keys."""
         hidden_states = hidden_states.to(product_dtype(hidden_states))
         query, (key, value) = self.queries(hidden_states, angles), self.keys_values(hidden_states, angles)
+        first_query = None
+        if context.shift_angles is not None:
+            first_query = nearer(query, *context.shift_angles[self.layer_idx])
         column_value, rows = value, context.rows
         if rows is not None:
             query, key, value = rows.gather(query), rows.gather(key), rows.gather(value)
+            first_query = None if first_query is None else rows.gather(first_query)
         key, value, start, summaries = context.extend(self.layer_idx, key, value)
         cross = self.encoder_keys(encoder_hidden_states, context)
-        settings = {"start": start, "scaling": self.scaling, "cross": cross}
+        settings = {"start": start, "scaling": self.scaling, "cross": cross, "first_query": first_query}
         weights = cross_weights = None
         if self.config._attn_implementation == "eager":
             out, weights, cross_weights = multi_axis_attention_reference(query, key, value, self.spec, **settings)
@@ -292,14 +326,17 @@ class DecoderContext:
     `rows` maps padded or packed columns to rows (`None` where every column is real), `past_key_values` is the cache
     (here, since checkpointed layers drop an argument of that name), `memory` the segment memory before this segment,
     and `next_memory` receives the one after it (written again, alike, when a checkpointed layer is recomputed).
-    `encoder_mask` `[B, S]` belongs to the encoder's keys. Where these are still to be made, `encoder_angles` belong to
-    the states that the layers get, and `sources` `[B]` says which of these states each row reads (`None`: its own).
+    `shift_angles` of each layer belong to how much nearer the first block seems (`None` while it stands where it is;
+    see [`first_block_shift`]). `encoder_mask` `[B, S]` belongs to the encoder's keys. Where these are still to be
+    made, `encoder_angles` belong to the states that the layers get, and `sources` `[B]` says which of these states
+    each row reads (`None`: its own).
     """
 
     rows: Rows | None = None
     past_key_values: EncoderDecoderCache | FlashLiteCache | None = None
     memory: FlashLiteCache | None = None
     next_memory: FlashLiteCache | None = None
+    shift_angles: list[tuple[torch.Tensor, torch.Tensor]] | None = None
     encoder_angles: list[tuple[torch.Tensor, torch.Tensor]] | None = None
     encoder_mask: torch.Tensor | None = None
     sources: torch.Tensor | None = None

@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_flashlite import FlashLiteCache, Rows, prepare_cache, rows_of_documents, rows_of_mask
+from .cache_flashlite import FlashLiteCache, Rows, axis_spec, prepare_cache, rows_of_documents, rows_of_mask
 from .compat_flashlite import CACHE, CacheNames, named_arguments, takes_cache
 from .configuration_flashlite import FlashLiteConfig, FlashLiteDecoderConfig, FlashLiteEncoderConfig
 from .layers_flashlite import (
@@ -28,8 +28,10 @@ from .layers_flashlite import (
     FlashLiteEncoderLayer,
     FlashLiteRMSNorm,
     equal_sources,
+    first_block_shift,
     layer_angles,
     product_dtype,
+    shift_angles,
     state_norm,
 )
 from .linear_flashlite import Linear
@@ -290,7 +292,11 @@ class FlashLiteDecoder(FlashLiteStack):
         if encoder_hidden_states is not None:
             encoder_hidden_states = self.read_encoder(encoder_hidden_states, encoder_attention_mask, context)
         hidden_states = self.embed(inputs_embeds)
-        angles = layer_angles(self.config, target_positions(hidden_states, context), product_dtype(hidden_states))
+        positions, dtype = target_positions(hidden_states, context), product_dtype(hidden_states)
+        angles, context.shift_angles = (
+            layer_angles(self.config, positions, dtype),
+            self._shift_angles(positions, context, dtype),
+        )
         # fewer layers run while a draft exits early
         for layer, angle in zip(self.layers[: self.config.num_hidden_layers], angles):
             hidden_states = layer(hidden_states, encoder_hidden_states, angle, context)
@@ -299,6 +305,13 @@ class FlashLiteDecoder(FlashLiteStack):
             memory=context.next_memory,
             **{CACHE: past_key_values if use_cache else None},
         )
+
+    def _shift_angles(self, positions: torch.Tensor, context: DecoderContext, dtype: torch.dtype):
+        """Angles of how much nearer the first block seems to the columns `[B or 1, T]`; `None` where it does not."""
+        spec, past = axis_spec(self.config), context.past
+        first = 0 if past is None else past.layers[0].base + past.layers[0].fill
+        last = int(first.max() if isinstance(first, torch.Tensor) else first) + positions.shape[1] - 1
+        return shift_angles(self.config, positions, spec, dtype) if first_block_shift(last, spec) else None
 
     def read_encoder(self, states: torch.Tensor, mask: torch.Tensor | None, context: DecoderContext) -> torch.Tensor:
         """Put into `context` what belongs to the encoder's states `[B, S, D]`; returns those that layers have to read.

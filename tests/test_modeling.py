@@ -174,7 +174,7 @@ def test_segments_with_memory_equal_one_pass(training, checkpointing):
             memory = out.memory
             parts.append(out.logits)
         torch.testing.assert_close(torch.cat(parts, 1), truth, rtol=0, atol=1e-12)
-        assert memory.layers[0].keys.shape[2] <= (5 + 1) * 4
+        assert memory.layers[0].keys.shape[2] <= (1 + 5 + 1) * 4
         assert not memory.layers[0].keys.requires_grad
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..attention_flashlite import multi_axis_attention_reference
-from ..layers_flashlite import LENGTH_ROPES, layer_angles
+from ..layers_flashlite import LENGTH_ROPES, layer_angles, nearer, shift_angles
 from ..modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 
 
@@ -54,6 +54,8 @@ class DecoderGraph(nn.Module):
         states = decoder.embed(decoder.embed_tokens(input_ids))
         slots = position[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
         all_angles = layer_angles(decoder.config, slots, states.dtype)
+        spec = decoder.layers[0].self_attn.spec
+        shifts = None if spec.memory_blocks is None else shift_angles(decoder.config, slots, spec, states.dtype)
         new_keys, new_values = [], []
         for index, (layer, angles) in enumerate(zip(decoder.layers, all_angles)):
             attention, normed = layer.self_attn, layer.input_layernorm(states)
@@ -61,14 +63,16 @@ class DecoderGraph(nn.Module):
             new_keys.append(_write(keys[index], key, slots))
             new_values.append(_write(values[index], value, slots))
             cross = (encoder_keys[index], encoder_values[index], encoder_mask.bool()) if self.crossed else None
+            query = attention.queries(normed, angles)
             out, _, _ = multi_axis_attention_reference(
-                attention.queries(normed, angles),
+                query,
                 new_keys[-1],
                 new_values[-1],
                 attention.spec,
                 start=position,
                 scaling=attention.scaling,
                 cross=cross,
+                first_query=None if shifts is None else nearer(query, *shifts[index]),
             )
             states = layer.add_branches(states, attention.o_proj(out.transpose(1, 2).flatten(2)))
         states = decoder.norm(states)
