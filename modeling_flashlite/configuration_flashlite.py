@@ -83,8 +83,9 @@ class FlashLiteStackConfig(PreTrainedConfig):
         rope_dtype (`str`, defaults to `"float64"`): type in which angles are taken. `"float32"` is what the models of
             transformers do, and so do models converted from them: frequencies in float32, angles in the wider of
             float32 and the model's own type.
-        layer_types (`list[str]`, *optional*): for layers with `rope_parameters` of their own (nested by these names),
-            the name of each layer's.
+        rope_local_base_freq (`float`, *optional*): base of the plain rotary embedding of local layers, which stands in
+            place of `rope_parameters` there (Gemma 3).
+        local_rope_layers (`list[int]`, *optional*): 1 for each local layer, else 0.
         no_rope_layers (`list[int]`, *optional*): 1 for each layer that encodes positions, 0 for one that does not
             (SmolLM3).
         attention_bias (`bool`, defaults to `False`): whether all four projections of the attention have biases
@@ -127,7 +128,8 @@ class FlashLiteStackConfig(PreTrainedConfig):
     position_encoding: str = "transformer_xl"
     rope_parameters: RopeParameters | dict | None = None
     rope_dtype: str = "float64"
-    layer_types: list[str] | None = None
+    rope_local_base_freq: int | float | None = None
+    local_rope_layers: list[int] | None = None
     no_rope_layers: list[int] | None = None
     attention_bias: bool = False
     qkv_bias: bool = False
@@ -172,15 +174,10 @@ class FlashLiteStackConfig(PreTrainedConfig):
 
     @property
     def rope_kinds(self) -> list[str | None]:
-        """The rotary embedding of each layer: a key of `rope_parameters` where they are nested, `"none"` for none."""
-        kinds = self.layer_types if self._is_nested else None
-        kinds = [None] * self.num_hidden_layers if kinds is None else list(kinds)
-        rotated = self.no_rope_layers or [1] * len(kinds)
-        return [kind if rotates else "none" for kind, rotates in zip(kinds, rotated)]
-
-    @property
-    def _is_nested(self) -> bool:
-        return self.layer_types is not None and bool(set(self.layer_types) & set(self.rope_parameters or ()))
+        """The rotary embedding of each layer: `None` for that of `rope_parameters`, `"local"`, or `"none"`."""
+        rotated = self.no_rope_layers or [1] * self.num_hidden_layers
+        local = self.local_rope_layers or [0] * self.num_hidden_layers
+        return [("local" if own else None) if rotates else "none" for rotates, own in zip(rotated, local)]
 
     def validate_architecture(self):
         """Refuse sizes that cannot work. Part of the validation that `@strict` runs."""
@@ -207,17 +204,15 @@ class FlashLiteStackConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)!r}, but it must be one of {choices}; choose one of them."
                 )
-        for name in ("layer_types", "no_rope_layers"):
+        for name in ("local_rope_layers", "no_rope_layers"):
             value = getattr(self, name)
             if value is not None and len(value) < self.num_hidden_layers:
                 raise ValueError(
                     f"`{name}` has {len(value)} entries, but there are {self.num_hidden_layers} layers; give one for "
                     "each."
                 )
-        if self._is_nested and (missing := set(self.layer_types) - set(self.rope_parameters)):
-            raise ValueError(
-                f"`rope_parameters` lacks {sorted(missing)}, which `layer_types` names; give each type its parameters."
-            )
+        if self.local_rope_layers is not None and self.rope_local_base_freq is None:
+            raise ValueError("`local_rope_layers` is given, but `rope_local_base_freq` is not; give both or neither.")
         if self.head_dim % 2:
             raise ValueError(
                 f"`head_dim` is {self.head_dim}, but position encodings need an even head size; choose "

@@ -101,9 +101,8 @@ class DecodeSession:
     def __init__(self, decoder: FlashLiteDecoder):
         self.decoder, config = decoder, decoder.config
         self.kinds = config.rope_kinds
-        ropes = [config.rope_parameters if kind is None else config.rope_parameters.get(kind) for kind in self.kinds]
         # positions whose angles are computed together; some angles depend on the length at hand
-        self.positions = 1 if any(rope and rope["rope_type"] in LENGTH_ROPES for rope in ropes) else _ANGLES
+        self.positions = 1 if config.rope_parameters["rope_type"] in LENGTH_ROPES else _ANGLES
         self.forget()
 
     def forget(self) -> None:

@@ -102,14 +102,15 @@ def rope_frequencies(config, positions: torch.Tensor, kind: str | None) -> tuple
     """Angle per position `[H / 2]` of each pair of dimensions, and the factor of cosines and sines."""
     if kind == "none":
         return torch.zeros(config.head_dim // 2, device=positions.device), 1.0
-    rope = config.rope_parameters if kind is None else config.rope_parameters[kind]
-    if rope["rope_type"] == "default":
+    rope = config.rope_parameters
+    if rope["rope_type"] == "default" or kind == "local":
+        base = config.rope_local_base_freq if kind == "local" else rope["rope_theta"]
         dtype = getattr(torch, config.rope_dtype)
         exponent = torch.arange(0, config.head_dim, 2, dtype=dtype, device=positions.device) / config.head_dim
-        return 1.0 / rope["rope_theta"] ** exponent, 1.0
+        return 1.0 / base**exponent, 1.0
     # the frequencies of these two depend on the length at hand; asking for it stalls an accelerator
     length = int(positions.max()) + 1 if rope["rope_type"] in LENGTH_ROPES else None
-    return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, positions.device, seq_len=length, layer_type=kind)
+    return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, positions.device, seq_len=length)
 
 
 def layer_angles(config, positions: torch.Tensor, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -82,6 +82,8 @@ WORKSHOP_EDGES = {
     "serve.terminal": {"serve.engine"},
     "serve.server": {"serve.engine", "serve.openai_schema"},
     "training.calibration": set(),
+    "training.conversion": {"training.families"},
+    "training.families": set(),
     "training.distillation": {"training.divergence", "training.teacher", "training.trainers"},
     "training.divergence": set(),
     "training.launch": {

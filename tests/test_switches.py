@@ -11,10 +11,6 @@ from modeling_flashlite.layers_flashlite import FlashLiteRMSNorm
 from modeling_flashlite.publish.onnx_export import DecoderGraph, cache_shapes
 from modeling_flashlite.quantization_flashlite import EcqConfig
 
-TWO_ROPES = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-    "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
-}
 SWITCHES = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "query biases": {"qkv_bias": True},
@@ -24,8 +20,9 @@ SWITCHES = {
         "qk_norm": "head",
         "norm_placement": "both",
         "rms_norm_offset": 1.0,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": TWO_ROPES,
+        "local_rope_layers": [1, 0],
+        "rope_local_base_freq": 100.0,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
         "embedding_multiplier": 4.0,
         "attention_multiplier": 0.3,
     },
@@ -143,11 +140,6 @@ def test_values_that_cannot_work_are_refused(field, value, message):
         FlashLiteConfig(**{field: value})
 
 
-def test_a_layer_type_without_parameters_is_refused():
-    with pytest.raises(StrictDataclassClassValidationError, match="lacks"):
-        FlashLiteConfig(
-            num_hidden_layers=2,
-            position_encoding="rotary",
-            layer_types=["full_attention", "sliding_attention"],
-            rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
-        )
+def test_local_layers_need_their_base():
+    with pytest.raises(StrictDataclassClassValidationError, match="give both or neither"):
+        FlashLiteConfig(num_hidden_layers=2, position_encoding="rotary", local_rope_layers=[1, 0])

@@ -95,13 +95,9 @@ def check_exportable(model, max_length: int) -> None:
         raise ExportError(
             "ONNX has no operator for entropy-coded weights; call model.dequantize() first and export the float model."
         )
-    stack = model.model.decoder.config
-    for kind in set(stack.rope_kinds) - {"none"}:
-        rope = stack.rope_parameters if kind is None else stack.rope_parameters[kind]
-        if rope["rope_type"] in LENGTH_ROPES:
-            raise ExportError(
-                f"rope_type {rope['rope_type']} depends on the length, which a graph cannot; use another."
-            )
+    rope = model.model.decoder.config.rope_parameters
+    if rope["rope_type"] in LENGTH_ROPES:
+        raise ExportError(f"rope_type {rope['rope_type']} depends on the length, which a graph cannot; use another.")
     block = model.model.decoder.config.block_size
     if max_length < block or max_length % block:
         raise ExportError(f"max_length is {max_length}, it must be a positive multiple of block_size = {block}.")

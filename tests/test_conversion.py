@@ -1,0 +1,375 @@
+"""Converted models compute what their parents do, the way back is the same bits, and bad checkpoints are refused."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM, convert
+from modeling_flashlite.training import conversion
+from modeling_flashlite.training.conversion import convert_back, dense_length, open_source
+from modeling_flashlite.training.families import FAMILIES, ConversionError, flashlite_config
+
+SIZES = {
+    "vocab_size": 73,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LONG = {"original_max_position_embeddings": 32, "factor": 4.0, "rope_theta": 1e4}
+ROPES = {
+    "linear": {"factor": 4.0, "rope_theta": 1e4},
+    "dynamic": {"factor": 4.0, "rope_theta": 1e4},
+    "yarn": LONG,
+    "llama3": {**LONG, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "longrope": {**LONG, "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.5, 2.0, 3.0]},
+}
+CASES = {
+    "llama": ("llama", {}),
+    "llama, biases, a head size of its own": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 10, "num_attention_heads": 3, "num_key_value_heads": 1},
+    ),
+    "llama, untied": ("llama", {"tie_word_embeddings": False, "hidden_act": "gelu"}),
+    **{
+        f"llama, {name}": ("llama", {"rope_parameters": {"rope_type": name, **rope}, "max_position_embeddings": 48})
+        for name, rope in ROPES.items()
+    },
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 8}),
+    "mistral, a window that covers": ("mistral", {"sliding_window": 128}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 4.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 128}),
+}
+
+
+def make_parent(name: str, dtype=torch.float64, **changes):
+    model_type, special = CASES[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **special, **changes})
+    parent = AutoModelForCausalLM.from_config(config)
+    for parameter in parent.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return in_full_precision(parent.to(dtype).eval()) if dtype == torch.float64 else parent.to(dtype).eval()
+
+
+def in_full_precision(model):
+    """The library takes norms and angles in float32 whatever the model's type; here they are taken in its own."""
+    for module in model.modules():
+        name = type(module).__name__
+        if name.endswith("RMSNorm"):
+            offset = 1.0 if name.startswith("Gemma") else 0.0
+            module.forward = types.MethodType(_norm(offset), module)
+        elif name.endswith("RotaryEmbedding"):
+            module.forward = types.MethodType(_angles, module)
+    return model
+
+
+def _norm(offset):
+    def forward(self, states):
+        eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
+        return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + eps) * (self.weight + offset)
+
+    return forward
+
+
+def _angles(self, states, position_ids, layer_type=None):
+    config, kind = self.config, layer_type
+    prefix = "" if kind is None else f"{kind}_"
+    rope = config.rope_parameters if kind is None else config.rope_parameters[kind]
+    frequencies, scaling = getattr(self, f"{prefix}inv_freq"), getattr(self, f"{prefix}attention_scaling")
+    if rope["rope_type"] in ("dynamic", "longrope"):
+        function = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[rope["rope_type"]]
+        frequencies, scaling = function(config, states.device, seq_len=int(position_ids.max()) + 1)
+    angles = position_ids[..., None].double() * frequencies.double()
+    angles = torch.cat([angles, angles], -1)
+    return (angles.cos() * scaling).to(states.dtype), (angles.sin() * scaling).to(states.dtype)
+
+
+def some_ids(rows=2, columns=40, seed=1):
+    return torch.randint(3, 73, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_the_parents(name):
+    parent = make_parent(name)
+    model = convert(parent)
+    ids = some_ids()
+    close(model(ids).logits, parent(ids).logits)
+    # padded on the left, as batches of prompts are
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = model(ids, attention_mask=mask).logits
+    close(padded[0, 7:], parent(ids, attention_mask=mask, position_ids=positions).logits[0, 7:])
+    # cached, in pieces
+    past = model(ids[:, :17], use_cache=True).past_key_values
+    theirs = parent(ids[:, :17], use_cache=True).past_key_values
+    for piece in (ids[:, 17:19], ids[:, 19:20], ids[:, 20:]):
+        ours = model(piece, past_key_values=past).logits
+        close(ours, parent(piece, past_key_values=theirs).logits)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_tokens_are_the_parents(name):
+    parent = make_parent(name)
+    model, ids = convert(parent), some_ids(1, 9)
+    settings = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **settings), parent.generate(ids, **settings))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_there_and_back_are_the_same_bits(name, tmp_path):
+    parent = make_parent(name, torch.bfloat16)
+    parent.save_pretrained(tmp_path / "parent")
+    convert(tmp_path / "parent", output=tmp_path / "flash")
+    model = FlashLiteForCausalLM.from_pretrained(tmp_path / "flash")
+    assert model.dtype == torch.bfloat16
+    convert_back(model, CASES[name][0]).save_pretrained(tmp_path / "back")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("parent", "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    parent, again = (AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("parent", "back"))
+    assert type(again) is type(parent)
+    assert torch.equal(again(some_ids()).logits, parent(some_ids()).logits)
+
+
+def test_the_converted_weights_are_copies():
+    parent = make_parent("llama")
+    model = convert(parent)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()
+    assert parent.get_input_embeddings().weight.abs().sum() > 0
+
+
+def test_axes_follow_the_trained_length():
+    parent = make_parent("llama", max_position_embeddings=8192)
+    stack = flashlite_config(parent.config).decoder
+    assert (stack.relevance_top_k, stack.memory_blocks) == (8, 127)
+    assert (stack.memory_blocks + 1) * stack.block_size <= 8192
+    longer = flashlite_config(make_parent("llama", max_position_embeddings=32768).config).decoder
+    assert (longer.relevance_top_k, longer.memory_blocks) == (32, 511)
+    own = flashlite_config(parent.config, relevance_top_k=None, memory_blocks=3).decoder
+    assert (own.relevance_top_k, own.memory_blocks) == (None, 3)
+
+
+@torch.no_grad()
+def test_beyond_the_dense_length_attention_is_sparse():
+    parent = make_parent("llama")
+    model = convert(parent, block_size=4, sub_block_size=2, relevance_top_k=1, memory_blocks=None)
+    ids, dense = some_ids(1, 60), dense_length(model.config)
+    difference = (model(ids).logits - parent(ids).logits).abs().amax(-1)[0]
+    assert difference[:dense].max() < 1e-10 < difference[dense:].max()
+    with conversion.full_attention(model):
+        close(model(ids).logits, parent(ids).logits)
+
+
+REFUSED = {
+    "another family": ("gpt2", {}, "gpt2 cannot be converted; the families that can are llama"),
+    "experts": ("mixtral", {}, "mixtral cannot be converted"),
+    "windows": ("mistral", {"sliding_window": 16}, "attention windows of 16 tokens"),
+    "windows of some layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        "16",
+    ),
+    "soft caps": ("gemma3_text", {"final_logit_softcapping": 30.0, "sliding_window": 128}, "soft caps"),
+    "parts of heads": (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "a part of each head",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_expressed_is_refused_before_weights_are_read(name, tmp_path):
+    model_type, changes, message = REFUSED[name]
+    AutoConfig.for_model(model_type, **{**SIZES, **changes}).save_pretrained(tmp_path / "parent")
+    with pytest.raises(ConversionError, match=message) as caught:  # there are no weights at all
+        convert(tmp_path / "parent", output=tmp_path / "flash")
+    assert "\n" not in str(caught.value) and not (tmp_path / "flash").exists()
+
+
+def test_a_window_is_taken_where_no_text_is_longer():
+    parent = make_parent("mistral", sliding_window=64)
+    with pytest.raises(ConversionError, match="max_length=64"):
+        convert(parent)
+    assert convert(parent, max_length=64).config.memory_blocks == 0
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_parent("llama", torch.float32, tie_word_embeddings=True).save_pretrained(tmp_path / "parent")
+    return tmp_path / "parent"
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def pickles_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+NORM = "model.norm.weight"
+DAMAGE = {
+    "a missing weight": (lambda f: change_weights(f, lambda w: w.pop(NORM)), "lacks model.norm.weight"),
+    "an extra weight": (lambda f: change_weights(f, lambda w: w.update(x=torch.ones(2))), "has the unknown weight x"),
+    "a misshapen weight": (
+        lambda f: change_weights(f, lambda w: w.update({NORM: torch.ones(5)})),
+        r"model.norm.weight of .* is \[5\], but its config says \[24\]",
+    ),
+    "NaN": (lambda f: change_weights(f, lambda w: w[NORM].fill_(float("nan"))), "holds NaN or infinity"),
+    "integers": (lambda f: change_weights(f, lambda w: w.update({NORM: torch.ones(24).int()})), "is torch.int32"),
+    "a head of its own in a tied model": (
+        lambda f: change_weights(f, lambda w: w.update({"lm_head.weight": torch.ones(73, 24)})),
+        "lm_head.weight differs",
+    ),
+    "another config": (lambda f: change_config(f, intermediate_size=41), "one of them is wrong"),
+    "fewer layers": (lambda f: change_config(f, num_hidden_layers=2), "has the unknown weight model.layers.2"),
+    "pickles": (pickles_only, "as a pickle"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+    "a short file": (truncate, "cannot be read"),
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config that can be read"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "has no config that can be read"),
+    "an index that leads out": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../x"}}'),
+        "in the index of",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_checkpoints_are_refused_in_one_sentence(name, folder, tmp_path):
+    damage, message = DAMAGE[name]
+    damage(folder)
+    with pytest.raises(ConversionError, match=message) as caught:
+        convert(folder, output=tmp_path / "flash")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parent"]
+
+
+def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FlashLiteForCausalLM, "save_pretrained", full)
+    with pytest.raises(ConversionError, match="No space left on device; nothing was kept"):
+        convert(folder, output=tmp_path / "flash")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parent"]
+
+
+def test_a_killed_conversion_leaves_no_checkpoint_and_the_next_one_works(folder, tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from modeling_flashlite import FlashLiteForCausalLM, convert\n"
+        "save = FlashLiteForCausalLM.save_pretrained\n"
+        "def killed(self, folder, **kwargs):\n"
+        "    save(self, folder, **kwargs)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "FlashLiteForCausalLM.save_pretrained = killed\n"
+        "convert(sys.argv[1], output=sys.argv[2])\n"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "flash")]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "flash").exists()
+    convert(folder, output=tmp_path / "flash")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["flash", "parent"]
+
+
+def test_an_older_folder_is_not_overwritten(folder, tmp_path):
+    (tmp_path / "flash").mkdir()
+    (tmp_path / "flash" / "mine.txt").write_text("mine")
+    with pytest.raises(ConversionError, match="is there already"):
+        convert(folder, output=tmp_path / "flash")
+    assert [path.name for path in (tmp_path / "flash").iterdir()] == ["mine.txt"]
+
+
+def test_shards_licence_and_settings_come_along(tmp_path):
+    parent = make_parent("llama", torch.float32)
+    parent.generation_config.eos_token_id = [2, 5]
+    parent.save_pretrained(tmp_path / "parent", max_shard_size="20KB")
+    (tmp_path / "parent" / "LICENSE").write_text("Do what you like.")
+    (tmp_path / "parent" / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\n# A parent\n")
+    model = convert(tmp_path / "parent", output=tmp_path / "flash")
+    assert torch.equal(model.lm_head.weight, parent.lm_head.weight)
+    assert FlashLiteForCausalLM.from_pretrained(tmp_path / "flash").generation_config.eos_token_id == [2, 5]
+    card = (tmp_path / "flash" / "README.md").read_text()
+    assert "license: mit" in card and "base_model: parent" in card
+    assert (tmp_path / "flash" / "LICENSE").read_text() == "Do what you like."
+    shutil.rmtree(tmp_path / "parent")
+    assert torch.isfinite(model(some_ids()).logits).all()  # it stands on no file of its parent
+
+
+def test_back_is_refused_where_the_family_has_no_such_field():
+    model = convert(make_parent("qwen3"))
+    with pytest.raises(ConversionError, match="llama has"):
+        convert_back(model, "llama")
+    own = FlashLiteForCausalLM(FlashLiteConfig(num_hidden_layers=1, hidden_size=24, num_attention_heads=4))
+    with pytest.raises(ConversionError, match="rotary positions"):
+        convert_back(own, "llama")
+    with pytest.raises(ConversionError, match="no family"):
+        convert_back(model, "gpt2")
+
+
+@torch.no_grad()
+def test_a_model_trained_here_goes_to_a_family_with_multipliers():
+    config = FlashLiteConfig(
+        **{name: value for name, value in SIZES.items() if name != "max_position_embeddings"},
+        is_encoder_decoder=False,
+        position_encoding="rotary",
+    )
+    model = FlashLiteForCausalLM(config).double().eval()
+    with pytest.raises(ConversionError, match="embedding_multiplier"):
+        convert_back(model, "llama")
+    back = in_full_precision(convert_back(model, "granite"))
+    torch.testing.assert_close(back(some_ids()).logits, model(some_ids()).logits, rtol=0, atol=1e-5)
+
+
+def test_every_family_is_tried():
+    assert {model_type for model_type, _ in CASES.values()} == set(FAMILIES)
+    with pytest.raises(ConversionError, match="no language-model head"):
+        open_source(make_parent("llama").model)
