@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM, convert
 from modeling_flashlite.training import conversion
-from modeling_flashlite.training.conversion import convert_back, dense_length, open_source
+from modeling_flashlite.training.conversion import convert_back, dense_length, open_source, to_encoder_decoder
 from modeling_flashlite.training.families import FAMILIES, ConversionError, flashlite_config
 
 SIZES = {
@@ -373,3 +373,27 @@ def test_every_family_is_tried():
     assert {model_type for model_type, _ in CASES.values()} == set(FAMILIES)
     with pytest.raises(ConversionError, match="no language-model head"):
         open_source(make_parent("llama").model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "llama, untied", "gemma3", "smollm3"])
+def test_an_encoder_decoder_has_no_new_weight(name, tmp_path):
+    model = convert(make_parent(name))
+    seq2seq = to_encoder_decoder(model)
+    ours, new = model.state_dict(), seq2seq.state_dict()
+    for weight in new:
+        assert torch.equal(new[weight], ours[weight.replace("encoder", "decoder")]), weight
+    encoder, decoder = seq2seq.model.encoder, seq2seq.model.decoder
+    assert encoder.layers[0].mlp.up_proj.weight is not decoder.layers[0].mlp.up_proj.weight
+    if model.config.tie_word_embeddings:
+        assert encoder.embed_tokens.weight is decoder.embed_tokens.weight
+        seq2seq.save_pretrained(tmp_path)
+        tables = [key for key in load_file(tmp_path / "model.safetensors") if "embed_tokens" in key or "head" in key]
+        assert len(tables) == 1
+    out = seq2seq.generate(some_ids(2, 9), max_new_tokens=5, do_sample=False)
+    assert out.shape[0] == 2
+    # what it reads ahead changes the states of the encoder, not those of the decoder
+    ids, later = some_ids(1, 9), some_ids(1, 9)
+    later[0, -1] = (later[0, -1] + 1) % 73
+    assert not torch.allclose(encoder(ids).last_hidden_state[0, 0], encoder(later).last_hidden_state[0, 0])
+    close(model(ids).logits[0, :-1], model(later).logits[0, :-1])

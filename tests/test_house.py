@@ -84,6 +84,7 @@ WORKSHOP_EDGES = {
     "training.calibration": set(),
     "training.conversion": {"training.families"},
     "training.families": set(),
+    "training.pruning": {"training.families"},
     "training.distillation": {"training.divergence", "training.teacher", "training.trainers"},
     "training.divergence": set(),
     "training.launch": {

@@ -6,8 +6,10 @@ are read and checked one by one, so that memory holds them once. A folder is wri
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,8 +30,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..configuration_flashlite import FlashLiteConfig
-from ..modeling_flashlite import FlashLiteForCausalLM
+from ..configuration_flashlite import FlashLiteConfig, FlashLiteEncoderConfig
+from ..modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 from .families import FAMILIES, ConversionError, flashlite_config, parent_config, weight_names
 
 # what a checkpoint consists of beside its weights, and the papers that travel with it
@@ -55,6 +57,13 @@ class Source:
     generation_config: GenerationConfig | None = None
     folder: Path | None = None
     gguf: str | None = None
+
+    @classmethod
+    def of_flashlite(cls, folder: str, model: PreTrainedModel) -> "Source":
+        """A Flash-Lite checkpoint, as the origin of what is made of it."""
+        weights = model.state_dict()
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        return cls(folder, model.config, shapes, weights.__getitem__, model.generation_config, Path(folder))
 
     def tokenizer(self):
         """The tokenizer of the checkpoint; `None` where it has none."""
@@ -313,6 +322,50 @@ def convert_back(model: FlashLiteForCausalLM, model_type: str = "llama") -> PreT
     return parent
 
 
+def to_encoder_decoder(model: FlashLiteForCausalLM) -> FlashLiteForConditionalGeneration:
+    """An encoder-decoder from a decoder, without a new weight: the layout of T5Gemma 2 (arXiv 2512.14856).
+
+    The encoder has the decoder's weights and reads in both directions; the decoder reads the encoder's states through
+    its own projections in its one softmax. The embeddings are one table.
+
+    Args:
+        model ([`FlashLiteForCausalLM`]): a decoder, whose tensors the new decoder takes over.
+
+    Returns:
+        [`FlashLiteForConditionalGeneration`]: in evaluation mode, to be adapted.
+    """
+    config = copy.deepcopy(model.config)
+    stack = config.decoder.to_dict()
+    shared = {name: stack[name] for name in FlashLiteEncoderConfig.__dataclass_fields__ if name in stack}
+    fresh = FlashLiteConfig(
+        encoder={**shared, "is_decoder": False},
+        decoder=config.decoder,
+        is_encoder_decoder=True,
+        tie_word_embeddings=config.tie_word_embeddings,
+        decoder_start_token_id=_start_token(config.decoder),
+    )
+    with torch.device("meta"):
+        new = FlashLiteForConditionalGeneration(fresh)
+    weights = model.state_dict()
+    for name in list(weights):
+        if name.startswith("model.decoder.") and ".decoder.embed_tokens." not in name:
+            weights[name.replace("model.decoder.", "model.encoder.", 1)] = weights[name].clone()
+    # tied below, or the encoder's own where the head has a table of its own
+    weights["model.encoder.embed_tokens.weight"] = weights["model.decoder.embed_tokens.weight"]
+    new.load_state_dict(weights, assign=True)
+    new.tie_weights()
+    new.config.dtype = model.config.dtype
+    new.generation_config = GenerationConfig.from_model_config(new.config)
+    new.generation_config.eos_token_id = model.generation_config.eos_token_id
+    return new.eval()
+
+
+def _start_token(config) -> int | None:
+    """What a decoder's text begins with: the first of the special tokens that there is."""
+    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    return next((token for token in (config.bos_token_id, config.pad_token_id, end) if token is not None), None)
+
+
 def check_output(output: str | Path) -> Path:
     """Refuse a folder that is in the way."""
     output = Path(output)
@@ -369,6 +422,18 @@ Licence: {license}. It is the parent's, whose card says what the model was train
 """
 
 
+_PLAIN_CARD = """---
+{head}
+---
+
+# {title}
+
+{parent} as {what}, with the same weights.
+
+Licence: {license}. It is the parent's, whose card says what the model was trained on, what it is for and what not.
+"""
+
+
 def parent_facts(source: Source) -> dict[str, Any]:
     """Name, licence, languages of a parent, from its card or from its GGUF file; `unknown` where it says nothing."""
     facts: dict[str, Any] = {"name": source.name, "license": "unknown", "language": None}
@@ -399,6 +464,11 @@ def make_card(model: PreTrainedModel, source: Source) -> str:
     if facts["language"]:
         head.append(f"language: {json.dumps(facts['language'])}")
     title = f"{Path(facts['name']).name}-flashlite"
+    if model.config.model_type != "flashlite" or model.config.is_encoder_decoder:
+        what = "an encoder-decoder" if model.config.is_encoder_decoder else model.config.model_type
+        return _PLAIN_CARD.format(
+            head="\n".join(head), title=title, parent=facts["name"], what=what, license=facts["license"]
+        )
     dense = dense_length(model.config)
     return _CARD.format(head="\n".join(head), title=title, parent=facts["name"], dense=dense, license=facts["license"])
 
@@ -412,21 +482,38 @@ def dense_length(config: FlashLiteConfig) -> int:
 
 @torch.inference_mode()
 def logit_parity(model: PreTrainedModel, parent: PreTrainedModel, ids: torch.Tensor) -> dict[str, float]:
-    """Largest difference of two models' logits on ids `[1, T]`, the largest logit, and how often they choose alike."""
+    """How far the logits of two models on ids `[1, T]` are apart.
+
+    Returns:
+        `dict` with the largest difference; the same with PyTorch's own products in both, where [`Linear`] takes
+        others (they round in another order); the largest logit; and how often both choose the same token.
+    """
     ours, theirs = (x(ids, use_cache=False).logits.float() for x in (model, parent))
+    with torch.backends.mkldnn.flags(enabled=False):
+        plain = model(ids, use_cache=False).logits.float()
     return {
         "tokens": ids.shape[1],
         "largest_difference": float((ours - theirs).abs().max()),
+        "with_plain_products": float((plain - theirs).abs().max()),
         "largest_logit": float(theirs.abs().max()),
         "same_choice": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
     }
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, ids: torch.Tensor, first: int = 1) -> float:
-    """Perplexity of the tokens `ids[0, first:]`, each read after all before it, in one pass."""
-    logits = model(ids, use_cache=False).logits[0, first - 1 : -1]
-    return float(torch.nn.functional.cross_entropy(logits.float(), ids[0, first:]).exp())
+def perplexities(model: FlashLiteForCausalLM, ids: torch.Tensor) -> dict[str, float]:
+    """Perplexity of `ids[0, 1:]`, read in one pass: with full attention, and as the model is."""
+    with full_attention(model):
+        dense = _perplexity(model, ids)
+    return {"tokens": ids.shape[1], "dense": dense, "sparse": _perplexity(model, ids)}
+
+
+def _perplexity(model: FlashLiteForCausalLM, ids: torch.Tensor) -> float:
+    states, total = model.model(ids, use_cache=False).last_hidden_state[0, :-1], 0.0
+    for part, targets in zip(states.split(256), ids[0, 1:].split(256)):  # logits of few tokens at a time
+        logits = model.lm_head(part / model.config.decoder.logits_scaling)
+        total += float(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
+    return math.exp(total / (ids.shape[1] - 1))
 
 
 @contextlib.contextmanager

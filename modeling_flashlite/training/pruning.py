@@ -1,0 +1,259 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""Pruning a decoder: fewer layers, heads, feed-forward units and hidden dimensions, the important ones kept.
+
+Importance is measured on calibration text, as Minitron does (arXiv 2407.14679, 2408.11796): of a feed-forward unit
+and of a key-value group by the size of what it adds to the residual stream, of a hidden dimension by its size in the
+norms, of a layer by how far it turns the stream (block influence, arXiv 2403.03853).
+"""
+
+import copy
+import math
+from collections import defaultdict
+
+import torch
+from tqdm.auto import tqdm
+
+from ..modeling_flashlite import FlashLiteForCausalLM
+from .families import ConversionError
+
+# what may be pruned, by the names of the config; `layers` is short for `num_hidden_layers`
+TARGETS = ("num_hidden_layers", "num_key_value_heads", "intermediate_size", "hidden_size")
+
+
+def parse_target(text: str) -> dict[str, int]:
+    """`"layers=20,intermediate_size=1152"` or `"parameters=90M"` -> sizes by name.
+
+    Raises:
+        ConversionError: for a name or a number that cannot be meant.
+    """
+    target = {}
+    for word in text.split(","):
+        name, _, value = (part.strip() for part in word.partition("="))
+        name = "num_hidden_layers" if name == "layers" else name
+        if name not in (*TARGETS, "parameters"):
+            raise ConversionError(f"--prune knows layers, {', '.join(TARGETS[1:])} and parameters, but not {name!r}.")
+        unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(value[-1:].lower(), 1)
+        try:
+            target[name] = round(float(value[:-1] if unit > 1 else value) * unit)
+        except ValueError:
+            raise ConversionError(f"--prune {name} is {value!r}, but a number such as 20 or 90M is needed.") from None
+    if "parameters" in target and len(target) > 1:
+        raise ConversionError("--prune takes sizes or parameters, not both; leave one of them out.")
+    return target
+
+
+@torch.inference_mode()
+def measure_importance(model: FlashLiteForCausalLM, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Importance of what can be pruned, from tokens `[R, T]`.
+
+    Returns:
+        `dict` with `layers` `[L]`, `groups` `[L, M]`, `units` `[L, F]`, `dimensions` `[D]`, and the mean squares
+        `[D]` of each norm's input by the norm's name below the decoder.
+    """
+    decoder, sums, hooks = model.model.decoder, defaultdict(float), []
+
+    def add(name: str, value: torch.Tensor) -> None:
+        sums[name] = sums[name] + value.double()
+
+    def watch(index: int, layer) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+
+        def units(module, inputs):
+            add(f"units {index}", inputs[0].flatten(0, -2).square().sum(0))
+
+        def groups(module, inputs):
+            add(f"groups {index}", inputs[0].flatten(0, -2).square().sum(0))
+
+        def turned(module, inputs, output):
+            cosine = torch.nn.functional.cosine_similarity(inputs[0], output, dim=-1)
+            add(f"layer {index}", (1 - cosine).sum())
+
+        hooks.append(mlp.down_proj.register_forward_pre_hook(units))
+        hooks.append(attention.o_proj.register_forward_pre_hook(groups))
+        hooks.append(layer.register_forward_hook(turned))
+
+    def norm_input(name: str):
+        return lambda module, inputs: add(f"norm {name}", inputs[0].flatten(0, -2).square().mean(0) * len(rows))
+
+    for index, layer in enumerate(decoder.layers):
+        watch(index, layer)
+    for name, module in decoder.named_modules():
+        if isinstance(module, torch.nn.RMSNorm) and module.normalized_shape == (model.config.hidden_size,):
+            hooks.append(module.register_forward_pre_hook(norm_input(name)))
+    try:
+        for row in tqdm(rows.split(4), desc="importance", unit="batch"):
+            decoder(row, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _gather(model, sums)
+
+
+def _gather(model: FlashLiteForCausalLM, sums: dict) -> dict:
+    layers, config = model.model.decoder.layers, model.config.decoder
+    units, groups = [], []
+    for index, layer in enumerate(layers):
+        # what a unit adds has the size of its activation times that of its column
+        columns = layer.mlp.down_proj.weight.double().square().sum(0)
+        units.append(sums[f"units {index}"] * columns)
+        columns = layer.self_attn.o_proj.weight.double().square().sum(0)
+        groups.append((sums[f"groups {index}"] * columns).view(config.num_key_value_heads, -1).sum(1))
+    norms = {name.removeprefix("norm "): value for name, value in sums.items() if name.startswith("norm ")}
+    # each norm weighs the same, whatever the size of the stream there
+    dimensions = sum((value / value.sum() for value in norms.values()), torch.zeros(config.hidden_size))
+    return {
+        "layers": torch.stack([sums[f"layer {index}"] for index in range(len(layers))]),
+        "groups": torch.stack(groups),
+        "units": torch.stack(units),
+        "dimensions": dimensions,
+        "norms": norms,
+    }
+
+
+def count(config, **sizes: int) -> int:
+    """Parameters of the language model of a config with other sizes."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in FlashLiteForCausalLM(_resized(config, sizes)).parameters())
+
+
+def _resized(config, sizes: dict[str, int]):
+    config = copy.deepcopy(config)
+    stack, groups = config.decoder, config.decoder.num_attention_heads // config.decoder.num_key_value_heads
+    if "hidden_size" in sizes and stack.embedding_size == stack.hidden_size:
+        stack.embedding_size = sizes["hidden_size"]
+    for name, value in sizes.items():
+        setattr(stack, name, value)
+    stack.num_attention_heads = groups * stack.num_key_value_heads
+    return config
+
+
+def sizes_for(config, parameters: int) -> dict[str, int]:
+    """Layers and feed-forward width for a number of parameters: both shrink by about the same share.
+
+    Width keeps more quality, depth more speed (arXiv 2408.11796); head count and hidden size stay.
+
+    Raises:
+        ConversionError: where even a quarter of both is too large.
+    """
+    stack, best = config.decoder, None
+    for layers in range(stack.num_hidden_layers, stack.num_hidden_layers // 4, -1):
+        one, two = (count(config, num_hidden_layers=layers, intermediate_size=width) for width in (64, 128))
+        width = (64 + int((parameters - one) / ((two - one) / 64))) // 32 * 32
+        width = min(width, stack.intermediate_size)
+        if width < stack.intermediate_size // 4:
+            continue
+        shares = layers / stack.num_hidden_layers, width / stack.intermediate_size
+        unlike = abs(math.log(shares[0] / shares[1]))
+        short = (parameters - one - (width - 64) * (two - one) / 64) / parameters
+        if best is None or unlike + 10 * short < best[0]:
+            best = unlike + 10 * short, {"num_hidden_layers": layers, "intermediate_size": width}
+    if best is None:
+        raise ConversionError(
+            f"{parameters:,} parameters are too few for layers and feed-forward width alone; give hidden_size too."
+        )
+    return best[1]
+
+
+def prune(
+    model: FlashLiteForCausalLM, target: dict[str, int], rows: torch.Tensor
+) -> tuple[FlashLiteForCausalLM, dict[str, int]]:
+    """A smaller model with the most important parts of a larger one; train it next, with the larger one as teacher.
+
+    Args:
+        model ([`FlashLiteForCausalLM`]): with rotary positions; it is not changed.
+        target (`dict`): sizes by name, or `parameters`; see [`parse_target`].
+        rows (`torch.Tensor`): calibration tokens `[R, T]`.
+
+    Returns:
+        The model, and its sizes.
+
+    Raises:
+        ConversionError: for a size that is not smaller, or a model whose attention cannot be cut.
+    """
+    config, stack = model.config, model.config.decoder
+    if stack.position_encoding != "rotary" or stack.embedding_size != stack.hidden_size:
+        raise ConversionError("Only models with rotary positions and unfactorised embeddings are pruned.")
+    sizes = sizes_for(config, target["parameters"]) if "parameters" in target else dict(target)
+    for name, value in sizes.items():
+        if not 1 <= value <= getattr(stack, name):
+            raise ConversionError(f"{name} is {value}, but must be 1 to {getattr(stack, name)}, which the model has.")
+    importance = measure_importance(model, rows)
+    kept = _kept(stack, sizes, importance)
+    small = _resized(config, sizes)
+    for name in ("no_rope_layers", "local_rope_layers"):
+        kinds = getattr(stack, name)
+        if kinds is not None:
+            setattr(small.decoder, name, [kinds[layer] for layer in kept["layers"]])
+    weights = {name: weight.detach() for name, weight in model.state_dict().items()}
+    with torch.device("meta"):
+        new = FlashLiteForCausalLM(small)
+    cut = {name: _cut(name, weights, kept, importance, stack) for name in new.state_dict()}
+    new.load_state_dict(cut, assign=True)
+    new.tie_weights()
+    new.config.dtype, new.generation_config = config.dtype, copy.deepcopy(model.generation_config)
+    return new.eval(), {name: getattr(small.decoder, name) for name in TARGETS}
+
+
+def _kept(stack, sizes: dict[str, int], importance: dict) -> dict:
+    """Which layers, and in each of them which groups and units, and which dimensions stay, all in their old order."""
+
+    def top(scores: torch.Tensor, number: int) -> torch.Tensor:
+        return scores.topk(number).indices.sort().values
+
+    layers = importance["layers"].clone()
+    layers[[0, -1]] = math.inf  # both ends translate between words and stream
+    kept_layers = top(layers, sizes.get("num_hidden_layers", len(layers))).tolist()
+    groups, units = (sizes.get(name, getattr(stack, name)) for name in ("num_key_value_heads", "intermediate_size"))
+    return {
+        "layers": kept_layers,
+        "groups": [top(importance["groups"][layer], groups) for layer in kept_layers],
+        "units": [top(importance["units"][layer], units) for layer in kept_layers],
+        "dimensions": top(importance["dimensions"], sizes.get("hidden_size", stack.hidden_size)),
+    }
+
+
+def _cut(name: str, weights: dict, kept: dict, importance: dict, stack) -> torch.Tensor:
+    """The part of a weight that stays, by the new model's name."""
+    parts, dimensions = name.split("."), kept["dimensions"]
+    if parts[2:3] != ["layers"]:
+        weight = weights[name]
+        return (
+            _norm(name, weight, dimensions, importance, stack) if weight.dim() == 1 else weight[:, dimensions].clone()
+        )
+    number = int(parts[3])
+    parts[3] = str(kept["layers"][number])
+    old, module, kind = ".".join(parts), parts[-2], parts[-1]
+    weight = weights[old]
+    queries = stack.num_attention_heads // stack.num_key_value_heads * stack.head_dim
+    groups, units = kept["groups"][number], kept["units"][number]
+
+    def heads(size: int) -> torch.Tensor:
+        return (groups[:, None] * size + torch.arange(size)).flatten()
+
+    outputs = {
+        "q_proj": heads(queries),
+        "k_proj": heads(stack.head_dim),
+        "v_proj": heads(stack.head_dim),
+        "o_proj": dimensions,
+        "gate_proj": units,
+        "up_proj": units,
+        "down_proj": dimensions,
+    }
+    inputs = {"o_proj": heads(queries), "down_proj": units}
+    if module in outputs:
+        weight = weight[outputs[module]]
+        return weight[:, inputs.get(module, dimensions)].clone() if kind == "weight" else weight.clone()
+    if module in ("q_norm", "k_norm"):
+        if len(weight) == stack.head_dim:
+            return weight.clone()
+        return weight[heads(queries if module == "q_norm" else stack.head_dim)].clone()
+    return _norm(old, weight, dimensions, importance, stack)
+
+
+def _norm(name: str, weight: torch.Tensor, dimensions, importance: dict, stack) -> torch.Tensor:
+    """The weight of a norm over fewer dimensions, scaled so that what it gives keeps its size."""
+    squares = importance["norms"].get(name.removeprefix("model.decoder.").removesuffix(".weight"))
+    if squares is None or len(dimensions) == len(weight):
+        return weight[dimensions].clone()
+    scale = (squares[dimensions].mean() / squares.mean()).sqrt().to(weight.dtype)
+    return (weight[dimensions] + stack.rms_norm_offset) * scale - stack.rms_norm_offset

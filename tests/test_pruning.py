@@ -1,0 +1,67 @@
+"""Smaller models keep what matters: parts that do nothing go first, and without them nothing changes."""
+
+import pytest
+import torch
+from test_conversion import close, make_parent, some_ids
+
+from modeling_flashlite import FlashLiteForCausalLM, convert
+from modeling_flashlite.training.families import ConversionError
+from modeling_flashlite.training.pruning import count, parse_target, prune
+
+FAMILIES = ["llama, biases, a head size of its own", "qwen3", "olmo2", "gemma3", "smollm3"]
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return convert(make_parent(request.param))
+
+
+@torch.no_grad()
+def test_dead_units_heads_and_layers_go_first(model):
+    stack = model.config.decoder
+    layers = model.model.decoder.layers
+    for layer in layers:
+        layer.mlp.down_proj.weight[:, 5:9] = 0
+        if stack.num_key_value_heads > 1:
+            layer.self_attn.o_proj.weight[:, : stack.num_attention_heads // 2 * stack.head_dim] = 0
+    layers[1].mlp.down_proj.weight.zero_()
+    layers[1].self_attn.o_proj.weight.zero_()
+    for part in (layers[1].mlp.down_proj, layers[1].self_attn.o_proj):
+        if part.bias is not None:
+            part.bias.zero_()
+    groups = max(1, stack.num_key_value_heads // 2)
+    if stack.qk_norm == "projection":  # the norm is over all heads, so that one less changes the others
+        groups = stack.num_key_value_heads
+    target = {"num_hidden_layers": 2, "intermediate_size": 36, "num_key_value_heads": groups}
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    small, sizes = prune(model, target, some_ids(4, 16))
+    close(small(some_ids()).logits, model(some_ids()).logits)
+    assert sizes == {**target, "hidden_size": 24}
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_hidden_dimensions_and_a_checkpoint_of_its_own(model, tmp_path):
+    small, _ = prune(model, {"hidden_size": 16}, some_ids(4, 16))
+    small.save_pretrained(tmp_path)
+    again = FlashLiteForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(some_ids()).logits, small(some_ids()).logits)
+    assert again.config.hidden_size == 16 and again.lm_head.weight.shape == (73, 16)
+
+
+def test_parameters_are_reached():
+    model = convert(make_parent("llama", intermediate_size=960, num_hidden_layers=8))
+    whole = count(model.config)
+    small, sizes = prune(model, {"parameters": int(0.6 * whole)}, some_ids(2, 8))
+    assert 0.55 * whole < small.num_parameters() <= 0.6 * whole
+    assert sizes["num_hidden_layers"] < 8 and sizes["intermediate_size"] < 960
+
+
+def test_targets():
+    assert parse_target("layers=20, intermediate_size=1152") == {"num_hidden_layers": 20, "intermediate_size": 1152}
+    assert parse_target("parameters=90M") == {"parameters": 90_000_000}
+    for text in ("heads=3", "layers=many", "layers=", "parameters=90M,layers=3"):
+        with pytest.raises(ConversionError):
+            parse_target(text)
+    with pytest.raises(ConversionError, match="must be 1 to 3"):
+        prune(convert(make_parent("llama")), {"num_hidden_layers": 4}, some_ids())
