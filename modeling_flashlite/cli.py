@@ -80,7 +80,7 @@ def parse_args(classes: Sequence[type], argv: Sequence[str] | None = None, descr
         description (`str`, *optional*): shown by `--help`.
 
     Returns:
-        `tuple`: one instance per class.
+        `tuple`: one instance per class; `given`, beside its fields, holds the names that stand on the command line.
 
     Raises:
         `SystemExit`: with code 2 and one line for an unknown key, a wrong type or a value that a class refuses.
@@ -114,6 +114,9 @@ def parse_args(classes: Sequence[type], argv: Sequence[str] | None = None, descr
             _refuse(f"unknown key {key!r} on the command line{_suggest(key, keys)}")
     if rest:
         _refuse(f"unexpected argument {rest[0]!r}; arguments are given as --key value")
+    given = frozenset(word[2:].partition("=")[0] for word in argv if word.startswith("--"))
+    for instance in parsed[: len(classes)]:
+        instance.__dict__["given"] = given
     return tuple(parsed[: len(classes)])
 
 

@@ -14,6 +14,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from modeling_flashlite.checkpoint import load_language_model, read_tokenizer
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.tasks import get_task
+from modeling_flashlite.training.checks import shape_changes, task_measures
 from modeling_flashlite.training.distillation import (
     DistillationTrainer,
     KDLoss,
@@ -32,6 +33,7 @@ from modeling_flashlite.training.launch import (
     load_splits,
     make_trainer,
     run,
+    stop_at_turns,
 )
 from modeling_flashlite.training.lora import add_lora
 
@@ -93,34 +95,52 @@ def cached_rows(distill: DistillArgs, args: TrainArgs, teacher, tokenizer, rows)
         return load_from_disk(folder)
 
 
-def main(
-    model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, distill: DistillArgs, args: TrainArgs
-) -> dict:
-    code = {"trust_remote_code": model_args.trust_remote_code}
-    teacher = load_language_model(distill.teacher, device="cpu", **code) if distill.teacher else None
-    if teacher is None and (distill.live or distill.keep_layers or not distill.teacher_cache):
+def refuse_what_would_be_ignored(model_args: ModelArgs, data: DataArgs, distill: DistillArgs) -> None:
+    """End the program for options that exclude each other or lack what they need."""
+    kept = distill.keep_layers or distill.keep_encoder_layers
+    if distill.teacher is None and (distill.live or kept or not distill.teacher_cache):
         raise SystemExit("distill.py: no teacher is given; pass --teacher, or --teacher_cache with annotated rows.")
     if not get_task(data.task).generates:
         raise SystemExit(f"distill.py: {data.task} generates no text to learn from a teacher; use train.py for it.")
+    if kept and model_args.model:
+        raise SystemExit("distill.py: --model and --keep_layers both name the student's origin; leave out one.")
+    if distill.live and distill.annotate_only:
+        raise SystemExit("distill.py: a live teacher writes no cache; leave out --live or --annotate_only.")
+
+
+def make_student(model_args, shape, data, distill, tokenizer, splits, teacher):
+    """The model to train: the teacher with fewer layers, a checkpoint, or a new one."""
+    if not (distill.keep_layers or distill.keep_encoder_layers):
+        return load_model(model_args, shape, tokenizer, data, splits)
+    changes = shape_changes(shape, teacher.config, distill.teacher)
+    student = student_from_teacher(teacher, distill.keep_encoder_layers, distill.keep_layers, changes)
+    if data.task != "text-generation" and not student.config.is_encoder_decoder:
+        stop_at_turns(student, tokenizer)
+    return student
+
+
+def main(
+    model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, distill: DistillArgs, args: TrainArgs
+) -> dict:
+    refuse_what_would_be_ignored(model_args, data, distill)
+    code = {"trust_remote_code": model_args.trust_remote_code}
+    teacher = load_language_model(distill.teacher, device="cpu", **code) if distill.teacher else None
     tokenizer = read_tokenizer(model_args.tokenizer or model_args.model or distill.teacher, **code)
     if teacher is not None and (model_args.tokenizer or model_args.model):
         with contextlib.suppress(OSError):  # a teacher without a tokenizer is taken at its word
             check_vocabulary(read_tokenizer(distill.teacher, **code), tokenizer)
     splits = load_splits(data)
-    if teacher is None or model_args.model or data.encoder_decoder is not None:
-        encoder_decoder = is_encoder_decoder(data, model_args)
-    else:
-        encoder_decoder = teacher.config.is_encoder_decoder
-    train_rows, validation_rows = load_rows(data, args, tokenizer, splits, encoder_decoder)
+    if teacher is not None and not model_args.model and data.encoder_decoder is None:
+        data.encoder_decoder = teacher.config.is_encoder_decoder
+    student, measures = None, {}
+    if not distill.annotate_only:
+        student = make_student(model_args, shape, data, distill, tokenizer, splits, teacher)
+        measures = task_measures(get_task(data.task), args, student, tokenizer, data.max_target_length)
+    train_rows, validation_rows = load_rows(data, args, tokenizer, splits, is_encoder_decoder(data, model_args))
     if not distill.live:
         train_rows = cached_rows(distill, args, teacher, tokenizer, train_rows)
     if distill.annotate_only:
         return finish({"rows": len(train_rows), "teacher_cache": distill.teacher_cache, "output_dir": args.output_dir})
-    if distill.keep_layers or distill.keep_encoder_layers:
-        student = student_from_teacher(teacher, distill.keep_encoder_layers, distill.keep_layers)
-    else:
-        data.encoder_decoder = encoder_decoder
-        student = load_model(model_args, shape, tokenizer, data, splits)
     if distill.lora_r:
         student = add_lora(student, distill.lora_r)
     trainer = make_trainer(
@@ -134,6 +154,7 @@ def main(
         on_policy=distill.on_policy,
         encoder_match=distill.encoder_match,
         encoder_weight=distill.encoder_weight,
+        **measures,
     )
     return finish(run(trainer, "distill"))
 

@@ -7,6 +7,9 @@ accelerate launch scripts/finetune.py --config scripts/recipes/lora_summarizatio
 from dataclasses import dataclass, field
 
 from modeling_flashlite.cli import finish, start
+from modeling_flashlite.data.tasks import get_task
+from modeling_flashlite.training.calibration import batches_of, merge_adapters
+from modeling_flashlite.training.checks import task_measures
 from modeling_flashlite.training.launch import (
     ArchitectureArgs,
     DataArgs,
@@ -21,6 +24,9 @@ from modeling_flashlite.training.launch import (
 )
 from modeling_flashlite.training.lora import add_lora
 from modeling_flashlite.training.trainers import CarefulTrainer
+
+# to round the merged weights of a coded base on
+CALIBRATION_BATCHES = 16
 
 
 @dataclass
@@ -39,12 +45,29 @@ def names(text: str | None) -> list[str] | str | None:
     return text if text in (None, "all-linear") else [name.strip() for name in text.split(",")]
 
 
+def merge(trainer: CarefulTrainer, tokenizer, rows) -> str:
+    """Save the model with its adapters merged into it, which is coded anew where the base is; return the folder."""
+    folder = f"{trainer.args.output_dir}/merged"
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if getattr(model.get_base_model(), "hf_quantizer", None) is None:
+        merged = model.merge_and_unload()
+    else:
+        batches = batches_of(rows, model, trainer.data_collator, trainer.args.train_batch_size, CALIBRATION_BATCHES)
+        merged = merge_adapters(model, calibration=batches)
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def main(model_args: ModelArgs, data: DataArgs, lora: LoraArgs, args: TrainArgs) -> dict:
     if model_args.model is None:
         raise SystemExit("finetune.py: no model is given; pass --model with a folder or Hub id.")
+    if lora.merge and not lora.lora_r:
+        raise SystemExit("finetune.py: merge is set, but without adapters (lora_r 0) there is nothing to merge.")
     splits = load_splits(data)
     tokenizer = load_tokenizer(model_args, data, args.output_dir, splits)
     model = load_model(model_args, ArchitectureArgs(), tokenizer, data, splits)
+    measures = task_measures(get_task(data.task), args, model, tokenizer, data.max_target_length)
     rows = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder, model.config)
     if lora.lora_r:
         model = add_lora(
@@ -55,13 +78,10 @@ def main(model_args: ModelArgs, data: DataArgs, lora: LoraArgs, args: TrainArgs)
             target_modules=names(lora.lora_targets),
             modules_to_save=names(lora.modules_to_save),
         )
-    trainer = make_trainer(CarefulTrainer, model, args, tokenizer, rows)
+    trainer = make_trainer(CarefulTrainer, model, args, tokenizer, rows, **measures)
     metrics = run(trainer, "finetune")
-    if lora.merge and lora.lora_r and trainer.is_world_process_zero():
-        merged = f"{args.output_dir}/merged"
-        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)
-        tokenizer.save_pretrained(merged)
-        metrics["merged"] = merged
+    if lora.merge and trainer.is_world_process_zero():
+        metrics["merged"] = merge(trainer, tokenizer, rows[0])
     return finish(metrics)
 
 

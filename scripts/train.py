@@ -5,6 +5,8 @@ accelerate launch scripts/train.py --config scripts/recipes/train_segments.yaml 
 """
 
 from modeling_flashlite.cli import finish, start
+from modeling_flashlite.data.tasks import get_task
+from modeling_flashlite.training.checks import task_measures
 from modeling_flashlite.training.launch import (
     ArchitectureArgs,
     DataArgs,
@@ -25,8 +27,10 @@ def main(model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, args: T
     with args.main_process_first(desc="prepare the tokenizer"):
         tokenizer = load_tokenizer(model_args, data, args.output_dir, splits)
     model = load_model(model_args, shape, tokenizer, data, splits)
+    measures = task_measures(get_task(data.task), args, model, tokenizer, data.max_target_length)
     rows = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder, model.config)
-    trainer = make_trainer(SegmentTrainer if data.segment_length else CarefulTrainer, model, args, tokenizer, rows)
+    kind = SegmentTrainer if data.segment_length else CarefulTrainer
+    trainer = make_trainer(kind, model, args, tokenizer, rows, **measures)
     return finish(run(trainer, "train"))
 
 

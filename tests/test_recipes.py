@@ -8,12 +8,23 @@ import pytest
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, load_from_disk
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+)
 from verbs import RECIPES, SCRIPTS, TINY_RUN, TINY_SHAPE, VERBS, argument_classes, load_script, run_verb, write_corpus
 
-from modeling_flashlite import FlashLiteForConditionalGeneration
+from modeling_flashlite import FlashLiteConfig, FlashLiteForConditionalGeneration
 from modeling_flashlite.cli import parse_args
 from modeling_flashlite.data.tokenization import train_tokenizer
+from modeling_flashlite.quantization_flashlite import EcqConfig
+from modeling_flashlite.training.checks import shape_changes
 from modeling_flashlite.training.distillation import check_teacher_columns
 from modeling_flashlite.training.launch import ArchitectureArgs, DataArgs, ModelArgs, TrainArgs, load_model
 
@@ -187,6 +198,119 @@ def test_curves_of_runs_are_drawn(ground, tmp_path):
     with pytest.raises(SystemExit, match="no curves of 'kd'"):
         (tmp_path / "compared.json").write_text(json.dumps(compared))
         script.main(*parse_args([script.PlotArgs], [*argv, "--key=kd"]))
+
+
+TEXT_RUN = ["--task=text-generation", "--max_source_length=32"]
+
+
+def refused(verb, *overrides):
+    """What a verb says without a recipe; it must not have trained."""
+    script = load_script(verb)
+    with pytest.raises((ValueError, SystemExit)) as error:
+        script.main(*parse_args(argument_classes(script), [*TINY_RUN, *overrides]))
+    return str(error.value)
+
+
+def test_options_that_would_be_ignored_are_refused(ground, tmp_path, capsys):
+    folder, dataset = ground
+    base = [f"--dataset={dataset}", f"--output_dir={tmp_path / 'x'}"]
+    model, teacher = f"--model={folder / 'causal'}", f"--teacher={folder / 'causal'}"
+    assert "hidden_size is 64, but" in refused("train", *base, model, "--hidden_size=64")
+    assert "num_hidden_layers is 9" in refused("distill", *base, teacher, "--keep_layers=1", "--num_hidden_layers=9")
+    assert "leave out one" in refused("distill", *base, teacher, model, "--keep_layers=1")
+    assert "encoder_decoder is True" in refused("train", *base, model, "--encoder_decoder=true")
+    assert "needs an encoder-decoder" in refused("train", *base, model, "--predict_with_generate=true")
+    measured = refused("train", *base, model, "--metric_for_best_model=rougeL")
+    assert "'rougeL', but an evaluation measures loss; predict_with_generate adds" in measured
+    assert "nothing to merge" in refused("finetune", *base, model, "--lora_r=0", "--merge=true")
+    assert not (tmp_path / "x" / "model.safetensors").exists()
+    with pytest.raises(SystemExit):
+        parse_args((TrainArgs,), ["--resume_from_checkpoint=/nonexistent"])
+    assert "resume_from_checkpoint is /nonexistent, which has no trainer_state.json" in capsys.readouterr().err
+
+
+def test_what_no_weight_depends_on_can_change(ground, tmp_path, caplog):
+    folder, dataset = ground
+    overrides = [f"--model={folder / 'causal'}", "--relevance_top_k=1", "--memory_blocks=3", "--dropout_rate=0.3"]
+    run_verb("train_tiny", dataset, tmp_path / "a", overrides)
+    config = FlashLiteConfig.from_pretrained(tmp_path / "a")
+    assert (config.relevance_top_k, config.memory_blocks, config.dropout_rate) == (1, 3, 0.3)
+    overrides = [f"--teacher={folder / 'causal'}", "--keep_layers=1", "--dropout_rate=0.2", "--k=4"]
+    run_verb("distill_tiny", dataset, tmp_path / "b", overrides)
+    config = FlashLiteConfig.from_pretrained(tmp_path / "b")
+    assert (config.num_hidden_layers, config.hidden_size, config.dropout_rate) == (1, 32, 0.2)
+
+
+def test_a_run_continues_from_the_checkpoint_that_is_named(ground, tmp_path):
+    _, dataset = ground
+    base = [*TINY_SHAPE, "--vocab_size=300", "--save_strategy=steps", "--save_steps=1"]
+    run_verb("train_tiny", dataset, tmp_path / "a", base)
+    first = tmp_path / "a" / "checkpoint-1"
+    again = run_verb("train_tiny", dataset, tmp_path / "a", [*base, f"--resume_from_checkpoint={first}"])
+    assert again["resumed_from"] == str(first)
+
+
+def test_generated_text_is_measured_in_training(ground, tmp_path):
+    _, dataset = ground
+    overrides = [*TINY_SHAPE, "--vocab_size=300", "--predict_with_generate=true", "--metric_for_best_model=bleu"]
+    overrides += ["--load_best_model_at_end=true", "--eval_strategy=steps", "--save_strategy=steps", "--eval_steps=1"]
+    metrics = run_verb("train_translation", dataset, tmp_path / "a", [*overrides, "--save_steps=1"])
+    assert 0 <= metrics["eval_bleu"] <= 100 and 0 <= metrics["eval_chrf"] <= 100
+
+
+def test_a_chat_model_stops_at_the_end_of_a_turn(ground, tmp_path):
+    _, dataset = ground
+    overrides = [*TINY_SHAPE, "--vocab_size=300", "--encoder_decoder=false"]
+    run_verb("train_chat", dataset, tmp_path / "a", overrides)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    kept = GenerationConfig.from_pretrained(tmp_path / "a")
+    assert kept.eos_token_id == [tokenizer.eos_token_id, end]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "say 1"}], add_generation_prompt=True)
+    ids = torch.tensor([prompt["input_ids"]])
+
+    def only_ends(ids, scores):  # what follows is the end of a turn, or of a text
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([end]), 0.0)
+
+    written = model.generate(ids, max_new_tokens=8, logits_processor=LogitsProcessorList([only_ends]))
+    assert written[0, ids.shape[1] :].tolist() == [end]
+    run_verb("lora_tiny", dataset, tmp_path / "b", [f"--model={tmp_path / 'a'}", "--task=chat", "--lora_r=2"])
+    for place in (tmp_path / "b", tmp_path / "b" / "merged"):
+        assert GenerationConfig.from_pretrained(place).eos_token_id == kept.eos_token_id
+
+
+def test_adapters_merge_into_a_coded_base(ground, tmp_path):
+    folder, dataset = ground
+    coded = AutoModelForCausalLM.from_pretrained(folder / "causal", quantization_config=EcqConfig(target_bits=4.5))
+    coded.save_pretrained(tmp_path / "coded")
+    AutoTokenizer.from_pretrained(folder / "causal").save_pretrained(tmp_path / "coded")
+    metrics = run_verb("lora_tiny", dataset, tmp_path / "a", [f"--model={tmp_path / 'coded'}", "--lora_r=2"])
+    merged = AutoModelForCausalLM.from_pretrained(metrics["merged"])
+    assert merged.is_quantized and merged.config.quantization_config.target_bits == 4.5
+    ids = torch.arange(3, 20)[None]
+    assert torch.isfinite(merged(ids).logits).all()
+
+
+def test_recipes_of_a_float_model_train_a_llama(ground, tmp_path):
+    folder, dataset = ground
+    tokenizer = AutoTokenizer.from_pretrained(folder / "causal")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **ids)).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    script = load_script("quantize")
+    argv = [f"--config={RECIPES['qat_lm']}", f"--dataset={dataset}", *TINY_RUN]
+    argv += [f"--model={tmp_path / 'llama'}", f"--output_dir={tmp_path / 'q'}", "--target_bits=4.5"]
+    argv += ["--calibration_batches=2", "--warmup_steps=0"]
+    metrics = script.main(*parse_args(argument_classes(script), argv))
+    assert metrics["bits_per_weight"] > 0 and AutoModelForCausalLM.from_pretrained(tmp_path / "q").is_quantized
+    config = LlamaConfig.from_pretrained(tmp_path / "llama")
+    assert shape_changes(ArchitectureArgs(dropout_rate=0.0), config, "it") == {"attention_dropout": 0.0}
+    with pytest.raises(ValueError, match="a llama has no dropout of its residual branches"):
+        shape_changes(ArchitectureArgs(dropout_rate=0.1), config, "it")
+    changes = shape_changes(ArchitectureArgs(dropout_rate=0.1), GPT2Config(), "it")
+    assert changes == {"resid_pdrop": 0.1, "embd_pdrop": 0.1}
 
 
 def test_a_cache_of_other_answers_is_made_anew_or_refused(ground, tmp_path):

@@ -19,6 +19,7 @@ from .tasks import (
     references_of,
     resolve_columns,
 )
+from .tokenization import turn_end
 
 _OUTPUTS = {"extractive-qa": ("input_ids", "start_positions", "end_positions")}
 
@@ -101,6 +102,12 @@ class _Encoder:
     too_long: str
     classes: list[str] = field(default_factory=list)
     names: list[str] | None = None  # that the rows themselves give to their numbers
+    end: int | None = None  # closes an answer: the end of a turn where a chat template is used
+
+    def __post_init__(self):
+        templated = self.task.name == "chat" or not self.encoder_decoder
+        end = turn_end(self.tokenizer) if templated and self.task.generates else None
+        self.end = self.tokenizer.eos_token_id if end is None else end
 
     def __call__(self, batch: dict) -> dict[str, list]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -123,7 +130,7 @@ class _Encoder:
             if not references:
                 continue
             source = self.tokenizer(prompt, add_special_tokens=not templated, verbose=False)["input_ids"]
-            target = self._ids(references[0]) + [self._end(templated)]
+            target = self._ids(references[0]) + [self.end]
             examples += self._joined(source, target)
         return examples
 
@@ -209,14 +216,6 @@ class _Encoder:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _end(self, templated: bool) -> int:
-        """The token that closes an answer: that of the chat template where one is used."""
-        if templated and self.tokenizer.chat_template is not None:
-            end = self.tokenizer.convert_tokens_to_ids("<|end|>")
-            if end is not None and end != self.tokenizer.unk_token_id:
-                return end
-        return self.tokenizer.eos_token_id
 
 
 def cut_prompt(ids: list[int], limit: int, from_start: bool = False) -> list[int]:

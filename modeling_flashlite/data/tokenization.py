@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -90,6 +91,27 @@ def train_tokenizer(
         truncation_side="right",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which a chat template closes a turn of the assistant; `None` if there is none."""
+    if tokenizer.chat_template is None:
+        return None
+    said = "zebra"  # no template has it
+    messages = [{"role": "user", "content": "animal?"}, {"role": "assistant", "content": said}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError:  # one that wants more than a question and an answer
+        return None
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"] if said in text else []
+    return next((token for token in after if token in special), None)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the end of sequence, and the end of a turn where the chat template has another."""
+    ends = (tokenizer.eos_token_id, turn_end(tokenizer))
+    return list(dict.fromkeys(token for token in ends if token is not None))
 
 
 def _checked(texts: Iterable[str], total: int | None) -> Iterator[str]:

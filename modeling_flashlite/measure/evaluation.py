@@ -22,6 +22,7 @@ from ..data.tasks import (
     references_of,
     resolve_columns,
 )
+from ..data.tokenization import end_tokens
 from .metrics import METRICS, RESAMPLES
 from .perplexity import label_likelihood, text_likelihood
 from .results import write_results
@@ -152,7 +153,7 @@ def generate_texts(
         batch_size (`int`, *optional*, defaults to 16): prompts at a time.
         max_source_length (`int`, *optional*, defaults to 512): longer prompts are cut as in training.
         templated (`bool`, *optional*, defaults to `False`): the prompts hold their special tokens, the tokenizer adds
-            none, and the template's `<|end|>` ends an answer too.
+            none, and the end of a turn of the template ends an answer too.
         from_start (`bool`, *optional*, defaults to `False`): cut prompts that are too long at their beginning.
         **generation: arguments of `generate`.
     """
@@ -161,8 +162,9 @@ def generate_texts(
     encoder_decoder = model.config.is_encoder_decoder
     generation.setdefault("pad_token_id", tokenizer.pad_token_id)
     if templated and "eos_token_id" not in generation:
-        end = tokenizer.get_vocab().get("<|end|>")
-        generation["eos_token_id"] = [token for token in (tokenizer.eos_token_id, end) if token is not None]
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        generation["eos_token_id"] = list(dict.fromkeys([*ends, *end_tokens(tokenizer)])) or None
     encoded = tokenizer(list(prompts), add_special_tokens=not templated, verbose=False)["input_ids"]
     encoded = [cut_prompt(ids, max_source_length, from_start) for ids in encoded]
     answers = [""] * len(prompts)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from ..checkpoint import CheckpointArgs, load_language_model, read_tokenizer
+from ..data.tokenization import end_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -252,10 +253,8 @@ class Engine:
     def _end_tokens(self) -> set[int]:
         ends = self.model.generation_config.eos_token_id
         found = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
-        # a chat template closes turns with its own token, which the config may not name
-        for token in ("<|end|>", "<|im_end|>", "<|eot_id|>"):
-            if token in self.tokenizer.get_vocab():
-                found.add(self.tokenizer.convert_tokens_to_ids(token))
+        # the end of a turn, which the config may not name
+        found |= set(end_tokens(self.tokenizer))
         return found - {None}
 
     def encode(self, texts: list[str]) -> list[list[int]]:

@@ -7,6 +7,7 @@ import copy
 import math
 import random
 import re
+from collections.abc import Mapping
 
 import torch
 from torch.nn import functional as F
@@ -278,7 +279,10 @@ def model_config(model: torch.nn.Module):
 
 
 def student_from_teacher(
-    teacher: PreTrainedModel, encoder_layers: int | None = None, decoder_layers: int | None = None
+    teacher: PreTrainedModel,
+    encoder_layers: int | None = None,
+    decoder_layers: int | None = None,
+    changes: Mapping[str, object] | None = None,
 ) -> PreTrainedModel:
     """Copy a teacher with fewer layers, evenly spaced with first and last kept (DistilBART, Distil-Whisper).
 
@@ -286,16 +290,20 @@ def student_from_teacher(
         teacher (`PreTrainedModel`): a model whose layers are called `...layers.N...`.
         encoder_layers, decoder_layers (`int`, *optional*): layers to keep; all if unset. A decoder-only model is all
             decoder.
+        changes (`dict`, *optional*): other values of its config, of which no weight depends, as its dropout.
 
     Returns:
         `PreTrainedModel`: a new model of the teacher's class; its weights are copies.
     """
     config = copy.deepcopy(teacher.config)
+    config.update(dict(changes or {}))
+    if encoder_layers is not None and not config.is_encoder_decoder:
+        raise ValueError(f"encoder_layers is {encoder_layers}, but the teacher has no encoder; leave it out.")
     keep = {}
     for stack, wanted in (("encoder", encoder_layers), ("decoder", decoder_layers)):
         part = getattr(config, stack, None) if config.is_encoder_decoder else config
         part = config if part is None else part
-        if wanted is None or (stack == "encoder" and not config.is_encoder_decoder):
+        if wanted is None:
             continue
         have = part.num_hidden_layers
         if not 1 <= wanted <= have:

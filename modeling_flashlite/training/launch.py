@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Seq2SeqTrainingArguments,
 )
+from transformers.utils import logging
 
 from ..checkpoint import read_config, read_tokenizer
 from ..cli import banner
@@ -20,8 +21,9 @@ from ..configuration_flashlite import FlashLiteConfig
 from ..data.loading import PaddingCollator, column_names, load_data, pick_split, segment_streams, tokenize_texts
 from ..data.preprocessing import preprocess
 from ..data.tasks import class_id, get_task, ids_by_name, label_names, resolve_columns, texts_of
-from ..data.tokenization import train_tokenizer
+from ..data.tokenization import end_tokens, train_tokenizer
 from ..measure.plots import plot_losses
+from .checks import Unset, check_resume, shape_changes
 from .teacher import check_separation
 from .trainers import CarefulTrainer, last_checkpoint
 
@@ -36,6 +38,8 @@ __all__ = [
     "make_trainer",
     "run",
 ]
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -56,13 +60,13 @@ class ModelArgs:
 
 @dataclass
 class ArchitectureArgs:
-    """Shape of a new model; unset fields keep the configuration's defaults."""
+    """Shape of a new model; a loaded one keeps its own, but for dropout and what no weight depends on."""
 
-    hidden_size: int = field(default=256, metadata={"help": "width of the layers"})
-    num_hidden_layers: int = field(default=6, metadata={"help": "layers of each stack"})
+    hidden_size: int = field(default=Unset(256), metadata={"help": "width of the layers"})
+    num_hidden_layers: int = field(default=Unset(6), metadata={"help": "layers of each stack"})
     encoder_layers: int | None = field(default=None, metadata={"help": "layers of the encoder, where they differ"})
-    num_attention_heads: int = field(default=8, metadata={"help": "query heads"})
-    num_key_value_heads: int = field(default=2, metadata={"help": "key-value heads"})
+    num_attention_heads: int = field(default=Unset(8), metadata={"help": "query heads"})
+    num_key_value_heads: int = field(default=Unset(2), metadata={"help": "key-value heads"})
     intermediate_size: int | None = field(default=None, metadata={"help": "width inside the feed-forward layers"})
     embedding_size: int | None = field(default=None, metadata={"help": "width of the embeddings, where it differs"})
     dropout_rate: float | None = field(
@@ -111,6 +115,7 @@ class TrainArgs(Seq2SeqTrainingArguments):
         # without an accelerator the Trainer refuses half precision unless told that the processor is meant
         self.use_cpu = self.use_cpu or torch.accelerator.current_accelerator() is None
         super().__post_init__()
+        check_resume(self.resume_from_checkpoint)
 
 
 def is_encoder_decoder(data: DataArgs, model: ModelArgs) -> bool:
@@ -184,33 +189,59 @@ def load_model(
 ) -> PreTrainedModel:
     """Weights to start from, or a new model for the tokenizer, with the head of the task.
 
-    Of the shape of a loaded model only dropout can change.
+    A decoder-only model that answers in its tokenizer's chat template stops at the end of a turn, wherever it is
+    loaded.
+
+    Raises:
+        ValueError: another kind or shape is asked for than the weights have, see [`shape_changes`].
     """
     encoder_decoder, classes = is_encoder_decoder(data, model), class_names(data, splits)
-    auto = getattr(transformers, get_task(data.task).auto_class_for(encoder_decoder))
-    changed: dict = {}
-    if classes is not None and model.model:
-        changed |= head_changes(read_config(model.model, **model.hub), classes)
-    elif classes is not None:
-        changed |= label_tables(classes)
+    task = get_task(data.task)
+    auto = getattr(transformers, task.auto_class_for(encoder_decoder))
     if model.model:
-        if shape.dropout_rate is not None:
-            changed["dropout_rate"] = shape.dropout_rate
-        return auto.from_pretrained(model.model, **model.hub, **changed)
+        config = read_config(model.model, **model.hub)
+        if bool(config.is_encoder_decoder) != encoder_decoder:
+            raise ValueError(
+                f"encoder_decoder is {encoder_decoder}, but that of {model.model} is {config.is_encoder_decoder}; "
+                "leave it out."
+            )
+        changed = shape_changes(shape, config, model.model)
+        if classes is not None:
+            changed |= head_changes(config, classes)
+        loaded = auto.from_pretrained(model.model, **model.hub, **changed)
+    else:
+        loaded = auto.from_config(new_config(shape, tokenizer, encoder_decoder, classes))
+    if task.generates and task.name != "text-generation" and not encoder_decoder:
+        stop_at_turns(loaded, tokenizer)
+    return loaded
+
+
+def new_config(
+    shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool, classes: list[str] | None
+) -> FlashLiteConfig:
+    """Configuration of a new model for a tokenizer."""
     fields = {name: value for name, value in asdict(shape).items() if value is not None}
     encoder_layers = fields.pop("encoder_layers", None)
-    encoder = None if encoder_layers is None or not encoder_decoder else {"num_hidden_layers": encoder_layers}
-    config = FlashLiteConfig(
+    if encoder_layers is not None and not encoder_decoder:
+        logger.warning(f"encoder_layers is {encoder_layers}, but the model has no encoder: it is left out.")
+        encoder_layers = None
+    return FlashLiteConfig(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         is_encoder_decoder=encoder_decoder,
-        encoder=encoder,
+        encoder=None if encoder_layers is None else {"num_hidden_layers": encoder_layers},
         **fields,
-        **changed,
+        **(label_tables(classes) if classes is not None else {}),
     )
-    return auto.from_config(config)
+
+
+def stop_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let generation end where the chat template ends a turn; `generation_config.json` keeps it for every tool."""
+    held = model.generation_config.eos_token_id
+    held = held if isinstance(held, list) else [] if held is None else [held]
+    model.generation_config.eos_token_id = list(dict.fromkeys([*held, *end_tokens(tokenizer)]))
 
 
 def load_rows(
@@ -282,10 +313,15 @@ def make_trainer(
     """A trainer of `model` on the `rows` of [`load_rows`]; `options` are what its class takes beside those of all.
 
     Raises:
-        ValueError: the rows are packed, and the model reads across their documents.
+        ValueError: the model does not know all tokens, or the rows are packed and it reads across their documents.
     """
     if "position_ids" in column_names(rows[0]):
         check_separation(model)
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and len(tokenizer) > known:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the model knows {known} only; use the model's own."
+        )
     return trainer_class(
         model=model,
         args=args,
@@ -300,14 +336,18 @@ def make_trainer(
 def run(trainer: CarefulTrainer, name: str) -> dict:
     """Train, save, evaluate and draw; returns the numbers for the last line.
 
-    A run with `--resume` continues from the newest complete checkpoint, and starts anew where there is none.
+    A run with `--resume` continues from the newest complete checkpoint, and starts anew where there is none; one with
+    `--resume_from_checkpoint` continues from that checkpoint. Beside adapters stand the generation settings of their
+    base, which may have gained an end token.
     """
     args = trainer.args
     if trainer.is_world_process_zero():
         sys.stderr.write(banner(name, trainer.model, args) + "\n")
-    checkpoint = last_checkpoint(args.output_dir) if args.resume else None
+    checkpoint = args.resume_from_checkpoint or (last_checkpoint(args.output_dir) if args.resume else None)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    if hasattr(trainer.model, "peft_config") and trainer.model.can_generate() and trainer.is_world_process_zero():
+        trainer.model.generation_config.save_pretrained(args.output_dir)
     metrics = {**result.metrics, "output_dir": args.output_dir, "resumed_from": checkpoint}
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
