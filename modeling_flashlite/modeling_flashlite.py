@@ -77,7 +77,9 @@ class FlashLiteModel(FlashLitePreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self):
-        return (self.encoder if self.config.is_encoder_decoder else self.decoder).embed_tokens
+        # of tied tables the one that the others are tied to, which is what tools such as peft take it for
+        of_encoder = self.config.is_encoder_decoder and not self.config.tie_word_embeddings
+        return (self.encoder if of_encoder else self.decoder).embed_tokens
 
     def set_input_embeddings(self, new_embeddings):
         if self.config.is_encoder_decoder:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
+import types
 from typing import Any
 
 import torch
@@ -248,8 +249,31 @@ def attach(model, config: EcqConfig) -> None:
 
 
 def _keep_names(model) -> None:
-    """Save under the model's own names: streams cannot be split, joined or turned as some original formats ask."""
+    """Save under the model's own names: streams cannot be split, joined or turned as some original formats ask.
+
+    The vocabulary keeps its size too: of coded tables transformers would resize the stand-ins for their weights.
+    """
     model._weight_conversions = []
+    model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
+
+
+def _resize_token_embeddings(model, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+    """What takes the place of [`PreTrainedModel.resize_token_embeddings`] in a quantized model.
+
+    Raises:
+        ValueError: for another size, where a table is quantized.
+    """
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    if not any(isinstance(table, (EcqModule, FakeQuantModule)) for table in tables):
+        return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, mean_resizing)
+    rows, multiple = tables[0].num_embeddings, pad_to_multiple_of or 1
+    size = -(-(new_num_tokens or rows) // multiple) * multiple
+    if size != rows:
+        raise ValueError(
+            f"The vocabulary of {rows} cannot be resized to {size} while its table is quantized; call dequantize() "
+            "(or, in quantization-aware training, resize before prepare_qat), resize, and quantize again."
+        )
+    return tables[0]
 
 
 def quantize_data_free(model, config: EcqConfig) -> None:
@@ -329,6 +353,7 @@ class EcqQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model, dtype=None):
+        model.__dict__.pop("resize_token_embeddings", None)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
         for names, modules in groups_of(model):
             weight = None

@@ -46,6 +46,8 @@ class AtomicSaving(_Model):
         if self._auto_class is not None:  # the code is saved too, with all classes
             known = getattr(self.config, "auto_map", None) or {}
             self.config.auto_map = {**known, **fitting_auto_map(self.config.is_encoder_decoder)}
+        if not self.config.tie_word_embeddings and getattr(self, "hf_quantizer", None) is None:
+            _separate_tables(self)
         in_place = kwargs.get("distributed_checkpoint") or folder.is_file()
         if in_place or not self.should_save_on_this_rank(is_main_process):
             super().save_pretrained(save_directory, **rest)
@@ -61,6 +63,20 @@ class AtomicSaving(_Model):
                 _remove(staging)
         if not in_place:  # other processes may read what one has saved
             self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+
+
+def _separate_tables(model) -> None:
+    """Copy tables that are still one tensor though the config does not tie them any more.
+
+    So peft leaves them behind a head that was trained; the file would hold one of them, and the others would come back
+    random.
+    """
+    seen = set()
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("embed_tokens", "lm_head"):
+            if id(module.weight) in seen:
+                module.weight = type(module.weight)(module.weight.detach().clone(), module.weight.requires_grad)
+            seen.add(id(module.weight))
 
 
 def _remove(folder: Path) -> None:

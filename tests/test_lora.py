@@ -179,3 +179,35 @@ def test_families_that_peft_does_not_know_are_adapted_everywhere():
     config = Olmo2Config(**sizes, intermediate_size=32)
     names = [name for name, _ in add_lora(Olmo2ForCausalLM(config), r=2).named_parameters() if "lora_A" in name]
     assert len(names) == 7
+
+
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5, 21, 23]}], ids=str
+)
+def test_trained_tables_survive_merging_and_saving(tmp_path, tiny_config, encoder_decoder, options):
+    """One table serves encoder, decoder and head: peft trains all of it, or unties it in the config."""
+    config = tiny_config(is_encoder_decoder=encoder_decoder)
+    make(config).save_pretrained(tmp_path / "base")
+    task = "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
+    model = type(make(config)).from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=2, task_type=task, **options))
+    batch = BATCH if encoder_decoder else {"input_ids": BATCH["labels"], "labels": BATCH["labels"]}
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], 1.0)
+    before = adapted.eval()(**batch).loss
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapted(**batch).loss.backward()
+        optimizer.step()
+    trained = adapted(**batch)
+    assert trained.loss < before
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(**batch).logits, trained.logits, rtol=0, atol=1e-6)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(**batch).logits, trained.logits, rtol=1e-4, atol=1e-5)
+    expected = merged(**batch).logits
+    merged.save_pretrained(tmp_path / "merged")
+    again, report = type(model).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not report["missing_keys"]
+    torch.testing.assert_close(again.eval()(**batch).logits, expected, rtol=0, atol=1e-6)

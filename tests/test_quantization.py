@@ -41,6 +41,7 @@ from modeling_flashlite.ecq_stream_flashlite import QuantizedWeight
 from modeling_flashlite.int4_flashlite import int8_codes
 from modeling_flashlite.quantization_flashlite import EcqConfig, quantizable_layers
 from modeling_flashlite.training.calibration import merge_adapters, quantize
+from modeling_flashlite.training.qat import prepare_qat
 
 SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = LlamaConfig(**SMALL, intermediate_size=96, num_key_value_heads=2, tie_word_embeddings=True)
@@ -162,6 +163,31 @@ def test_tied_weights_are_stored_and_held_once(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(loaded.lm_head, EcqLinear) and isinstance(loaded.model.embed_tokens, EcqEmbedding)
     assert loaded.lm_head.tiles is loaded.model.embed_tokens.tiles
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("trained", [False, True], ids=["coded", "qat"])
+def test_a_quantized_vocabulary_keeps_its_size_until_it_is_float(kind, trained, tmp_path):
+    model, config = build(kind), EcqConfig(target_bits=5.0)
+    if trained:
+        prepare_qat(model.train(), config).eval()
+    else:
+        quantization_flashlite.quantize_data_free(model, config)
+        quantization_flashlite.attach(model, config)
+    before = logits_of(model)
+    size = model.get_input_embeddings().num_embeddings
+    for other in (size + 3, size - 3):
+        with pytest.raises(ValueError, match=f"vocabulary of {size} cannot be resized to {other} .* dequantize"):
+            model.resize_token_embeddings(other)
+    assert model.resize_token_embeddings(size) is model.get_input_embeddings()
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(type(model).from_pretrained(tmp_path).eval()), before)
+    if not trained:
+        with pytest.raises(ValueError, match="cannot be resized"):
+            copy.deepcopy(type(model).from_pretrained(tmp_path)).resize_token_embeddings(size + 3)
+        model.dequantize()
+        model.resize_token_embeddings(size + 3)
+        assert logits_of(model).shape[-1] == size + 3
 
 
 def test_steps_survive_a_cast():
