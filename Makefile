@@ -13,8 +13,8 @@ setup: ## create .venv from the pinned lock
 demo: ## the main job: teacher, distilled, quantized, adapted, published to a folder
 	@bash scripts/demo.sh $(ARGS)
 
-test: ## set up, then the whole test suite (ARGS="tests/test_house.py -x" narrows it)
-	@bash scripts/test.sh $(ARGS)
+test: ## set up, then the whole test suite with coverage (ARGS="tests/test_house.py -x" narrows it)
+	@bash scripts/test.sh --cov=modeling_flashlite --cov-report=term:skip-covered $(ARGS)
 
 lint: setup ## ruff check and format, without changing anything
 	$(PYTHON) -m ruff check .
@@ -24,8 +24,8 @@ fix: setup ## let ruff mend what it can
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-types: setup ## mypy on the files that travel to the Hub
-	$(PYTHON) -m mypy modeling_flashlite/*_flashlite.py
+types: setup ## mypy on the whole package
+	$(PYTHON) -m mypy modeling_flashlite
 
 bench: setup ## speed and memory against named peers
 	$(PYTHON) scripts/bench.py $(ARGS)

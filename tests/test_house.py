@@ -215,6 +215,17 @@ def test_wheel_holds_what_the_package_reads(tmp_path):
     assert packed == {name for name in kept if "__pycache__" not in name}
 
 
+def test_map_in_contributing_names_every_module():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text.partition("```\n")[2].partition("```")[0]
+    missing = [
+        name for name in MODULES if not re.search(rf"\b{name.split('.')[-1].removesuffix('_flashlite')}\b", tree)
+    ]
+    assert not missing, "add these modules to the map"
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert {f"{folder}/" for folder in folders} <= set(tree.split())
+
+
 def test_versions_agree():
     def find(file, pattern):
         return re.search(pattern, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE).group(1)

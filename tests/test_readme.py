@@ -1,4 +1,4 @@
-"""README keeps its word: its Python runs, its commands name what exists, its table is the results file's."""
+"""README is true: its Python runs, the files and commands it names exist, its tables equal the results files."""
 
 import json
 import re
@@ -53,6 +53,28 @@ def test_python_block_runs(block, folder):
     run("-c", block, cwd=folder)
 
 
+@pytest.mark.slow
+def test_notebook_runs_and_shows_its_outputs(tmp_path):
+    cells = json.loads((ROOT / "scripts/quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] and cell["execution_count"] for cell in cells)
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
+    printed = run("-c", "\n".join("".join(cell["source"]) for cell in cells), cwd=tmp_path)
+    assert 3.3 < float(re.search(r"([\d.]+) bits per weight", printed).group(1)) < 3.6  # 3.5 were asked for
+
+
+def test_experiment_log_names_commits_and_files():
+    folder = ROOT / "model_cards/results"
+    text = (folder / "LOG.md").read_text(encoding="utf-8")
+    entries = re.split(r"\n(?=- )", text.partition("\n## ")[2])
+    entries = [entry for entry in entries if entry.startswith("- ")]
+    assert len(entries) > 50
+    for entry in entries:
+        assert re.match(r"- \*\*20\d\d-\d\d-\d\d `[0-9a-f]{7}` \S", entry), entry[:80]
+    named = set(re.findall(r"`([\w-]+\.json|[a-z_]+/)`", text))
+    assert named and not [name for name in named if not (folder / name).exists()]
+
+
 def test_named_files_exist():
     named = set(re.findall(r"\b((?:scripts|modeling_flashlite|tests)/[\w/]+\.\w+)", README))
     named |= {f"modeling_flashlite/{name}" for name in re.findall(r"`(\w+\.py)`", README)}
@@ -72,7 +94,8 @@ def test_tables_are_the_results_files():
     run(str(ROOT / "scripts/studies/readme_table.py"), "--check", cwd=ROOT)
 
 
-def test_readme_is_short():
+def test_first_screen_installs_and_runs():
     lines = README.splitlines()
-    assert len(lines) < 200
-    assert lines.index("bash scripts/test.sh     # sets up .venv, then runs every test") < 30
+    assert len(lines) < 220
+    assert lines.index("```python") < 15 and any(line.startswith("pip install") for line in lines[:10])
+    assert lines.index("<!-- results: made by scripts/studies/readme_table.py -->") < 25

@@ -122,18 +122,18 @@ def render_checkpoints(folder: Path) -> str:
     lines = table(["data, stage", "parameters", "bits per weight", "weights on disk", "test score"], rows)
     lines += [
         "",
-        "With 95% intervals by bootstrap; one training seed, on two CPU cores; `model_cards/results/`, which "
-        "`scripts/evaluate.py` made.",
+        "95% bootstrap intervals; one training seed, two CPU cores; `model_cards/results/`, written by "
+        "`scripts/evaluate.py`.",
     ]
     others = [f"{result['dataset']} {score}" for _, result, score in scores(folder, OTHERS)]
     if others:
-        lines.append(f"Small models trained from nothing in minutes, on one core: {'; '.join(others)}.")
+        lines.append(f"Small models trained from scratch in minutes on one core: {'; '.join(others)}.")
     lines.append(render_peers(folder))
     return "\n".join(lines)
 
 
 def render_peers(folder: Path) -> str:
-    """Scores of models of equal size, data, steps and schedule, and how many times as quick Flash-Lite was."""
+    """Scores of models of equal size, data, steps and schedule, and the speed of Flash-Lite relative to the peers."""
     results = json.loads((folder / "peers.json").read_text(encoding="utf-8"))
     key, name = HEADLINES[results["task"]]
     best = [row for row in results["points"] if row["best"]]
@@ -146,14 +146,14 @@ def render_peers(folder: Path) -> str:
     scores = ", ".join(f"{row['method']} {row[key]:.1f}" for row in best)
     return (
         f"Trained alike for {results['config']['num_train_epochs']:.0f} epochs on {results['dataset']}, with "
-        f"{best[0]['parameters'] / 1e6:.1f} M parameters each, {name}: {scores}; {ours} is "
-        f"{', '.join(times)} times as quick as {' / '.join(peers)} (`peers.json`, "
+        f"{best[0]['parameters'] / 1e6:.1f} M parameters each, {name}: {scores}; speed of {ours} relative to "
+        f"{' / '.join(peers)}: {', '.join(times)} (`peers.json`, "
         "`scripts/studies/compare_models.py`)."
     )
 
 
 def render_speed(folder: Path) -> str:
-    """How many times as quick as its peers Flash-Lite was, lost races included."""
+    """Speed relative to the peers, including where Flash-Lite is slower."""
     results = {name: json.loads((folder / f"bench-{name}.json").read_text(encoding="utf-8")) for name in FILES}
     rows = []
     for words, peer, numbers in SPEEDS:
@@ -162,7 +162,7 @@ def render_speed(folder: Path) -> str:
             (row,) = [row for row in results[name]["rows"] if wanted.items() <= row.items() and column in row]
             cells.append(f"{row[column]:.2g}" if row[column] < 10 else f"{row[column]:.0f}")
         rows.append([words, peer, " / ".join(cells)])
-    lines = table(["work", "against", "times as quick"], rows)
+    lines = table(["work", "against", "speedup"], rows)
     threads = sorted({results[name]["hardware"] for name in FILES})
     lines += ["", f"{'; '.join(threads)}; `model_cards/results/bench-*.json`, by `scripts/bench.py`."]
     return "\n".join(lines)
