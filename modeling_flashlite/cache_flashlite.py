@@ -39,6 +39,11 @@ def _grow(states: torch.Tensor, spare: int) -> torch.Tensor:
     return grown
 
 
+def _fit(states: torch.Tensor, used: int, slots: int) -> torch.Tensor:
+    """The first `used` slots of `[B, N, S, H]`, filled up with zeros to `slots`."""
+    return torch.nn.functional.pad(states[:, :, :used], (0, 0, 0, slots - used))
+
+
 # spare blocks beyond the window: they let `crop` roll back this many blocks of tokens without a refusal
 _SPARE_BLOCKS = 4
 
@@ -415,6 +420,56 @@ class FlashLiteCacheLayer(DynamicLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows in `indices`."""
         self._select(lambda state: state[indices.to(state.device)])
+        if self.is_initialized:
+            self._settle()
+
+    def append_rows(self, other: "FlashLiteCacheLayer") -> None:
+        """Append the rows of `other`; the newest columns of both become one column, and each row keeps its length.
+
+        Raises:
+            ValueError: if one of the two is empty.
+        """
+        if not (self.is_initialized and other.is_initialized):
+            raise ValueError("A cache without tokens has no rows to join; run the prompt first.")
+        parts, device = (self, other), self._keys.device
+        slots = -(-max(part._used for part in parts) // self.spec.block_size) * self.spec.block_size
+        keys, values = (
+            [_fit(getattr(part, name), part._used, slots) for part in parts] for name in ("_keys", "_values")
+        )
+        masks = [part._column_mask() for part in parts]
+        width = max(mask.shape[1] for mask in masks)
+        self.mask = torch.cat([torch.nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in masks])
+        fills = [part._fill_tensor(device) for part in parts]
+        bases = [torch.as_tensor(part.base, device=device).expand(part.batch_size) for part in parts]
+        self.fill, self.base, self.columns = torch.cat(fills), torch.cat(bases), max(part.columns for part in parts)
+        self._keys, self._values = torch.cat(keys), torch.cat(values)
+        self._summaries = summarize_blocks(self._keys, self._values, self.spec)
+        self.summarized = self._used // self.spec.block_size
+        self._spare = None
+        self.version += 1
+        self._settle()
+
+    def _column_mask(self) -> torch.Tensor:
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.batch_size, self.columns, dtype=torch.bool, device=self._keys.device)
+
+    def drop_columns(self, count: int) -> None:
+        """Forget the oldest `count` columns, which are padding in every row."""
+        self.columns -= count
+        if self.mask is not None:
+            empty = int(self.mask.any(0).int().argmax())
+            self.mask = self.mask[:, min(count, empty) :]
+            self._settle()
+
+    def _settle(self) -> None:
+        """Forget what tells rows apart once they are alike: rows of one length take faster paths."""
+        counts = self.fill, self.base
+        if any(isinstance(count, torch.Tensor) and bool((count != count[0]).any()) for count in counts):
+            return
+        self.fill, self.base = (int(torch.as_tensor(count).flatten()[0]) for count in counts)
+        if self.mask is not None and bool(self.mask.all()):
+            self.mask = None
 
     def reset_rows(self, rows: torch.Tensor) -> None:
         """Forget the rows where `rows` (bool `[B]`) is true, e.g. those whose document has ended."""

@@ -14,7 +14,8 @@ import modeling_flashlite  # noqa: F401  (registers the architecture)
 from modeling_flashlite.checkpoint import CheckpointArgs
 from modeling_flashlite.cli import parse_args, start
 from modeling_flashlite.publish.hub import DownloadError, download
-from modeling_flashlite.serve.engine import Engine, Limits, Settings
+from modeling_flashlite.serve.engine import Engine
+from modeling_flashlite.serve.jobs import Limits, Settings
 from modeling_flashlite.serve.terminal import Chat
 
 

@@ -22,7 +22,8 @@ import modeling_flashlite  # noqa: F401  (registers the architecture)
 from modeling_flashlite.checkpoint import CheckpointArgs
 from modeling_flashlite.cli import parse_args, start
 from modeling_flashlite.publish.hub import DownloadError, download
-from modeling_flashlite.serve.engine import Engine, Limits
+from modeling_flashlite.serve.engine import Engine
+from modeling_flashlite.serve.jobs import Limits
 from modeling_flashlite.serve.server import create_app
 
 
@@ -35,6 +36,9 @@ class ServeArgs:
     max_new_tokens: int = field(default=Limits.new_tokens, metadata={"help": "most tokens of one answer"})
     max_batch: int = field(default=Limits.batch, metadata={"help": "most answers generated at once"})
     max_waiting: int = field(default=Limits.waiting, metadata={"help": "most answers waiting"})
+    cache_bytes: int = field(
+        default=Limits.cache_bytes, metadata={"help": "memory for keys and values"}
+    )
     max_body: int = field(default=1 << 20, metadata={"help": "largest request, in bytes"})
     timeout: float = field(default=Limits.seconds, metadata={"help": "seconds one request may take"})
 
@@ -46,6 +50,7 @@ class ServeArgs:
             batch=self.max_batch,
             waiting=self.max_waiting,
             seconds=self.timeout,
+            cache_bytes=self.cache_bytes,
         )
 
 

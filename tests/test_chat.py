@@ -17,7 +17,8 @@ from verbs import load_script
 
 from modeling_flashlite import add_lora
 from modeling_flashlite.checkpoint import CheckpointArgs, load_language_model, read_tokenizer
-from modeling_flashlite.serve.engine import Engine, Limits, Settings
+from modeling_flashlite.serve.engine import Engine
+from modeling_flashlite.serve.jobs import Limits, Settings
 from modeling_flashlite.serve.terminal import HELP, Chat
 
 ROOT = Path(__file__).parents[1]

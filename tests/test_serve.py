@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 import torch  # noqa: E402
 
 from modeling_flashlite.checkpoint import CheckpointArgs  # noqa: E402
-from modeling_flashlite.serve.engine import Engine, Job, Limits, QueueFull, RowSampler, Settings, TextAssembler  # noqa: E402
+from modeling_flashlite.serve.engine import Engine  # noqa: E402
+from modeling_flashlite.serve.jobs import Answer, Job, Limits, QueueFull, Settings, TextAssembler, pick  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 LIMITS = ("--max-new-tokens=64", "--max-prompt-tokens=200", "--max-body=20000", "--max-waiting=30", "--timeout=60")
@@ -118,6 +120,25 @@ def test_chat_and_its_stream(client):
     assert client.chat.completions.create(**request).choices[0].message.content == answer.choices[0].message.content
 
 
+def test_log_probabilities_and_echo(client, engine):
+    request = {"model": "tiny-lm", "prompt": "Licensed under", "max_tokens": 3, "temperature": 0}
+    plain = client.completions.create(**request).choices[0]
+    choice = client.completions.create(**request, logprobs=2, echo=True).choices[0]
+    assert plain.logprobs is None and choice.text == "Licensed under" + plain.text
+    values = choice.logprobs
+    assert "".join(values.tokens) == choice.text and values.token_logprobs[0] is None
+    assert [
+        choice.text[start:][: len(token)] for start, token in zip(values.text_offset, values.tokens)
+    ] == values.tokens
+    # greedy: every new token is the likeliest of its place
+    for token, value, best in list(zip(values.tokens, values.token_logprobs, values.top_logprobs))[-3:]:
+        assert max(best, key=best.get) == token and best[token] == value
+    messages = [{"role": "user", "content": "Who grants?"}]
+    chat = {"model": "tiny-lm", "messages": messages, "max_tokens": 2, "temperature": 0}
+    content = client.chat.completions.create(**chat, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert len(content) == 2 and all(entry.top_logprobs[0].logprob == entry.logprob for entry in content)
+
+
 def test_seed_is_kept_in_any_company(client):
     request = {"model": "tiny-lm", "prompt": "Licensed under", "max_tokens": 12, "seed": 7}
     alone = client.completions.create(**request).choices[0].text
@@ -171,7 +192,8 @@ def test_several_prompts_in_one_request(client):
         ({"prompt": "x", "n": 9}, 400, "limit of 8"),
         ({"prompt": "x", "temperature": 3}, 400, "temperature"),
         ({"prompt": "x", "stop": ["a"] * 5}, 400, "at most 4"),
-        ({"prompt": "x", "logprobs": 3}, 400, "logprobs is not supported"),
+        ({"prompt": "x", "logprobs": 3, "stream": True}, 400, "logprobs is not supported in streams"),
+        ({"prompt": "x", "logprobs": 21}, 400, "logprobs"),
         ({"prompt": "x" * 30000}, 413, "larger than 20000 bytes"),
         ({}, 400, "prompt"),
     ],
@@ -311,7 +333,8 @@ def test_requests_share_a_batch_and_the_queue_is_limited(engine):
         for _ in range(50):
             jobs.append(engine.submit(prompt, Settings(20, 0.0)))
     assert len({"".join(job) for job in jobs}) == 1
-    assert engine.counters["batches"] - before.get("batches", 0) < len(jobs)
+    steps = engine.counters["batches"] - before.get("batches", 0)
+    assert steps < sum(job.new_tokens for job in jobs)
 
 
 def test_deadline_and_cancellation_free_the_worker(engine):
@@ -325,20 +348,31 @@ def test_deadline_and_cancellation_free_the_worker(engine):
     assert gone.finish_reason == "cancelled"
 
 
-def test_sampler_follows_its_settings():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]] * 3)
-    jobs = [Job([0], s, 0.0) for s in (Settings(1, 0.0), Settings(1, 1.0, top_p=0.5), Settings(1, 1.0, seed=1))]
-    chosen = RowSampler(jobs, 1)(torch.zeros(3, 1, dtype=torch.long), logits).argmax(-1)
-    assert chosen[:2].tolist() == [0, 0]  # the first token alone holds more than half
-    sampler = RowSampler([Job([0], Settings(1, 1.0, seed=1), 0.0)] * 4000, 1)
-    drawn = sampler(torch.zeros(4000, 1, dtype=torch.long), logits[:1].expand(4000, -1)).argmax(-1)
-    assert len(set(drawn.tolist())) == 1  # one seed, one answer
-    free = RowSampler([Job([0], Settings(1, 1.0), 0.0)] * 4000, 1)
-    drawn = free(torch.zeros(4000, 1, dtype=torch.long), logits[:1].expand(4000, -1)).argmax(-1)
-    share = torch.bincount(drawn, minlength=4) / 4000
-    torch.testing.assert_close(share, logits[0].softmax(-1), atol=0.04, rtol=0)
-    penal = RowSampler([Job([0], Settings(1, 0.0, frequency_penalty=1.0), 0.0)], 1)
-    assert penal(torch.tensor([[3, 0, 0]]), logits[:1]).argmax() == 1
+def test_tokens_are_chosen_by_the_settings():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+
+    def draw(count, seed=None, **changes):
+        generator = torch.Generator()
+        generator.seed() if seed is None else generator.manual_seed(seed)
+        return [pick(logits, Settings(1, **changes), generator) for _ in range(count)]
+
+    assert draw(1, temperature=0.0) == [0]
+    assert set(draw(50, top_p=0.5)) == {0}  # the first token alone holds more than half
+    assert draw(20, seed=1) == draw(20, seed=1)
+    share = torch.bincount(torch.tensor(draw(4000)), minlength=4) / 4000
+    torch.testing.assert_close(share, logits.softmax(-1), atol=0.04, rtol=0)
+
+
+def test_penalties_count_the_answer_alone(engine_tokenizer):
+    asked = Job([0, 0], Settings(5, 0.0, frequency_penalty=1.0), time.monotonic() + 60)
+    answer = Answer(asked, engine_tokenizer, set(), Counter())
+    logits = torch.zeros(len(engine_tokenizer))
+    logits[:2] = torch.tensor([2.0, 1.5])
+    chosen = []
+    for _ in range(4):
+        chosen.append(answer.choose(logits))
+        answer.take(chosen[-1])
+    assert chosen == [0, 1, 0, 1]
 
 
 @settings(max_examples=50, deadline=None)

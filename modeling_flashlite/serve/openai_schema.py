@@ -1,12 +1,15 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
 """OpenAI's completions protocol: requests, errors and events (needs the `serve` extra)."""
 
+import itertools
 import json
 from typing import Annotated, Literal
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .jobs import TokenLogprob
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error"}
 
@@ -44,6 +47,10 @@ class Sampling(BaseModel):
     logit_bias: dict[str, float] | None = None
     user: str | None = None
 
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens are asked for at each place; `None` for no log-probabilities."""
+        return None
+
 
 class CompletionRequest(Sampling):
     """Body of `/v1/completions`."""
@@ -52,7 +59,10 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
-    logprobs: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    def likeliest(self) -> int | None:
+        return self.logprobs
 
 
 class TextPart(BaseModel):
@@ -80,10 +90,13 @@ class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list | None = None
     functions: list | None = None
     response_format: dict | None = None
+
+    def likeliest(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 async def parse(request: Request, kind):
@@ -120,3 +133,27 @@ def usage(jobs: list, n: int) -> dict[str, int]:
     prompt = sum(len(job.prompt) for job in jobs[::n])
     completion = sum(job.new_tokens for job in jobs)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def completion_logprobs(entries: list[TokenLogprob], tokenizer) -> dict:
+    """Log-probabilities in the shape of `/v1/completions`; the first token of an echoed prompt has none."""
+    tokens = [tokenizer.decode([entry.token]) for entry in entries]
+    lengths = itertools.accumulate(map(len, tokens), initial=0)
+    top = [{tokenizer.decode([token]): value for token, value in entry.top} for entry in entries]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [None if entry.logprob is None else best for entry, best in zip(entries, top)],
+        "text_offset": list(lengths)[:-1],
+    }
+
+
+def chat_logprobs(entries: list[TokenLogprob], tokenizer) -> dict:
+    """Log-probabilities in the shape of `/v1/chat/completions`."""
+
+    def one(token: int, logprob: float | None) -> dict:
+        text = tokenizer.decode([token])
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    content = [{**one(e.token, e.logprob), "top_logprobs": [one(*pair) for pair in e.top]} for e in entries]
+    return {"content": content, "refusal": None}

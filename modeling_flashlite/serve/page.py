@@ -9,7 +9,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
-from .engine import Engine, QueueFull, Settings
+from .engine import Engine
+from .jobs import QueueFull, Settings
 
 
 def make_page(engine: Engine) -> gr.Blocks:

@@ -17,13 +17,16 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 
-from .engine import Engine, Job, QueueFull, Settings
+from .engine import Engine
+from .jobs import Job, QueueFull, Settings
 from .openai_schema import (
     ApiError,
     ChatRequest,
     CompletionRequest,
     Sampling,
     StreamOptions,
+    chat_logprobs,
+    completion_logprobs,
     event,
     parse,
     render_error,
@@ -98,11 +101,16 @@ class Server:
                 "model",
                 "model_not_found",
             )
-        for name in ("logit_bias", "logprobs", "top_logprobs", "echo", "suffix", "tools", "functions"):
+        for name in ("logit_bias", "suffix", "tools", "functions"):
             if getattr(body, name, None):
                 raise ApiError(
                     400, f"{name} is not supported by this server; leave it out.", name, "unsupported_value"
                 )
+        for name in ("logprobs", "echo"):
+            if body.stream and getattr(body, name, None):
+                raise ApiError(400, f"{name} is not supported in streams; leave it out.", name, "unsupported_value")
+        if getattr(body, "top_logprobs", None) and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs to be true.", "top_logprobs")
         if (getattr(body, "best_of", None) or 1) > (body.n or 1):
             raise ApiError(400, "best_of above n is not supported by this server.", "best_of", "unsupported_value")
         if (getattr(body, "response_format", None) or {"type": "text"}).get("type") != "text":
@@ -121,7 +129,12 @@ class Server:
             name: getattr(body, name) for name in ("temperature", "top_p", "frequency_penalty", "presence_penalty")
         }
         return Settings(
-            max_tokens=asked, stop=stop, seed=body.seed, **{k: v for k, v in given.items() if v is not None}
+            max_tokens=asked,
+            stop=stop,
+            seed=body.seed,
+            logprobs=body.likeliest(),
+            echo=bool(getattr(body, "echo", None)),
+            **{k: v for k, v in given.items() if v is not None},
         )
 
     def submit(self, prompts: list[list[int]], body: Sampling, param: str) -> list[Job]:
@@ -158,7 +171,12 @@ class Server:
             events = self.stream(jobs, frame, chat, body.stream_options or StreamOptions())
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         texts = await self.gather(request, jobs)
-        choices = [self.choice(i, text, job.finish_reason, chat) for i, (text, job) in enumerate(zip(texts, jobs))]
+        decode = self.engine.tokenizer.decode
+        choices = []
+        for index, (text, job) in enumerate(zip(texts, jobs)):
+            if job.settings.echo:
+                text = decode(job.prompt) + text
+            choices.append(self.choice(index, text, job, chat))
         return JSONResponse({**frame, "choices": choices, "usage": usage(jobs, body.n or 1)})
 
     async def gather(self, request: Request, jobs: list[Job]) -> list[str]:
@@ -216,11 +234,14 @@ class Server:
                 job.cancelled = job.finish_reason is None
             await asyncio.gather(*readers)
 
-    @staticmethod
-    def choice(index: int, text: str, reason: str | None, chat: bool) -> dict:
+    def choice(self, index: int, text: str, job: Job, chat: bool) -> dict:
         """One finished answer."""
         said = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
-        return {"index": index, **said, "logprobs": None, "finish_reason": reason}
+        logprobs = None
+        if job.settings.logprobs is not None:
+            shape = chat_logprobs if chat else completion_logprobs
+            logprobs = shape(job.logprobs, self.engine.tokenizer)
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": job.finish_reason}
 
     @staticmethod
     def chunk(index: int, piece: str | None, reason: str | None, chat: bool) -> dict:
@@ -231,7 +252,8 @@ class Server:
     def metrics(self) -> str:
         """Counters in Prometheus' text format."""
         lines = [f'flashlite_responses_total{{status="{status}"}} {n}' for status, n in sorted(self.responses.items())]
-        names = ("prompt_tokens", "generated_tokens", "batches", "batched_answers", "failed_batches")
+        names = ("prompt_tokens", "generated_tokens", "shared_prompt_tokens", "batches", "batched_answers")
+        names += ("failed_batches",)
         lines += [f"flashlite_{name}_total {self.engine.counters[name]}" for name in names]
         lines += [f"flashlite_request_seconds_total {self.seconds:.6f}", f"flashlite_waiting {self.engine.waiting}"]
         return "\n".join(lines) + "\n"

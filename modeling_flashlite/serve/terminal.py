@@ -4,7 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from .engine import Engine, Settings
+from .engine import Engine
+from .jobs import Settings
 
 __all__ = ["HELP", "Chat"]
 

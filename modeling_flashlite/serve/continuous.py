@@ -1,0 +1,248 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""Continuous batching: answers join and leave one running batch between two tokens.
+
+Prompts are read in chunks, one chunk between two steps of the batch, so a long prompt delays running answers by one
+chunk at a time. Answers are admitted in the order in which they came, while the keys and values of all of them, at
+their largest, fit into `Limits.cache_bytes`. Prompts that begin like an earlier one, as with a common system message,
+reuse its keys and values.
+
+Shapes: B rows, C columns of the cache (padding included), V vocabulary.
+"""
+
+import contextvars
+import copy
+from collections import Counter, deque
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .jobs import Answer, Job, Limits, TokenLogprob, token_logprobs
+
+# prompt tokens read between two steps of the batch, and when nothing else runs
+CHUNK, ALONE_CHUNK = 128, 1024
+# prompts whose keys are kept for others that begin alike, and the shortest beginning worth a copy
+KEPT_PROMPTS, SHORTEST_PREFIX = 4, 64
+
+
+def join_caches(cache: DynamicCache, other: DynamicCache) -> None:
+    """Append the rows of `other` to `cache`; the newest columns of both become one column, shorter rows get padding.
+
+    Raises:
+        TypeError: a layer of the caches cannot hold padding, e.g. one with a sliding window.
+    """
+    for layer, more in zip(cache.layers, other.layers, strict=True):
+        if hasattr(layer, "append_rows"):
+            layer.append_rows(more)
+        elif type(layer) is DynamicLayer:
+            width = max(layer.get_seq_length(), more.get_seq_length())
+            layer.keys = torch.cat([_pad_left(layer.keys, width), _pad_left(more.keys, width)])
+            layer.values = torch.cat([_pad_left(layer.values, width), _pad_left(more.values, width)])
+        else:
+            raise TypeError(f"Rows of a {type(layer).__name__} cannot join a running batch.")
+
+
+def _pad_left(states: torch.Tensor, width: int) -> torch.Tensor:
+    """`[B, N, S, H]` -> `[B, N, width, H]`."""
+    return torch.nn.functional.pad(states, (0, 0, width - states.shape[2], 0))
+
+
+class Prompt:
+    """A prompt on its way into the batch: its cache grows chunk by chunk."""
+
+    def __init__(self, answer: Answer, cache: DynamicCache, read: int):
+        self.answer, self.cache, self.read = answer, cache, read
+        self.tokens = answer.job.prompt
+
+
+class ContinuousBatch:
+    """Generates many answers of one decoder-only model at once; driven by calls of [`ContinuousBatch.step`].
+
+    Args:
+        model (`PreTrainedModel`): a causal language model.
+        tokenizer: of the model.
+        ends (`set[int]`): tokens that end every answer.
+        limits (`Limits`): `batch` and `cache_bytes`.
+        counters (`Counter`): `generated_tokens`, `prompt_tokens`, `shared_prompt_tokens`, `batches` (steps) and
+            `batched_answers` (rows of all steps) are raised.
+    """
+
+    def __init__(self, model, tokenizer, ends: set[int], limits: Limits, counters: Counter):
+        self.model, self.tokenizer, self.ends = model, tokenizer, ends
+        self.limits, self.counters = limits, counters
+        self.answers: list[Answer] = []
+        self.prompts: deque[Prompt] = deque()
+        self.cache: DynamicCache | None = None
+        self.mask = torch.zeros(0, 0, dtype=torch.long)
+        self.newest: list[int] = []
+        self._kept: deque[tuple[list[int], DynamicCache]] = deque(maxlen=KEPT_PROMPTS)
+        self.token_bytes = self._token_bytes()
+
+    @torch.inference_mode()
+    def _token_bytes(self) -> int:
+        """Bytes of keys and values of one token; also finds out whether rows of this model can join.
+
+        Raises:
+            TypeError: they cannot.
+        """
+        _, cache = self._read_outside([0], DynamicCache(config=self.model.config))
+        join_caches(cache, copy.deepcopy(cache))
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 2
+
+    def bytes_of(self, job: Job) -> int:
+        """Largest size of the job's keys and values."""
+        return (len(job.prompt) + job.settings.max_tokens) * self.token_bytes
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.answers and not self.prompts
+
+    def admits(self, job: Job) -> bool:
+        """Whether the job can start now: there is a row for it, and memory for its keys and values."""
+        running = [answer.job for answer in self.answers] + [prompt.answer.job for prompt in self.prompts]
+        taken = sum(map(self.bytes_of, running))
+        return not running or (
+            len(running) < self.limits.batch and taken + self.bytes_of(job) <= self.limits.cache_bytes
+        )
+
+    def admit(self, job: Job) -> None:
+        """Start a job; its prompt is read by the steps to come."""
+        cache, read = self._shared_prefix(job)
+        self.counters["prompt_tokens"] += len(job.prompt)
+        self.counters["shared_prompt_tokens"] += read
+        self.prompts.append(Prompt(Answer(job, self.tokenizer, self.ends, self.counters), cache, read))
+
+    def _shared_prefix(self, job: Job) -> tuple[DynamicCache, int]:
+        """A cache of the longest beginning that the prompt shares with a kept one, and its length."""
+        best, longest = None, 0 if job.settings.echo else SHORTEST_PREFIX - 1
+        for tokens, cache in self._kept if not job.settings.echo else ():
+            # the last token is always read: its logits choose the first new one
+            same = next((i for i, (a, b) in enumerate(zip(tokens, job.prompt)) if a != b), len(tokens))
+            same = min(same, len(tokens), len(job.prompt) - 1)
+            if same > longest:
+                best, longest = (cache, len(tokens)), same
+        if best is not None:
+            cache, length = copy.deepcopy(best[0]), best[1]
+            try:
+                cache.crop(longest - length)
+                return cache, longest
+            except ValueError:  # what lies behind the window of a bounded memory is gone
+                pass
+        return DynamicCache(config=self.model.config), 0
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Read one chunk of the oldest prompt, then give each running answer one token."""
+        self._drop_finished()
+        if self.prompts:
+            self._read_chunk(self.prompts[0])
+        if self.answers:
+            self._decode()
+
+    def abandon(self) -> list[Job]:
+        """Forget everything after a failure; returns the jobs that were running."""
+        jobs = [answer.job for answer in (*self.answers, *(prompt.answer for prompt in self.prompts))]
+        self.answers, self.newest, self.cache = [], [], None
+        self.prompts.clear()
+        self._kept.clear()
+        return jobs
+
+    def _drop_finished(self) -> None:
+        self.prompts = deque(prompt for prompt in self.prompts if prompt.answer.job.is_wanted())
+        keep = [row for row, answer in enumerate(self.answers) if not answer.done and answer.job.is_wanted()]
+        if len(keep) == len(self.answers):
+            return
+        self.answers = [self.answers[row] for row in keep]
+        self.newest = [self.newest[row] for row in keep]
+        if not keep:
+            self.cache = None
+            return
+        self.cache.batch_select_indices(torch.tensor(keep, device=self.model.device))
+        self.mask = self.mask[keep]
+        # columns that are padding in all remaining rows
+        empty = int(self.mask.any(0).int().argmax())
+        if empty:
+            self.mask = self.mask[:, empty:]
+            for layer in self.cache.layers:
+                if hasattr(layer, "drop_columns"):
+                    layer.drop_columns(empty)
+                else:
+                    layer.keys, layer.values = layer.keys[:, :, empty:], layer.values[:, :, empty:]
+
+    def _read_outside(self, tokens: list[int], cache: DynamicCache, whole: bool = False):
+        """Logits `[1, T or 1, V]` of prompt tokens, and the cache that now holds them.
+
+        Read in a context of its own: a decoding session belongs to the running batch alone, and would start anew for
+        each other cache.
+        """
+        ids = torch.tensor([tokens], device=self.model.device)
+        arguments = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+        if not whole:
+            arguments["logits_to_keep"] = 1
+        outputs = contextvars.Context().run(self.model, **arguments)
+        return outputs.logits, cache
+
+    def _read_chunk(self, prompt: Prompt) -> None:
+        job = prompt.answer.job
+        size = CHUNK if self.answers else ALONE_CHUNK
+        chunk = prompt.tokens[prompt.read : prompt.read + size]
+        logits, _ = self._read_outside(chunk, prompt.cache, whole=job.settings.echo)
+        if job.settings.echo:
+            self._echo(job, prompt, chunk, logits[0])
+        prompt.read += len(chunk)
+        if prompt.read < len(prompt.tokens):
+            return
+        self.prompts.popleft()
+        if len(prompt.tokens) >= SHORTEST_PREFIX and self._fits_kept(prompt):
+            self._kept.append((prompt.tokens, copy.deepcopy(prompt.cache)))
+        token = prompt.answer.choose(logits[0, -1])
+        prompt.answer.take(token, logits[0, -1])
+        if not prompt.answer.done:
+            self._join(prompt, token)
+
+    def _fits_kept(self, prompt: Prompt) -> bool:
+        """Kept prompts may take a quarter of the memory again."""
+        lengths = [len(prompt.tokens), *(len(tokens) for tokens, _ in self._kept)]
+        known = any(tokens[: len(prompt.tokens)] == prompt.tokens for tokens, _ in self._kept)
+        return not known and sum(lengths) * self.token_bytes * 4 <= self.limits.cache_bytes
+
+    def _echo(self, job: Job, prompt: Prompt, chunk: list[int], logits: torch.Tensor) -> None:
+        """Record the log-probabilities of the prompt's tokens from logits `[T, V]` of one chunk."""
+        if job.settings.logprobs is None:
+            return
+        if not job.logprobs:
+            job.logprobs.append(TokenLogprob(prompt.tokens[0], None, []))
+        following = prompt.tokens[prompt.read + 1 : prompt.read + len(chunk) + 1]
+        job.logprobs += token_logprobs(logits[: len(following)], following, job.settings.logprobs)
+
+    def _join(self, prompt: Prompt, token: int) -> None:
+        """Make a read prompt a row of the batch."""
+        row = torch.ones(1, len(prompt.tokens), dtype=torch.long)
+        if self.cache is None:
+            self.cache, self.mask = prompt.cache, row
+        else:
+            join_caches(self.cache, prompt.cache)
+            width = max(self.mask.shape[1], row.shape[1])
+            pads = (torch.nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in (self.mask, row))
+            self.mask = torch.cat(list(pads))
+        self.answers.append(prompt.answer)
+        self.newest.append(token)
+
+    def _decode(self) -> None:
+        """One token for each row."""
+        self.counters["batches"] += 1
+        self.counters["batched_answers"] += len(self.answers)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.answers), 1)], 1)
+        mask = self.mask.to(self.model.device)
+        logits = self.model(
+            input_ids=torch.tensor(self.newest, device=self.model.device)[:, None],
+            attention_mask=mask,
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+        for row, answer in enumerate(self.answers):
+            if not answer.done:
+                self.newest[row] = answer.choose(logits[row])
+                answer.take(self.newest[row], logits[row])

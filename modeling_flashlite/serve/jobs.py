@@ -1,0 +1,243 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""One answer to one prompt: what may be asked, how its tokens are chosen, and how they become text."""
+
+import queue
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Answer", "Job", "Limits", "QueueFull", "Settings", "TextAssembler", "TokenLogprob", "pick"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server accepts; everything above is refused before it costs anything.
+
+    Args:
+        prompt_tokens (`int`): longest prompt.
+        new_tokens (`int`): most tokens one answer may have.
+        batch (`int`): most answers generated at once.
+        waiting (`int`): most answers waiting for their turn.
+        choices (`int`): most answers (prompts times `n`) of one request.
+        seconds (`float`): longest a request may take, waiting included.
+        cache_bytes (`int`): memory for keys and values of all answers generated at once, by their largest sizes.
+    """
+
+    prompt_tokens: int = 4096
+    new_tokens: int = 1024
+    batch: int = 16
+    waiting: int = 64
+    choices: int = 8
+    seconds: float = 120.0
+    cache_bytes: int = 2 << 30
+
+
+@dataclass
+class Settings:
+    """How one answer is generated; `temperature` 0 is greedy.
+
+    Args:
+        max_tokens (`int`): most new tokens.
+        temperature (`float`), top_p (`float`): sampling.
+        frequency_penalty, presence_penalty (`float`): logits taken off per earlier occurrence, and once.
+        stop (`list[str]`): texts that end the answer; they are not part of it.
+        seed (`int`, *optional*): the same seed gives the same answer, whatever else is in the batch.
+        logprobs (`int`, *optional*): log-probabilities of each token and of this many of the likeliest ones.
+        echo (`bool`): log-probabilities of the prompt's tokens too.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    stop: list[str] = field(default_factory=list)
+    seed: int | None = None
+    logprobs: int | None = None
+    echo: bool = False
+
+
+class TokenLogprob(NamedTuple):
+    """A token, its log-probability in nats (`None` for the first token of a prompt), and the likeliest ones."""
+
+    token: int
+    logprob: float | None
+    top: list[tuple[int, float]]
+
+
+class QueueFull(RuntimeError):
+    """Too many answers are waiting; try again later."""
+
+
+class TextAssembler:
+    """Turns token ids into text as they come: never half a character, never a part of a stop text.
+
+    Args:
+        tokenizer: with `decode`.
+        stop (`list[str]`): texts that end the answer.
+    """
+
+    def __init__(self, tokenizer, stop: list[str]):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.stopped = False
+        self._ids: list[int] = []
+        self._start, self._read = 0, 0
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """Take one token and return the text that is now certain."""
+        self._ids.append(token)
+        return self._release(self._decode_new(final=False), final=False)
+
+    def finish(self) -> str:
+        """Return what was held back, when no token follows."""
+        return "" if self.stopped else self._release(self._decode_new(final=True), final=True)
+
+    def _decode_new(self, final: bool) -> str:
+        # decoding from a little earlier keeps spaces right; its cost does not grow with the answer
+        known = self.tokenizer.decode(self._ids[self._start : self._read], skip_special_tokens=True)
+        text = self.tokenizer.decode(self._ids[self._start :], skip_special_tokens=True)
+        if text.endswith("\ufffd") and not final and len(self._ids) - self._read < 8:
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return text[len(known) :]
+
+    def _release(self, new: str, final: bool) -> str:
+        text = self._held + new
+        found = [place for stop in self.stop if (place := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = 0
+        if not final:
+            lengths = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            keep = max(lengths, default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+class Job:
+    """One answer in the making. Read it by iterating: text pieces, until the job is finished.
+
+    Args:
+        prompt (`list[int]`): token ids.
+        settings (`Settings`): how to generate.
+        deadline (`float`): time by `time.monotonic` after which the job is dropped.
+    """
+
+    def __init__(self, prompt: list[int], settings: Settings, deadline: float):
+        self.prompt, self.settings, self.deadline = prompt, settings, deadline
+        self.new_tokens = 0
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        self.cancelled = False
+        self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def finish(self, reason: str, error: str | None = None) -> None:
+        """End the job; later calls change nothing."""
+        if self.finish_reason is None:
+            self.finish_reason, self.error = reason, error
+            self.pieces.put(None)
+
+    def is_wanted(self) -> bool:
+        """Whether somebody still waits for it; a job that was cancelled or is late ends here."""
+        if self.cancelled or time.monotonic() > self.deadline:
+            self.finish("cancelled" if self.cancelled else "timeout")
+        return self.finish_reason is None
+
+    def __iter__(self):
+        while True:
+            try:
+                # a little longer than the worker, which can say more about the end
+                piece = self.pieces.get(timeout=max(0.0, self.deadline - time.monotonic()) + 1.0)
+            except queue.Empty:
+                self.finish("timeout")
+                continue
+            if piece is None:
+                return
+            yield piece
+
+
+def pick(logits: torch.Tensor, settings: Settings, generator: torch.Generator) -> int:
+    """Choose one token from logits `[V]`."""
+    if settings.temperature < 1e-3:
+        return int(logits.argmax())
+    probabilities = (logits / settings.temperature).softmax(-1)
+    if settings.top_p < 1.0:
+        ordered, order = probabilities.sort(descending=True)
+        # keep the smallest set that reaches top_p: the tokens before which less than that has gathered
+        beyond = ordered.cumsum(-1) - ordered >= settings.top_p
+        beyond[0] = False
+        ordered[beyond] = 0.0
+        probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+class Answer:
+    """The tokens of one job: chooses each by the job's settings, hands its text on and ends the job.
+
+    Args:
+        job (`Job`): what was asked.
+        tokenizer: of the model.
+        ends (`set[int]`): tokens that end every answer.
+        counters (`Counter`): `generated_tokens` is raised.
+    """
+
+    def __init__(self, job: Job, tokenizer, ends: set[int], counters: Counter):
+        self.job, self.ends, self.counters = job, ends, counters
+        self.text = TextAssembler(tokenizer, job.settings.stop)
+        self.tokens: list[int] = []
+        self.generator = torch.Generator()
+        if job.settings.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(job.settings.seed)
+
+    @property
+    def done(self) -> bool:
+        """Whether the job has ended."""
+        return self.job.finish_reason is not None
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """The next token, from the model's logits `[V]`."""
+        settings, logits = self.job.settings, logits.float().cpu()
+        if settings.frequency_penalty or settings.presence_penalty:
+            counts = torch.bincount(torch.tensor(self.tokens, dtype=torch.long), minlength=logits.numel())
+            logits = logits - settings.frequency_penalty * counts - settings.presence_penalty * (counts > 0)
+        return pick(logits, settings, self.generator)
+
+    def take(self, token: int, logits: torch.Tensor | None = None) -> None:
+        """Add one token to the answer, unless the job has ended; `logits` `[V]` are what it was chosen from."""
+        job = self.job
+        if self.done or not job.is_wanted():
+            return
+        self.tokens.append(token)
+        job.new_tokens += 1
+        self.counters["generated_tokens"] += 1
+        if logits is not None and job.settings.logprobs is not None:
+            job.logprobs += token_logprobs(logits[None], [token], job.settings.logprobs)
+        ended = token in self.ends
+        full = job.new_tokens >= job.settings.max_tokens
+        piece = "" if ended else self.text.add(token)
+        if ended or (full and not self.text.stopped):
+            piece += self.text.finish()
+        if piece:
+            job.pieces.put(piece)
+        if ended or self.text.stopped:
+            job.finish("stop")
+        elif full:
+            job.finish("length")
+
+
+def token_logprobs(logits: torch.Tensor, tokens: list[int], top: int) -> list[TokenLogprob]:
+    """Log-probabilities of `tokens` under logits `[T, V]`, with the `top` likeliest tokens of each place."""
+    logprobs = logits.float().log_softmax(-1).cpu()
+    best = logprobs.topk(min(top, logprobs.shape[1]))
+    return [
+        TokenLogprob(token, float(row[token]), list(zip(indices.tolist(), values.tolist())))
+        for token, row, indices, values in zip(tokens, logprobs, best.indices, best.values)
+    ]
