@@ -36,9 +36,7 @@ class ServeArgs:
     max_new_tokens: int = field(default=Limits.new_tokens, metadata={"help": "most tokens of one answer"})
     max_batch: int = field(default=Limits.batch, metadata={"help": "most answers generated at once"})
     max_waiting: int = field(default=Limits.waiting, metadata={"help": "most answers waiting"})
-    cache_bytes: int = field(
-        default=Limits.cache_bytes, metadata={"help": "memory for keys and values"}
-    )
+    cache_bytes: int = field(default=Limits.cache_bytes, metadata={"help": "memory for keys and values"})
     max_body: int = field(default=1 << 20, metadata={"help": "largest request, in bytes"})
     timeout: float = field(default=Limits.seconds, metadata={"help": "seconds one request may take"})
 
