@@ -1,6 +1,7 @@
 """Evaluate a model on a task and write one results file: metrics with intervals, speed, memory, size.
 
 python scripts/evaluate.py --model runs/de --task translation --dataset test=test.jsonl --columns source=en,target=de
+python scripts/evaluate.py --model runs/de --task translation --dataset test=test.jsonl --metrics mine.py
 python scripts/evaluate.py --model runs/lm --task text-generation --dataset test=wiki.test.txt --end newline
 """
 
@@ -18,6 +19,7 @@ from modeling_flashlite.data.loading import load_data, pick_split
 from modeling_flashlite.data.tasks import Task, get_task, resolve_columns
 from modeling_flashlite.measure.cost import measure_generation, model_size, peak_memory_bytes
 from modeling_flashlite.measure.evaluation import evaluate_task
+from modeling_flashlite.measure.own_metrics import load_metrics, score_predictions
 from modeling_flashlite.measure.results import read_results, write_json, write_results
 
 # the start of a text that is continued when the speed of text generation is measured
@@ -56,6 +58,9 @@ class EvalArgs:
     streams: int = field(default=1, metadata={"help": "text generation: parallel streams, or windows at a time"})
     no_memory: bool = field(default=False, metadata={"help": "text generation: read every segment by itself"})
     end: str = field(default="eos", metadata={"help": "text generation: what closes a row, eos or newline"})
+    metrics: list[str] = field(
+        default_factory=list, metadata={"help": "further metrics of `evaluate`: .py files, or names on the Hub"}
+    )
     resamples: int = field(default=1000, metadata={"help": "of the bootstrap; 0 for no intervals"})
     speed_prompts: int = field(default=16, metadata={"help": "batch whose generation is timed; 0 for none"})
     speed_tokens: int = field(default=32, metadata={"help": "tokens generated when timed"})
@@ -85,6 +90,9 @@ def load_model(args: CheckpointArgs, task: Task, memory_blocks: int | None = Non
 def main(model_args: CheckpointArgs, data_args: DataArgs, eval_args: EvalArgs) -> dict:
     set_seed(eval_args.seed)
     task = get_task(data_args.task)
+    if eval_args.metrics and task.name == "text-generation":
+        raise ValueError("text-generation makes no predictions to compare with --metrics; choose another task.")
+    own_metrics = load_metrics(eval_args.metrics) if eval_args.metrics else None
     splits = load_data(
         data_args.dataset,
         name=data_args.dataset_name,
@@ -116,6 +124,8 @@ def main(model_args: CheckpointArgs, data_args: DataArgs, eval_args: EvalArgs) -
     )
     predictions = result.pop("predictions")
     metrics = result.pop("metrics")
+    if own_metrics is not None:
+        metrics |= score_predictions(own_metrics, predictions)
     if eval_args.predictions:
         write_json(eval_args.predictions, predictions)
     if task.name == "text-generation":

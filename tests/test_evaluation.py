@@ -27,6 +27,7 @@ from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.measure import cost as measurement
 from modeling_flashlite.measure import metrics, perplexity, results
 from modeling_flashlite.measure.evaluation import classify, evaluate_task, extract_answers, generate_texts
+from modeling_flashlite.measure.own_metrics import load_metrics, score_predictions
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "the", "cat", "sat", "mat", "dog"]), max_size=8).map(" ".join)
@@ -487,3 +488,31 @@ def test_a_head_that_was_not_trained_is_not_evaluated(make, tmp_path):
     script = load_script("evaluate")
     with pytest.raises(ValueError, match="has no weights for score.bias, .* was not trained for classification"):
         script.load_model(CheckpointArgs(str(tmp_path)), get_task("classification"))
+
+
+OWN_METRIC = """
+import datasets
+import evaluate
+
+class Length(evaluate.Metric):
+    def _info(self):
+        kinds = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+        features = datasets.Features(kinds)
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        pairs = list(zip(predictions, references))
+        return {"ratio": sum(len(a) / len(b) for a, b in pairs) / len(pairs), "signature": "characters"}
+"""
+
+
+def test_metrics_of_ones_own_are_loaded_from_a_file_and_combined(tmp_path):
+    for name in ("length", "again"):
+        (tmp_path / f"{name}.py").write_text(OWN_METRIC)
+    metrics = load_metrics([str(tmp_path / "length.py"), str(tmp_path / "again.py")])
+    rows = [{"prediction": "ab", "references": ["abcd"]}, {"prediction": "abc", "references": ["abc"]}]
+    assert score_predictions(metrics, rows) == {"length_ratio": 0.75, "again_ratio": 0.75}
+    with pytest.raises(ValueError, match="Two metrics are called 'length'"):
+        load_metrics([str(tmp_path / "length.py")] * 2)
+    with pytest.raises(ValueError, match="metric .*none.py' cannot be loaded"):
+        load_metrics([str(tmp_path / "none.py")])

@@ -65,6 +65,7 @@ WORKSHOP_EDGES = {
         "measure.results",
     },
     "measure.metrics": set(),
+    "measure.own_metrics": set(),
     "measure.parallel": {"measure.scaling"},
     "measure.peers": set(),
     "measure.perplexity": {"measure.metrics"},

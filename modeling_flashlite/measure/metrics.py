@@ -1,7 +1,7 @@
 """Metrics of generated text, spans, classes and likelihoods, each with a bootstrap confidence interval.
 
-Nothing here touches the network: the modules of the `evaluate` library fetch their scripts from the Hub, so the
-packages that they wrap, sacrebleu and rouge_score, are called directly.
+Nothing here uses the network: the modules of the `evaluate` library download their scripts from the Hub, so the
+packages that they wrap, sacrebleu and rouge_score, are called directly. `own_metrics` loads such modules on request.
 """
 
 import math
