@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import Cache
 
 from .attention_flashlite import WorkingSet, fits_working_set, joint_weights, multi_axis_attention
 from .cache_flashlite import EncoderCacheLayer, FlashLiteCacheLayer, axis_spec, own_cache
 from .ecq_modules_flashlite import join
-from .int4_flashlite import TILE_ROWS, int8_codes
+from .int4_flashlite import TILE_ROWS
 from .layers_flashlite import (
     LENGTH_ROPES,
     FlashLiteDecoderAttention,
@@ -73,8 +74,6 @@ def decode_session(model) -> Iterator["DecodeSession"]:
         if outer is None:
             stack.callback(_SESSIONS.reset, _SESSIONS.set(sessions))
             stack.callback(lambda: [opened.forget() for opened in sessions.values()])
-            # batches of more than 16 rows unpack 4-bit codes once instead of for every token
-            stack.enter_context(int8_codes())
         yield session
 
 
@@ -100,6 +99,8 @@ class DecodeSession:
 
     def __init__(self, decoder: FlashLiteDecoder):
         self.decoder, config = decoder, decoder.config
+        # codes that batches of more than 16 rows unpack once instead of for every token, see `int8_codes`
+        self.int8_codes = WeakIdKeyDictionary()
         self.kinds = config.rope_kinds
         # positions whose angles are computed together; some angles depend on the length at hand
         self.positions = 1 if config.rope_parameters["rope_type"] in LENGTH_ROPES else _ANGLES

@@ -31,6 +31,7 @@ from .cache_flashlite import FlashLiteCache
 from .compat_flashlite import CACHE, CacheNames, check_arguments, named_arguments, takes_cache
 from .configuration_flashlite import FlashLiteConfig
 from .decode_flashlite import decode_session, decoding
+from .int4_flashlite import int8_codes
 from .linear_flashlite import Linear
 from .loss_flashlite import chunked_cross_entropy
 
@@ -251,12 +252,13 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         The library enters `_optimize_model_for_decode` around sampling only: before version 5.24 beams and drafts
         would decode without a session, and a draft model would open a new one for each draft.
         """
-        with self._optimize_model_for_decode():
+        with decode_session(self):
             return super().generate(*args, **kwargs)
 
     @contextlib.contextmanager
     def _optimize_model_for_decode(self):
-        with super()._optimize_model_for_decode(), decode_session(self):
+        # not for prompts: they are read once, and packing codes costs as much as unpacking them twenty times
+        with super()._optimize_model_for_decode(), decode_session(self) as session, int8_codes(session.int8_codes):
             yield
 
     def _head(self, hidden_states, labels, logits_to_keep, teacher, kwargs):

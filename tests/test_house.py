@@ -42,7 +42,7 @@ EDGES = {
     "layers": {"attention", "cache", "configuration", "linear"},
     "stacks": {"cache", "compat", "configuration", "layers", "linear", "saving"},
     "decode": {"attention", "cache", "compat", "ecq_modules", "int4", "layers", "linear", "stacks"},
-    "modeling": {"cache", "compat", "configuration", "decode", "linear", "loss", "quantization", "stacks"},
+    "modeling": {"cache", "compat", "configuration", "decode", "int4", "linear", "loss", "quantization", "stacks"},
 }
 # floor 2, the workshop, one folder per activity: it stands on everything that travels, and on these of its own floor
 WORKSHOP_EDGES = {
