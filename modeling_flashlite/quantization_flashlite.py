@@ -25,6 +25,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .ecq_modules_flashlite import EcqModule, FakeQuantModule, to_float, to_quantized, to_twin
+from .ecq_parents_flashlite import read_by_parents
 from .ecq_search_flashlite import Layer, grid_of, search
 from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weight
 from .linear_flashlite import Linear
@@ -137,7 +138,7 @@ def _left_out(model: nn.Module) -> set[str]:
 def quantizable_layers(model: nn.Module, config: EcqConfig) -> dict[str, nn.Module]:
     """Name and module of every linear layer and embedding to be quantized, LM head and tied weights included.
 
-    A weight that one of its modules needs as it is stays float in all of them.
+    A weight that one of its modules, or a module around them, needs as it is stays float in all of them.
 
     Raises:
         ValueError: the model keeps weights in stacked (3-D) parameters, as mixtures of experts do.
@@ -156,7 +157,8 @@ def quantizable_layers(model: nn.Module, config: EcqConfig) -> dict[str, nn.Modu
         )
     modules = dict(model.named_modules())
     layers = {n: m for n, m in modules.items() if _is_quantizable(m) and should_convert_module(n, skip)}
-    layers = {n: m for n, m in layers.items() if f"{n}.weight" not in _left_out(model)}
+    needed = read_by_parents(model)
+    layers = {n: m for n, m in layers.items() if f"{n}.weight" not in _left_out(model) and n not in needed}
     floats = {id(value) for n, m in modules.items() if n not in layers for value in m._parameters.values()}
     return {n: m for n, m in layers.items() if id(m.weight) not in floats}
 
@@ -168,7 +170,18 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
 
 def collect_layers(model: nn.Module, config: EcqConfig) -> list[Layer]:
-    """The distinct weights to be quantized, with data-free steps: proportional to each row's standard deviation."""
+    """The distinct weights to be quantized, with data-free steps: proportional to each row's standard deviation.
+
+    Raises:
+        ValueError: the model is quantized already, or has nothing to quantize.
+    """
+    method = getattr(model, "quantization_method", None)
+    coded = any(isinstance(module, (EcqModule, FakeQuantModule)) for module in model.modules())
+    if coded or method not in (None, _METHOD):
+        raise ValueError(
+            f"{type(model).__name__} is quantized already ({method or _METHOD}); call dequantize() first, or load the"
+            " float original."
+        )
     groups: dict[int, Layer] = {}
     for name, module in quantizable_layers(model, config).items():
         if id(module.weight) in groups:
@@ -280,9 +293,23 @@ def quantize_data_free(model, config: EcqConfig) -> None:
     """Quantize a float model in place to the budget of `config`, without data."""
     if config.max_loss_increase is not None:
         raise ValueError("max_loss_increase needs calibration data: call calibration.quantize(model, config, data).")
-    layers = collect_layers(model, config)
+    fresh = _not_loaded(model)
+    layers = [layer for layer in collect_layers(model, config) if fresh.isdisjoint(layer.names)]
     budget = config.budget(sum(p.numel() for p in model.parameters()))
     install(model, layers, search(layers, budget, overhead_bytes(model, ids_of(layers))))
+
+
+def _not_loaded(model) -> set[str]:
+    """Names of the layers that the checkpoint does not have, as a new head: to be trained, they stay float.
+
+    The loader marks every parameter that it has filled.
+    """
+    filled = {
+        name: any(getattr(value, "_is_hf_initialized", False) for value in module._parameters.values())
+        for name, module in model.named_modules()
+        if _is_quantizable(module)
+    }
+    return {name for name, is_filled in filled.items() if not is_filled} if any(filled.values()) else set()
 
 
 class EcqQuantizer(HfQuantizer):

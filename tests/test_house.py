@@ -37,7 +37,7 @@ EDGES = {
     "ecq_modules": {"ecq_stream", "int4", "linear"},
     "ecq_search": {"ecq_stream"},
     "loss": {"ecq_modules", "linear"},
-    "quantization": {"ecq_modules", "ecq_search", "ecq_stream", "linear"},
+    "quantization": {"ecq_modules", "ecq_parents", "ecq_search", "ecq_stream", "linear"},
     "cache": {"attention"},
     "layers": {"attention", "cache", "configuration", "linear"},
     "stacks": {"cache", "compat", "configuration", "layers", "linear", "saving"},

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -21,7 +22,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
+    DebertaConfig,
+    DebertaV2Config,
     DistributedConfig,
+    FalconMambaConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -39,8 +43,9 @@ from modeling_flashlite import quantization_flashlite
 from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, join
 from modeling_flashlite.ecq_stream_flashlite import QuantizedWeight
 from modeling_flashlite.int4_flashlite import int8_codes
-from modeling_flashlite.quantization_flashlite import EcqConfig, quantizable_layers
+from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers, quantizable_layers
 from modeling_flashlite.training.calibration import merge_adapters, quantize
+from modeling_flashlite.training.lora import add_lora
 from modeling_flashlite.training.qat import prepare_qat
 
 SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -344,7 +349,6 @@ def test_lora_on_the_quantized_model(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # peft's advice about tied weights
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_merge_into_codes_is_refused_with_the_way_out(kind):
-    from peft import LoraConfig, get_peft_model
 
     targets = {"llama": ["q_proj", "embed_tokens"], "gpt2": ["c_attn", "wte"]}[kind]
     for target in targets:
@@ -360,7 +364,6 @@ def test_a_merge_into_codes_is_refused_with_the_way_out(kind):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_merged_conv1d_adapters_keep_their_effect():
-    from peft import LoraConfig, get_peft_model
 
     model = quantize(build("gpt2"), EcqConfig(target_bits=5))
     peft = get_peft_model(model, LoraConfig(target_modules=["c_attn"], r=4, init_lora_weights=False)).eval()
@@ -508,3 +511,76 @@ def test_a_layer_follows_its_codes():
     before(x)
     before.share_quantized(second)
     assert torch.equal(before(x), wanted)
+
+
+def test_a_head_that_the_checkpoint_lacks_stays_float_and_is_trained(tmp_path):
+    """Also where it is large enough to be coded, as the 77 classes of Banking77 are."""
+    build("llama").save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=77, pad_token_id=0, quantization_config=EcqConfig(target_bits=4.5)
+    )
+    assert type(model.score) is nn.Linear and isinstance(model.model.layers[0].mlp.up_proj, EcqLinear)
+    adapted = add_lora(model, 2)
+    before = {name: value.detach().clone() for name, value in adapted.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], 1.0)
+    adapted(**inputs_of(model), labels=torch.tensor([3, 70])).loss.backward()
+    optimizer.step()
+    moved = {
+        name for name, value in adapted.named_parameters() if name in before and not torch.equal(value, before[name])
+    }
+    assert any("score" in name for name in moved) and any("lora_B" in name for name in moved)
+    model.save_pretrained(tmp_path / "coded")
+
+
+def test_training_a_coded_module_in_full_names_the_way_out():
+    model = quantize(build("llama-untied"), EcqConfig(target_bits=4))
+    with pytest.raises(ValueError, match=r"lm_head .*codes cannot be trained; call dequantize\(\).*modules_to_not"):
+        add_lora(model, modules_to_save=["lm_head"])
+    add_lora(model.dequantize(), modules_to_save=["lm_head"])
+    kept = quantize(build("llama-untied"), EcqConfig(target_bits=6, modules_to_not_convert=["lm_head"]))
+    assert add_lora(kept, modules_to_save=["lm_head"]).get_base_model().lm_head.weight.is_floating_point()
+
+
+@pytest.mark.parametrize("again", [quantize, prepare_qat, collect_layers])
+def test_a_quantized_model_is_not_quantized_again(again):
+    for first in (quantize, prepare_qat):
+        model = first(build("llama"), EcqConfig(target_bits=4.5))
+        with pytest.raises(ValueError, match=r"is quantized already \(ecq\); call dequantize\(\) first"):
+            again(model, EcqConfig(target_bits=3.5))
+    model = quantize(build("llama"), EcqConfig(target_bits=4.5)).dequantize()
+    assert isinstance(quantize(model, EcqConfig(target_bits=4)).model.layers[0].mlp.up_proj, EcqLinear)
+
+
+class Reads(nn.Module):
+    """Two equal layers, of which one is called and the other's weight is read, in a helper and in a comprehension."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read, self.looped = (nn.Linear(64, 64) for _ in range(3))
+
+    def helper(self):
+        return self.read.weight
+
+    def forward(self, states):
+        assert self.called.weight.dtype == states.dtype and isinstance(self.called.weight, torch.Tensor)
+        return self.called(states) @ self.helper() + sum(layer.looped.weight.sum() for layer in [self])
+
+
+def test_weights_that_a_parent_reads_stay_float():
+    assert set(quantizable_layers(nn.Sequential(Reads()), EcqConfig())) == {"0.called"}
+    sizes = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
+    attention = {"num_attention_heads": 4, "intermediate_size": 96}
+    relative = {"relative_attention": True, "position_buckets": 64, "pos_att_type": ["p2c", "c2p"]}
+    for auto, config, float_ones in (
+        (AutoModelForCausalLM, FalconMambaConfig(**sizes, state_size=8), {"dt_proj"}),
+        (AutoModelForMaskedLM, DebertaV2Config(**sizes, **attention, **relative), {"rel_embeddings"}),
+        (AutoModelForMaskedLM, DebertaConfig(**sizes, **attention, **relative), {"in_proj", "rel_embeddings"}),
+    ):
+        torch.manual_seed(0)
+        model = auto.from_config(config).eval()
+        expected = logits_of(model)
+        coded = quantize(copy.deepcopy(model), EcqConfig())
+        for name, module in coded.named_modules():
+            assert not (name.rpartition(".")[2] in float_ones and isinstance(module, (EcqLinear, EcqEmbedding))), name
+        assert any(isinstance(module, EcqLinear) for module in coded.modules())
+        assert torch.nn.functional.cosine_similarity(logits_of(coded), expected, dim=-1).mean() > 0.9

@@ -2,9 +2,17 @@
 
 from transformers import PreTrainedModel
 
+from ..ecq_modules_flashlite import EcqModule
 from ..lora_targets_flashlite import TARGET_MODULES, register_lora_targets
 
 __all__ = ["TARGET_MODULES", "add_lora"]
+
+# what peft trains in full for these tasks without being told
+_TRAINED_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def add_lora(
@@ -28,6 +36,9 @@ def add_lora(
 
     Returns:
         `peft.PeftModel`: train it with any Trainer; `merge_and_unload()` gives a plain model back.
+
+    Raises:
+        `ValueError`: a rank below 1, or a coded module that would be trained in full.
     """
     if r < 1:
         raise ValueError(f"r is {r}, but an adapter needs at least rank 1; 8 or 16 are usual.")
@@ -37,7 +48,6 @@ def add_lora(
     register_lora_targets()
     if target_modules is None and model.config.model_type not in known:
         target_modules = "all-linear"
-    # peft trains the new head of these in full
     heads = {
         "SequenceClassification": "SEQ_CLS",
         "TokenClassification": "TOKEN_CLS",
@@ -45,6 +55,12 @@ def add_lora(
     }
     head = next((kind for name, kind in heads.items() if type(model).__name__.endswith(name)), None)
     task = TaskType[head or ("SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")]
+    coded = _coded(model, [*(modules_to_save or ()), *_TRAINED_HEADS.get(head, ())])
+    if coded:
+        raise ValueError(
+            f"{coded[0]} would be trained in full, but it is coded, and codes cannot be trained; call dequantize() on "
+            "the model first, name it in EcqConfig(modules_to_not_convert=...) when quantizing, or adapt it."
+        )
     config = LoraConfig(
         task_type=task,
         r=r,
@@ -56,3 +72,12 @@ def add_lora(
     # checkpointed layers need an input that carries a gradient, which a frozen embedding does not give
     model.enable_input_require_grads()
     return get_peft_model(model, config)
+
+
+def _coded(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Those of the modules so named that are coded."""
+    return [
+        place
+        for place, module in model.named_modules()
+        if isinstance(module, EcqModule) and any(f".{place}".endswith(f".{name}") for name in names)
+    ]
