@@ -29,6 +29,7 @@ EDGES = {
     "codec": set(),
     "int4": set(),
     "linear": set(),
+    "ecq_parents": set(),
     "lora_targets": set(),
     "pipeline": set(),
     "saving": set(),
