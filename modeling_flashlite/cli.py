@@ -59,8 +59,10 @@ def _is_refusal(error: Exception) -> bool:
     if isinstance(error, _REFUSALS):
         return True
     trace = error.__traceback__
-    while trace.tb_next is not None:
+    while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
+    if trace is None:
+        return False
     line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
     return isinstance(error, _WRITTEN_REFUSALS) and line.lstrip().startswith("raise ")
 

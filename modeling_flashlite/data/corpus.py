@@ -75,7 +75,9 @@ def _documentation(path: Path, module: str) -> Iterator[tuple[str, str, str]]:
     yield from _docstrings(tree, module)
 
 
-def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str, str]]:
+def _docstrings(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
+) -> Iterator[tuple[str, str, str]]:
     text = ast.get_docstring(node, clean=False)
     if text:
         yield name, _signature(node), inspect.cleandoc(text).strip()

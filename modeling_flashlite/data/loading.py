@@ -388,7 +388,7 @@ def _directory_options(dataset: str) -> dict:
     folder = Path(dataset)
     suffixes = Counter(_suffixes(path) for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else {}
     known = [suffix for suffix in suffixes if suffix in _BUILDERS]
-    suffix = max(known, key=lambda suffix: suffixes[suffix], default=None)
+    suffix = max(known, key=lambda suffix: suffixes[suffix], default="")
     return {".csv": _CSV_OPTIONS, ".tsv": _TSV_OPTIONS}.get(suffix, {})
 
 

@@ -102,12 +102,15 @@ class _Encoder:
     too_long: str
     classes: list[str] = field(default_factory=list)
     names: list[str] | None = None  # that the rows themselves give to their numbers
-    end: int | None = None  # closes an answer: the end of a turn where a chat template is used
+    end: int = -1  # closes an answer: the end of a turn where a chat template is used
 
     def __post_init__(self):
         templated = self.task.name == "chat" or not self.encoder_decoder
         end = turn_end(self.tokenizer) if templated and self.task.generates else None
-        self.end = self.tokenizer.eos_token_id if end is None else end
+        end = self.tokenizer.eos_token_id if end is None else end
+        if end is None and self.task.generates:
+            raise ValueError("The tokenizer has no eos_token, but an answer must end; set `tokenizer.eos_token`.")
+        self.end = -1 if end is None else end
 
     def __call__(self, batch: dict) -> dict[str, list]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import ClassLabel, Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -132,7 +133,7 @@ def get_task(name: str) -> Task:
 
 
 def resolve_columns(
-    task: Task, dataset: Dataset | IterableDataset, columns: str | dict | None = None
+    task: Task, dataset: Dataset | IterableDataset, columns: str | Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Decide which column plays which role.
 
@@ -169,7 +170,7 @@ def resolve_columns(
     return columns
 
 
-def references_of(value: object) -> list[str]:
+def references_of(value: Any) -> list[str]:
     """Read the accepted answers out of any usual form: a string, a list, SQuAD's `{"text": [...]}`; none in None."""
     if isinstance(value, Mapping):
         value = value["text"]
@@ -209,7 +210,7 @@ def label_names(dataset: Dataset | IterableDataset, column: str) -> list[str]:
     return [str(value) for value in range(int(max(values)) + 1)]
 
 
-def class_of(value: object, names: list[str] | None = None) -> str:
+def class_of(value: Any, names: list[str] | None = None) -> str:
     """Name of the class in a cell: a string itself, a number by `names` (of a ClassLabel) or by its digits.
 
     Raises:

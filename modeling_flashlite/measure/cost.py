@@ -1,6 +1,7 @@
 """What a model costs: time to the first token and per token, peak memory, parameters, bytes on disk."""
 
 import copy
+import functools
 import re
 import statistics
 import time
@@ -53,8 +54,8 @@ def measure_generation(
             add_special_tokens=special_tokens,
         )
         inputs = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        first = _timed(lambda inputs=inputs: _generate(model, inputs, 1), repeats, model.device)
-        whole = _timed(lambda inputs=inputs: _generate(model, inputs, new_tokens), repeats, model.device)
+        first = _timed(functools.partial(_generate, model, inputs, 1), repeats, model.device)
+        whole = _timed(functools.partial(_generate, model, inputs, new_tokens), repeats, model.device)
         later = [(b - a) / (new_tokens - 1) for a, b in zip(sorted(first), sorted(whole))]
         batch = f"greedy, batch {size}"
         rows += [

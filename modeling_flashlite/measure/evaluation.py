@@ -78,10 +78,12 @@ def evaluate_task(
         raise ValueError("The data set has 0 rows, but at least 1 is needed; check the split and the limit.")
     if task.name == "text-generation":
         options = {"resamples": resamples, **(likelihood or {})}
-        scores, protocol = _likelihood(task, model, tokenizer, rows, columns, batch_size, max_source_length, options)
-        return {**_sorted_scores(scores), "protocol": protocol, "examples": len(rows), "predictions": []}
+        scores, limits = _likelihood(task, model, tokenizer, rows, columns, batch_size, max_source_length, options)
+        return {**_sorted_scores(scores), "protocol": limits, "examples": len(rows), "predictions": []}
     limits = {"batch_size": batch_size, "max_source_length": max_source_length}
-    protocol, said = {"max_source_length": max_source_length}, {}
+    protocol: dict = {"max_source_length": max_source_length}
+    said: dict = {}
+    references: list
     if task.name == "classification":
         inputs = [row[columns["text"]] or "" for row in rows]
         references, said = _class_ids(model, dataset, columns["label"], rows)
@@ -95,7 +97,7 @@ def evaluate_task(
         inputs, references, templated = _prompts(task, rows, columns, tokenizer, model.config.is_encoder_decoder)
         ends = {"templated": templated, "from_start": task.name == "chat"}
         found = generate_texts(model, tokenizer, inputs, **limits, **ends, **protocol["generation"])
-    scores: dict = {**said}
+    scores = {**said}
     for group in task.metrics:
         scores |= METRICS[group](found, references, resamples)
     if task.name == "chat":  # a good answer is seldom the one that was given, so its likelihood counts too

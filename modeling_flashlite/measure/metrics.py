@@ -11,8 +11,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 from sacrebleu.metrics import BLEU, CHRF
@@ -136,19 +138,17 @@ def normalize_answer(text: str) -> str:
 def classification(predictions: Sequence[int], references: Sequence[int], resamples: int = RESAMPLES) -> dict:
     """Accuracy and macro-averaged F1 over the classes that occur, `accuracy` and `f1_macro` in 0..100."""
     _check_pairs(predictions, references)
-    predictions, references = np.asarray(predictions), np.asarray(references)
-    result = with_interval("accuracy", 100.0 * (predictions == references), resamples)
-    samples = [
-        _macro_f1(predictions[picks], references[picks]) for picks in _resampled_indices(len(predictions), resamples)
-    ]
-    return result | {"f1_macro": _macro_f1(predictions, references)} | _interval("f1_macro", samples)
+    found, expected = np.asarray(predictions), np.asarray(references)
+    result = with_interval("accuracy", 100.0 * (found == expected), resamples)
+    samples = [_macro_f1(found[picks], expected[picks]) for picks in _resampled_indices(len(found), resamples)]
+    return result | {"f1_macro": _macro_f1(found, expected)} | _interval("f1_macro", samples)
 
 
 def likelihood(
-    nll: Sequence[float],
-    words: Sequence[int],
-    tokens: Sequence[int],
-    n_bytes: Sequence[int],
+    nll: ArrayLike,
+    words: ArrayLike,
+    tokens: ArrayLike,
+    n_bytes: ArrayLike,
     resamples: int = RESAMPLES,
 ) -> dict:
     """Perplexities and bits per byte of a text, from sums over its pieces (documents, or blocks of a long text).
@@ -157,22 +157,23 @@ def likelihood(
     `bits_per_byte = sum nll / (ln 2 * sum bytes)`; the interval is a bootstrap over the pieces.
 
     Args:
-        nll (`Sequence[float]`): negative log-likelihood of each piece, in nats.
-        words, tokens, n_bytes (`Sequence[int]`): original words with line ends, predicted tokens and UTF-8 bytes.
+        nll (array of `float`): negative log-likelihood of each piece, in nats.
+        words, tokens, n_bytes (arrays of `int`): original words with line ends, predicted tokens and UTF-8 bytes.
     """
-    nll, counts = np.asarray(nll, dtype=np.float64), np.asarray([words, tokens, n_bytes], dtype=np.float64)
-    if not nll.size or not counts.sum(1).all():
+    loss = np.asarray(nll, dtype=np.float64)
+    counts = np.asarray([words, tokens, n_bytes], dtype=np.float64)
+    if not loss.size or not counts.sum(1).all():
         raise ValueError("0 words, tokens or bytes were scored, but a perplexity needs at least one of each.")
-    picks = np.stack(list(_resampled_indices(len(nll), resamples))) if resamples else None
+    picks = np.stack(list(_resampled_indices(len(loss), resamples))) if resamples else None
     result = {}
     for name, count, final in (
         ("word_perplexity", counts[0], _exp),
         ("token_perplexity", counts[1], _exp),
         ("bits_per_byte", counts[2] * math.log(2), float),
     ):
-        result[name] = final(nll.sum() / count.sum())
-        if picks is not None and len(nll) > 1:
-            result |= _interval(name, [final(rate) for rate in nll[picks].sum(1) / count[picks].sum(1)])
+        result[name] = final(loss.sum() / count.sum())
+        if picks is not None and len(loss) > 1:
+            result |= _interval(name, [final(rate) for rate in loss[picks].sum(1) / count[picks].sum(1)])
     return result | {"words": int(counts[0].sum()), "tokens": int(counts[1].sum()), "bytes": int(counts[2].sum())}
 
 
@@ -185,11 +186,11 @@ METRICS: dict[str, Callable[..., dict]] = {
 }
 
 
-def with_interval(name: str, values: Sequence[float], resamples: int = RESAMPLES) -> dict[str, float]:
+def with_interval(name: str, values: ArrayLike, resamples: int = RESAMPLES) -> dict[str, float]:
     """Mean of per-example values under `name`, with the bootstrap interval as `name_low` and `name_high`."""
-    values = np.asarray(values, dtype=np.float64)
-    means = [values[picks].mean() for picks in _resampled_indices(len(values), resamples)]
-    return {name: float(values.mean())} | _interval(name, means)
+    scores = np.asarray(values, dtype=np.float64)
+    means = [scores[picks].mean() for picks in _resampled_indices(len(scores), resamples)]
+    return {name: float(scores.mean())} | _interval(name, means)
 
 
 def _resampled_indices(size: int, resamples: int):
@@ -205,7 +206,7 @@ def _interval(name: str, samples: Sequence[float]) -> dict[str, float]:
     return {f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-def _sacrebleu(name: str, metric: BLEU | CHRF, predictions, references, resamples: int) -> dict:
+def _sacrebleu(name: str, metric: Any, predictions, references, resamples: int) -> dict:
     _check_pairs(predictions, references)
     # sacreBLEU wants one list per reference number, with None where a sentence has fewer
     count = max(len(answers) for answers in references)

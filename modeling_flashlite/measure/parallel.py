@@ -110,10 +110,13 @@ def _work(
     dist.barrier()
     times = [1e3 * seconds for seconds in times[2:]]
     if rank == 0:
-        result = {"ms": round(statistics.median(times), 1), "spread_ms": [round(min(times), 1), round(max(times), 1)]}
+        result: dict = {
+            "ms": round(statistics.median(times), 1),
+            "spread_ms": [round(min(times), 1), round(max(times), 1)],
+        }
         result["sent_MB"] = round(counter.bytes / steps / 1e6, 3)
-        if wire is not None:
-            result["wire_MB"] = round((loopback_bytes() - wire) / world / steps / 1e6, 3)
+        if wire is not None and (wired := loopback_bytes()) is not None:
+            result["wire_MB"] = round((wired - wire) / world / steps / 1e6, 3)
         result["theory_MB"] = round(_theory(kind, folder, world, ids.numel()) / 1e6, 3)
         sender.send({**result, "sent_over_theory": round(result["sent_MB"] / result["theory_MB"], 3)})
     dist.destroy_process_group()

@@ -80,10 +80,13 @@ def text_likelihood(
     piece = np.arange(len(rows)) * min(_PIECES, len(rows)) // len(rows)
     words = [sum(len(line.split()) + 1 for line in row.split("\n")) for row in rows]
     sizes = [len(row.encode("utf-8", "replace")) + 1 for row in rows]
+    per_piece = [np.bincount(piece, weights=values) for values in (words, lengths, sizes)]
     metrics = likelihood(
         np.bincount(np.repeat(piece, lengths), weights=nll, minlength=piece[-1] + 1),
-        *(np.bincount(piece, weights=values) for values in (words, lengths, sizes)),
-        resamples,
+        words=per_piece[0],
+        tokens=per_piece[1],
+        n_bytes=per_piece[2],
+        resamples=resamples,
     )
     protocol = {
         "words": "original words, and one line end per line",

@@ -138,7 +138,7 @@ def git_commit() -> str | None:
 def command_line() -> str:
     """The command of this process, its paths relative to the working directory."""
     script = sys.argv[0] if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
-    return relative_paths(shlex.join(["python", script, *sys.argv[1:]]))
+    return str(relative_paths(shlex.join(["python", script, *sys.argv[1:]])))
 
 
 def relative_paths(value: object) -> object:

@@ -87,7 +87,7 @@ def collect_card(folder: str | Path, repo_id: str, results: list[dict], written:
         "name": repo_id,
         "revision": revision or content_tag(files),
         "relation": written.get("base_model_relation"),
-        "tags": ["flashlite", *written.get("tags", [])],
+        "tags": ["flashlite", *written.get("tags", []), *(["custom_code"] if kind["custom_code"] else [])],
         "quality": quality_rows(results),
         "speed": [row for result in results for row in result.get("speed", [])],
         "sizes": size_rows(folder),
@@ -95,8 +95,6 @@ def collect_card(folder: str | Path, repo_id: str, results: list[dict], written:
         "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
         **kind,
     }
-    if kind["custom_code"]:
-        card["tags"].append("custom_code")
     card["snippet"] = make_snippet(card)
     return card
 
@@ -157,7 +155,8 @@ def size_rows(folder: Path) -> list[dict]:
     weights = sorted(folder.glob("*.safetensors"))
     for path in weights:
         headers |= read_safetensors_header(path)
-    stored, counts = defaultdict(int), defaultdict(int)
+    stored: dict[str, int] = defaultdict(int)
+    counts: dict[str, int] = defaultdict(int)
     shapes = float_shapes(folder) or {name: prod(entry["shape"]) for name, entry in headers.items()}
     modules = {name.rpartition(".")[0] for name in shapes}
     for name, entry in headers.items():
@@ -165,10 +164,12 @@ def size_rows(folder: Path) -> list[dict]:
         stored[tensor_group(owner)] += entry["data_offsets"][1] - entry["data_offsets"][0]
     for name, count in shapes.items():
         counts[tensor_group(name)] += count
-    rows = [{"group": group, "parameters": counts[group], "bytes": size} for group, size in sorted(stored.items())]
+    rows: list[dict] = [
+        {"group": group, "parameters": counts[group], "bytes": size} for group, size in sorted(stored.items())
+    ]
     size = sum(path.stat().st_size for path in weights)
     rows.append({"group": "headers", "parameters": 0, "bytes": size - sum(stored.values())})
-    total = {"group": "total", "parameters": sum(counts.values()), "bytes": size}
+    total: dict = {"group": "total", "parameters": sum(counts.values()), "bytes": size}
     for row in [*rows, total]:
         row["bits"] = 8 * row["bytes"] / row["parameters"] if row["parameters"] else None
     return [*rows, total]
@@ -297,13 +298,13 @@ def run_snippet(card: dict, folder: str | Path, run: str | Path = "", timeout: f
         environment = {**kept, "HF_HOME": home, "HOME": home, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-I", "-c", code]
         try:
-            run = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=timeout)
+            done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
             raise PublishError(f"The card's snippet took more than {timeout:.0f} s; give a shorter example.") from None
-    if run.returncode:
-        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise PublishError(f"The card's snippet fails: {last}")
-    return run.stdout.strip() or "(no text)"
+    return done.stdout.strip() or "(no text)"
 
 
 def card_metadata(card: dict) -> str:

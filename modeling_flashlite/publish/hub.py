@@ -255,8 +255,8 @@ def explain(doing: str, repo: str, error: Exception, token: str | None, kind: ty
         text = f"Could not {doing} in {repo} ({cause}); the connection or the Hub failed, run again to resume."
     elif isinstance(error, OSError) and error.strerror:
         text = f"Could not {doing} in {repo}: {error.strerror}."
-    elif isinstance(error, RuntimeError) and (cause := re.search(r"IO Error: ([^(]+)", str(error))):
-        text = f"Could not {doing} in {repo}: {cause[1].strip()}."
+    elif isinstance(error, RuntimeError) and (found := re.search(r"IO Error: ([^(]+)", str(error))):
+        text = f"Could not {doing} in {repo}: {found[1].strip()}."
     elif status:
         said = " ".join(str(getattr(error, "server_message", None) or error).split())
         text = f"Could not {doing} in {repo}: the Hub answered {status} {said.replace(token or '***', '***')}"

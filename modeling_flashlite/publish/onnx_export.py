@@ -8,6 +8,7 @@ text is: it is for running anywhere, not for running fast.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def check_exportable(model, max_length: int) -> None:
         raise ExportError(
             "ONNX has no operator for entropy-coded weights; call model.dequantize() first and export the float model."
         )
-    rope = model.model.decoder.config.rope_parameters
+    rope: dict = model.model.decoder.config.rope_parameters
     if rope["rope_type"] in LENGTH_ROPES:
         raise ExportError(f"rope_type {rope['rope_type']} depends on the length, which a graph cannot; use another.")
     block = model.model.decoder.config.block_size
@@ -253,7 +254,7 @@ class OnnxGenerator:
             return onnxruntime.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
 
         self.decoder = load("decoder.onnx")
-        self.encoder = load("encoder.onnx") if self.config["is_encoder_decoder"] else None
+        self.encoder: Any = load("encoder.onnx") if self.config["is_encoder_decoder"] else None
 
     def generate(self, input_ids: np.ndarray, attention_mask: np.ndarray | None = None, max_new_tokens: int = 20):
         """Continue, or translate, each row; returns the new tokens `[B, at most max_new_tokens]`.
@@ -279,7 +280,8 @@ class OnnxGenerator:
                 f"{lengths.max()} tokens and {max_new_tokens} new ones need more than the {slots} slots of this "
                 "export; export it with a larger max_length."
             )
-        cache, new = self.new_cache(batch), []
+        cache = self.new_cache(batch)
+        new: list[np.ndarray] = []
         position, last, done = np.zeros(batch, np.int64), lengths - 1, np.zeros(batch, bool)
         while len(new) < max_new_tokens and not done.all():
             logits, cache = self.step(tokens, position, cache, fixed)

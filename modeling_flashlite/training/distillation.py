@@ -164,7 +164,8 @@ class DistillationTrainer(CarefulTrainer):
         if ours:
             set_loss_function(model, loss)
         super().__init__(model, args, **kwargs)
-        self.loss, self._columns = loss, {}
+        self.loss = loss
+        self._columns: dict = {}
         if not ours:
             self.compute_loss_func = self._loss_outside  # not every model calls its hook, or gives it all that it got
             # the trainer knows it from the names of some classes only, and would count a first token that is no target

@@ -4,6 +4,7 @@ Letters: B batch, T target, V vocabulary, K kept teacher entries, C tokens of a 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -77,11 +78,16 @@ def divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str = "forward", 
 
     Returns:
         `torch.Tensor` of shape `[...]`, in nats.
+
+    Raises:
+        ValueError: a kind other than forward and reverse without its parameter.
     """
     if kind == "forward" or (kind == "jsd" and parameter == 0) or (kind == "skew" and parameter == 0):
         return _kl(log_p, log_q)
     if kind == "reverse" or (kind == "jsd" and parameter == 1):
         return _kl(log_q, log_p)
+    if parameter is None:
+        raise ValueError(f"The divergence {kind!r} needs a parameter between 0 and 1, but none was given.")
     if kind == "jsd":
         middle = _mix(log_p, log_q, parameter)
         return parameter * _kl(log_p, middle) + (1 - parameter) * _kl(log_q, middle)
@@ -197,7 +203,8 @@ class KDLoss:
                 "another way; train it with DistillationTrainer, which computes the loss outside of such a model."
             )
         if teacher_logits is not None:
-            columns, signal = (teacher_logits,), self._dense
+            columns: tuple[torch.Tensor, ...] = (teacher_logits,)
+            signal: Callable | None = self._dense
         elif teacher_ids is not None and teacher_weights is not None:
             columns = (teacher_ids, teacher_weights)
             signal = self._sampled if bool((teacher_weights[..., -1] < 0).any()) else self._topk

@@ -129,14 +129,15 @@ def is_encoder_decoder(data: DataArgs, model: ModelArgs) -> bool:
 
 def load_splits(data: DataArgs):
     """The dataset with all its splits."""
-    options = {"name": data.dataset_name, "streaming": data.streaming, "limit": data.limit, "columns": data.columns}
-    return load_data(data.dataset, **options)
+    return load_data(
+        data.dataset, name=data.dataset_name, streaming=data.streaming, limit=data.limit, columns=data.columns
+    )
 
 
 def load_tokenizer(model: ModelArgs, data: DataArgs, output_dir: str, splits) -> PreTrainedTokenizerBase:
     """Load the tokenizer, or train one on the dataset's texts and keep it in the run's folder."""
-    if model.tokenizer or model.model:
-        return read_tokenizer(model.tokenizer or model.model, **model.hub)
+    if source := model.tokenizer or model.model:
+        return read_tokenizer(source, **model.hub)
     folder = Path(output_dir) / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
         rows = pick_split(splits, "train")
@@ -265,7 +266,7 @@ def load_rows(
         for name in names:
             rows, training = pick_split(splits, name), name == "train"
             if data.segment_length:
-                examples = _segments(data, args, tokenizer, rows, training)
+                examples = _segments(data, args, tokenizer, rows, data.segment_length, training)
             else:
                 examples = preprocess(
                     get_task(data.task),
@@ -286,7 +287,7 @@ def load_rows(
     return prepared[0], prepared[1] if len(prepared) > 1 else None
 
 
-def _segments(data: DataArgs, args, tokenizer, rows, training: bool) -> Dataset:
+def _segments(data: DataArgs, args, tokenizer, rows, length: int, training: bool) -> Dataset:
     column = resolve_columns(get_task("text-generation"), rows, data.columns)["text"]
     documents = tokenize_texts(rows, tokenizer, column)
     if data.document_column:
@@ -294,7 +295,7 @@ def _segments(data: DataArgs, args, tokenizer, rows, training: bool) -> Dataset:
     batch = args.train_batch_size * args.gradient_accumulation_steps if training else args.eval_batch_size
     return segment_streams(
         documents,
-        data.segment_length,
+        length,
         batch * args.world_size,
         document_column=data.document_column,
         pad_token_id=tokenizer.pad_token_id,

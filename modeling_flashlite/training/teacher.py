@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -202,7 +203,7 @@ class TeacherCache:
         seed (`int`, *optional*, defaults to 0): of the samples.
     """
 
-    teacher: PreTrainedModel | str
+    teacher: Any
     tokenizer: Tokenizer
     k: int = 64
     mode: str = "sample"
@@ -284,7 +285,7 @@ class TeacherCache:
                 "teacher_weights": List(List(Value(self.dtype), length=width)),
             }
             function = self._columns(info)
-        options = {"batched": True, "batch_size": batch_size, "with_indices": True}
+        options: dict[str, Any] = {"batched": True, "batch_size": batch_size, "with_indices": True}
         if dataset.features is not None:
             options["features"] = Features({**dataset.features, **features, "teacher_info": Value("string")})
         if isinstance(dataset, Dataset):
