@@ -8,6 +8,7 @@ rather than how old it is.
 import functools
 import inspect
 import re
+from collections.abc import Mapping
 
 import transformers
 
@@ -16,7 +17,7 @@ OLDEST, NEWEST = "5.16.0", "5.24.0"
 
 
 def _release(version: str) -> tuple[int, ...]:
-    parts = [int(part) for part in re.match(r"\d+(?:\.\d+)*", version).group().split(".")]
+    parts = [int(part) for part in re.findall(r"^\d+(?:\.\d+)*", version)[0].split(".")]
     return *parts, *[0] * (3 - len(parts))
 
 
@@ -85,7 +86,7 @@ def takes_cache(forward):
     return wrapper
 
 
-def sub_config_specs(classes: dict[str, type], optional: str) -> dict:
+def sub_config_specs(classes: Mapping[str, type], optional: str) -> dict:
     """The `sub_configs_defaults` of a composite config whose part `optional` may be `None`.
 
     They came after 5.16, which asks for `sub_configs` alone.

@@ -170,7 +170,7 @@ class FlashLiteStackConfig(PreTrainedConfig):
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]
         """How tensor parallelism cuts the modules that this config builds."""
         plan = _TP_PLAN if self.position_encoding == "rotary" else _TP_PLAN | _TP_PLAN_XL
-        return plan | {"head": _TP_PLAN_HEAD_NORM, "projection": _TP_PLAN_PROJECTION_NORM}.get(self.qk_norm, {})
+        return plan | {"head": _TP_PLAN_HEAD_NORM, "projection": _TP_PLAN_PROJECTION_NORM}.get(self.qk_norm or "", {})
 
     @property
     def rope_kinds(self) -> list[str | None]:

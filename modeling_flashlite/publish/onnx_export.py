@@ -96,8 +96,8 @@ def check_exportable(model, max_length: int) -> None:
         raise ExportError(
             "ONNX has no operator for entropy-coded weights; call model.dequantize() first and export the float model."
         )
-    rope: dict = model.model.decoder.config.rope_parameters
-    if rope["rope_type"] in LENGTH_ROPES:
+    rope = dict(model.model.decoder.config.rope_parameters or {})
+    if rope.get("rope_type") in LENGTH_ROPES:
         raise ExportError(f"rope_type {rope['rope_type']} depends on the length, which a graph cannot; use another.")
     block = model.model.decoder.config.block_size
     if max_length < block or max_length % block:

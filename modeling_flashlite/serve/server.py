@@ -109,7 +109,7 @@ class Server:
         for name in ("logprobs", "echo"):
             if body.stream and getattr(body, name, None):
                 raise ApiError(400, f"{name} is not supported in streams; leave it out.", name, "unsupported_value")
-        if getattr(body, "top_logprobs", None) and not body.logprobs:
+        if getattr(body, "top_logprobs", None) and not getattr(body, "logprobs", None):
             raise ApiError(400, "top_logprobs needs logprobs to be true.", "top_logprobs")
         if (getattr(body, "best_of", None) or 1) > (body.n or 1):
             raise ApiError(400, "best_of above n is not supported by this server.", "best_of", "unsupported_value")
@@ -181,7 +181,7 @@ class Server:
 
     async def gather(self, request: Request, jobs: list[Job]) -> list[str]:
         """Collect the whole texts; drop the jobs when the reader has gone."""
-        waiting = asyncio.gather(*(asyncio.to_thread(lambda job=job: "".join(job)) for job in jobs))
+        waiting = asyncio.gather(*(asyncio.to_thread("".join, job) for job in jobs))
         try:
             while not waiting.done():
                 await asyncio.wait([waiting], timeout=0.5)
@@ -252,8 +252,8 @@ class Server:
     def metrics(self) -> str:
         """Counters in Prometheus' text format."""
         lines = [f'flashlite_responses_total{{status="{status}"}} {n}' for status, n in sorted(self.responses.items())]
-        names = ("prompt_tokens", "generated_tokens", "shared_prompt_tokens", "batches", "batched_answers")
-        names += ("failed_batches",)
+        names = ["prompt_tokens", "generated_tokens", "shared_prompt_tokens", "batches", "batched_answers"]
+        names.append("failed_batches")
         lines += [f"flashlite_{name}_total {self.engine.counters[name]}" for name in names]
         lines += [f"flashlite_request_seconds_total {self.seconds:.6f}", f"flashlite_waiting {self.engine.waiting}"]
         return "\n".join(lines) + "\n"

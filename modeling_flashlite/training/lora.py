@@ -55,7 +55,7 @@ def add_lora(
     }
     head = next((kind for name, kind in heads.items() if type(model).__name__.endswith(name)), None)
     task = TaskType[head or ("SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")]
-    coded = _coded(model, [*(modules_to_save or ()), *_TRAINED_HEADS.get(head, ())])
+    coded = _coded(model, [*(modules_to_save or ()), *_TRAINED_HEADS.get(head or "", ())])
     if coded:
         raise ValueError(
             f"{coded[0]} would be trained in full, but it is coded, and codes cannot be trained; call dequantize() on "

@@ -50,7 +50,8 @@ def measure_importance(model: FlashLiteForCausalLM, rows: torch.Tensor) -> dict[
         `dict` with `layers` `[L]`, `groups` `[L, M]`, `units` `[L, F]`, `dimensions` `[D]`, and the mean squares
         `[D]` of each norm's input by the norm's name below the decoder.
     """
-    decoder, sums, hooks = model.model.decoder, defaultdict(float), []
+    decoder, hooks = model.model.decoder, []
+    sums: dict = defaultdict(float)
 
     def add(name: str, value: torch.Tensor) -> None:
         sums[name] = sums[name] + value.double()
