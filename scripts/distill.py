@@ -41,6 +41,9 @@ from modeling_flashlite.training.lora import add_lora
 @dataclass
 class DistillArgs:
     teacher: str | None = field(default=None, metadata={"help": "folder or Hub id of the teacher"})
+    full_attention: bool = field(
+        default=False, metadata={"help": "let a Flash-Lite teacher read everything: heals its own sparse attention"}
+    )
     live: bool = field(default=False, metadata={"help": "run the teacher in every step instead of caching it"})
     teacher_cache: str | None = field(
         default=None, metadata={"help": "folder (made if missing) or Hub id of the annotated rows"}
@@ -124,7 +127,8 @@ def main(
 ) -> dict:
     refuse_what_would_be_ignored(model_args, data, distill)
     code = {"trust_remote_code": model_args.trust_remote_code}
-    teacher = load_language_model(distill.teacher, device="cpu", **code) if distill.teacher else None
+    full = {"relevance_top_k": None, "memory_blocks": None} if distill.full_attention else {}
+    teacher = load_language_model(distill.teacher, device="cpu", **code, **full) if distill.teacher else None
     tokenizer = read_tokenizer(model_args.tokenizer or model_args.model or distill.teacher, **code)
     if teacher is not None and (model_args.tokenizer or model_args.model):
         with contextlib.suppress(OSError):  # a teacher without a tokenizer is taken at its word

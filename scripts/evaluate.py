@@ -3,6 +3,7 @@
 python scripts/evaluate.py --model runs/de --task translation --dataset test=test.jsonl --columns source=en,target=de
 python scripts/evaluate.py --model runs/de --task translation --dataset test=test.jsonl --metrics mine.py
 python scripts/evaluate.py --model runs/lm --task text-generation --dataset test=wiki.test.txt --end newline
+python scripts/evaluate.py --model runs/smol --task long-context --lengths 2048,4096,8192
 """
 
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from modeling_flashlite.data.loading import load_data, pick_split
 from modeling_flashlite.data.tasks import Task, get_task, resolve_columns
 from modeling_flashlite.measure.cost import measure_generation, model_size, peak_memory_bytes
 from modeling_flashlite.measure.evaluation import evaluate_task
+from modeling_flashlite.measure.long_context import KINDS, evaluate_long_context, plot_depths
 from modeling_flashlite.measure.own_metrics import load_metrics, score_predictions
 from modeling_flashlite.measure.results import read_results, write_json, write_results
 
@@ -28,8 +30,10 @@ PROMPT_CHARACTERS = 400
 
 @dataclass
 class DataArgs:
-    task: str = field(metadata={"help": "name of a task in tasks.py"})
-    dataset: str = field(metadata={"help": "python, local files (test=a.jsonl.xz), or a Hub id"})
+    task: str = field(metadata={"help": "name of a task in tasks.py, or long-context"})
+    dataset: str | None = field(
+        default=None, metadata={"help": "python, local files (test=a.jsonl.xz), or a Hub id; long-context needs none"}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
     split: str = field(default="test", metadata={"help": "split to evaluate on"})
     columns: str | None = field(default=None, metadata={"help": "role=column,role=column, e.g. source=en,target=de"})
@@ -65,6 +69,10 @@ class EvalArgs:
     speed_prompts: int = field(default=16, metadata={"help": "batch whose generation is timed; 0 for none"})
     speed_tokens: int = field(default=32, metadata={"help": "tokens generated when timed"})
     seed: int = field(default=0, metadata={"help": "for sampling"})
+    lengths: str = field(default="1024,2048,4096", metadata={"help": "long-context: tokens of a text, comma between"})
+    kinds: str = field(default=",".join(KINDS), metadata={"help": "long-context: what to look for, comma between"})
+    depths: int = field(default=5, metadata={"help": "long-context: places of the answer, from beginning to end"})
+    samples: int = field(default=2, metadata={"help": "long-context: texts of each kind, length and depth"})
     teacher_results: str | None = field(
         default=None, metadata={"help": "results file of its teacher, for the model card"}
     )
@@ -89,6 +97,10 @@ def load_model(args: CheckpointArgs, task: Task, memory_blocks: int | None = Non
 
 def main(model_args: CheckpointArgs, data_args: DataArgs, eval_args: EvalArgs) -> dict:
     set_seed(eval_args.seed)
+    if data_args.task == "long-context":
+        return long_context(model_args, eval_args)
+    if data_args.dataset is None:
+        raise ValueError(f"no data set is given for {data_args.task}; pass --dataset.")
     task = get_task(data_args.task)
     if eval_args.metrics and task.name == "text-generation":
         raise ValueError("text-generation makes no predictions to compare with --metrics; choose another task.")
@@ -152,6 +164,35 @@ def main(model_args: CheckpointArgs, data_args: DataArgs, eval_args: EvalArgs) -
         **result,
     )
     return finish({"output": output, **metrics})
+
+
+def long_context(model_args: CheckpointArgs, eval_args: EvalArgs) -> dict:
+    """Retrieval from texts made on the spot: a results file, and beside it a plot over length and depth."""
+    tokenizer = read_tokenizer(model_args.model, **model_args.hub)
+    model = load_model(model_args, get_task("text-generation"), eval_args.memory_blocks)
+    output = Path(eval_args.output or f"runs/results/{Path(model_args.model).name}-long-context.json")
+    result = evaluate_long_context(
+        model,
+        tokenizer,
+        kinds=eval_args.kinds.split(","),
+        lengths=[int(length) for length in eval_args.lengths.split(",")],
+        depths=eval_args.depths,
+        samples=eval_args.samples,
+        seed=eval_args.seed,
+    )
+    metrics = result.pop("metrics")
+    write_results(
+        output,
+        metrics,
+        task="long-context",
+        model=model_args.model,
+        config={**asdict(model_args), **asdict(eval_args)},
+        seed=eval_args.seed,
+        dtype=str(model.dtype).removeprefix("torch."),
+        **result,
+    )
+    plot_depths(result["rows"], output.with_suffix(".svg"))
+    return finish({"output": str(output), **metrics})
 
 
 def measure_speed(model: PreTrainedModel, tokenizer, task: Task, prompts: list, args: EvalArgs) -> list[dict]:

@@ -65,6 +65,7 @@ WORKSHOP_EDGES = {
         "measure.perplexity",
         "measure.results",
     },
+    "measure.long_context": {"measure.plots"},
     "measure.metrics": set(),
     "measure.own_metrics": set(),
     "measure.parallel": {"measure.scaling"},

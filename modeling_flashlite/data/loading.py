@@ -3,6 +3,7 @@
 import csv
 import difflib
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ __all__ = [
     "PaddingCollator",
     "column_names",
     "hash_fraction",
+    "join_rows",
     "load_data",
     "pack",
     "pick_split",
@@ -130,6 +132,20 @@ def require_columns(dataset: Dataset | IterableDataset, columns: list[str], hint
                 f"Column {column!r} does not exist; the data set has {', '.join(available) or 'no columns'}"
                 f"{_suggest(column, available)}.{' ' + hint if hint else ''}"
             )
+
+
+def join_rows(dataset: Dataset, column: str, document_column: str) -> Dataset:
+    """Join the texts in `column` of neighbouring rows that agree in `document_column`, a newline between them.
+
+    Raises:
+        ValueError: for a streamed dataset, or a column that it does not have.
+    """
+    require_columns(dataset, [column, document_column], "Name another with document_column.")
+    if isinstance(dataset, IterableDataset):
+        raise ValueError("streamed rows cannot be joined to documents; load them without streaming.")
+    pairs = zip(dataset[document_column], dataset[column])
+    documents = itertools.groupby(pairs, lambda pair: pair[0])
+    return Dataset.from_dict({column: ["\n".join(text or "" for _, text in rows) for _, rows in documents]})
 
 
 def tokenize_texts(

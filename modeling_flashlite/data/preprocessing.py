@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .loading import column_names, pack, tokenize_texts
+from .loading import column_names, join_rows, pack, tokenize_texts
 from .tasks import (
     Task,
     class_id,
@@ -34,6 +34,7 @@ def preprocess(
     max_source_length: int = 512,
     max_target_length: int = 128,
     too_long: str = "truncate",
+    document_column: str | None = None,
     num_proc: int | None = None,
     classes: list[str] | None = None,
 ) -> Dataset | IterableDataset:
@@ -56,6 +57,8 @@ def preprocess(
         too_long (`str`, *optional*, defaults to `"truncate"`): what happens above these limits: `truncate`, `drop`
             the row, or `error`. Extractive question answering slides a window instead.
         num_proc (`int`, *optional*): worker processes.
+        document_column (`str`, *optional*): text generation without an encoder: neighbouring rows that agree in it are
+            one document, longer than each of them.
         classes (`list[str]`, *optional*): of classification, names in the order of the model's ids; those of these
             rows if unset, in which a class may be missing that other splits have. Labels find their id by name.
     """
@@ -68,6 +71,8 @@ def preprocess(
         )
     columns = resolve_columns(task, dataset, columns)
     if task.name == "text-generation" and not encoder_decoder:
+        if document_column is not None:
+            dataset = join_rows(dataset, columns["text"], document_column)
         return pack(tokenize_texts(dataset, tokenizer, columns["text"], num_proc=num_proc), max_source_length)
     if not encoder_decoder and task.target != "label" and max_target_length >= max_source_length:
         raise ValueError(

@@ -199,7 +199,7 @@ def convert(
 ) -> FlashLiteForCausalLM:
     """Convert a pre-trained decoder to Flash-Lite: the same weights, bit for bit, in their own types.
 
-    While the axes cover the text (the first `(relevance_top_k + 2) * block_size` tokens) the converted model computes
+    While the axes cover the text (the first `(relevance_top_k + 3) * block_size` tokens) the converted model computes
     what its parent computes; longer texts are read sparsely.
 
     Args:
@@ -475,8 +475,8 @@ def make_card(model: PreTrainedModel, source: Source) -> str:
 
 def dense_length(config: FlashLiteConfig) -> int:
     """Tokens up to which attention is full; longer texts are read sparsely."""
-    reach = [value + 2 for value in (config.relevance_top_k,) if value is not None]
-    reach += [value + 1 for value in (config.memory_blocks,) if value is not None]
+    reach = [value + 3 for value in (config.relevance_top_k,) if value is not None]
+    reach += [max(value, 1) + 2 for value in (config.memory_blocks,) if value is not None]
     return min(reach) * config.block_size if reach else config.max_position_embeddings
 
 

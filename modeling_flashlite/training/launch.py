@@ -100,7 +100,7 @@ class DataArgs:
         default=None, metadata={"help": "tokens of a segment; turns segment recurrence on"}
     )
     document_column: str | None = field(
-        default=None, metadata={"help": "segment recurrence: rows that agree in it are one document"}
+        default=None, metadata={"help": "text generation: neighbouring rows that agree in it are one document"}
     )
 
 
@@ -277,6 +277,7 @@ def load_rows(
                     max_source_length=data.max_source_length,
                     max_target_length=data.max_target_length,
                     too_long=data.too_long,
+                    document_column=data.document_column,
                     classes=classes,
                 )
             if isinstance(examples, IterableDataset) and training:

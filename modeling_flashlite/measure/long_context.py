@@ -1,0 +1,224 @@
+"""Retrieval from long texts that are made on the spot: pass keys, needles among needles, variables, common words.
+
+The kinds follow RULER (https://huggingface.co/papers/2404.06654): a text of a given length hides what a question at
+its end asks for, at a given depth. The score of an answer is the share of the expected words in it. Any causal model
+is judged alike, without a chat template: the prompt ends in the middle of the answer's sentence.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .plots import can_draw, new_axes
+
+__all__ = ["KINDS", "Example", "evaluate_long_context", "make_example", "plot_depths", "score"]
+
+# tokens that an answer may have
+_ROOM = 40
+_NEEDLES, _CHAIN, _COMMON = 8, 4, 4
+_FILLER = (
+    ("An old", "A young", "A quiet", "The tall", "The last", "A tired", "The other", "A careful"),
+    ("captain", "gardener", "teacher", "merchant", "painter", "farmer", "sailor", "doctor", "clerk", "miller"),
+    ("walked to", "looked at", "thought about", "came from", "spoke of", "waited near", "returned to", "passed"),
+    ("the harbour", "the garden", "the bridge", "the market", "the river", "the old mill", "the hill", "the road"),
+    ("in the morning", "before the rain", "at noon", "in the evening", "after dinner", "that winter", "on Sunday"),
+)
+_CITIES = (
+    "Paris London Berlin Madrid Rome Vienna Lisbon Dublin Oslo Prague Athens Cairo Tokyo Delhi Lima Boston Chicago "
+    "Denver Dallas Seattle Toronto Sydney Geneva Milan Naples Hamburg"
+)
+_WORDS = (
+    "apple river table window garden silver bottle castle winter summer candle mirror pencil basket forest island "
+    "ladder market needle orange paper rabbit saddle ticket valley wagon yellow bridge carpet dragon engine feather "
+    "guitar hammer insect jacket kettle lemon magnet nephew ocean parrot quilt ribbon spider tunnel uncle violin "
+    "wallet zebra anchor button cotton donkey elbow finger goblet helmet ivory jungle kitten lantern meadow"
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, and the words that its answer should hold."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+def _sentence(rng: random.Random) -> str:
+    return " ".join(rng.choice(part) for part in _FILLER) + "."
+
+
+def _number(rng: random.Random) -> str:
+    return str(rng.randrange(10_000, 100_000))
+
+
+def _place(filler: list[str], needles: Sequence[tuple[float, str]]) -> str:
+    """The filler's sentences with each needle at its depth between 0 (the beginning) and 1 (the end)."""
+    sentences = list(filler)
+    for depth, needle in sorted(needles, reverse=True):
+        sentences.insert(round(depth * len(filler)), needle)
+    return " ".join(sentences)
+
+
+def _passkey(rng: random.Random, depth: float):
+    key = _number(rng)
+    needles = [(depth, f"The pass key is {key}. Remember it: {key} is the pass key.")]
+    return needles, "What is the pass key? The pass key is", (key,)
+
+
+def _needle(rng: random.Random, depth: float):
+    cities = rng.sample(_CITIES.split(), _NEEDLES)
+    numbers = [_number(rng) for _ in cities]
+    depths = [depth, *(rng.random() for _ in cities[1:])]
+    needles = [(at, f"The magic number of {city} is {number}.") for at, city, number in zip(depths, cities, numbers)]
+    question = f"What is the magic number of {cities[0]}? The magic number of {cities[0]} is"
+    return needles, question, (numbers[0],)
+
+
+def _variables(rng: random.Random, depth: float):
+    names = [f"X{number}" for number in rng.sample(range(100, 1000), 2 * _CHAIN)]
+    needles, values = [], (_number(rng), _number(rng))
+    for chain, value in zip((names[:_CHAIN], names[_CHAIN:]), values):
+        # the first assignment stands at the depth, the others follow in order
+        at = sorted(depth + (1 - depth) * rng.random() for _ in chain[1:])
+        needles += [
+            (place, f"VAR {name} = {source}.")
+            for place, name, source in zip((depth, *at), chain, (value, *(f"VAR {name}" for name in chain)))
+        ]
+    question = f"Which variables have the value {values[0]}? The variables {names[0]},"
+    return needles, question, tuple(names[1:_CHAIN])
+
+
+# what hides in a text: needles with their depths, the question that ends the prompt, and the expected words
+KINDS: dict[str, Callable | None] = {"passkey": _passkey, "needle": _needle, "variables": _variables, "words": None}
+
+
+def make_example(
+    kind: str, tokenizer: PreTrainedTokenizerBase, length: int, depth: float, rng: random.Random
+) -> Example:
+    """A prompt of at most `length` tokens, answer included, that hides its answer at `depth` (0 to 1).
+
+    Args:
+        kind (`str`): `passkey`, `needle` (one of several alike), `variables` (a chain of assignments beside another
+            one) or `words` (the most common ones of a list, which has no depth).
+        tokenizer (`PreTrainedTokenizerBase`): counts the tokens.
+        length (`int`): of prompt and answer.
+        depth (`float`): where the answer, or the beginning of its chain, stands.
+        rng (`random.Random`): decides the text.
+
+    Raises:
+        ValueError: an unknown kind, a depth outside of 0 to 1, or a length that not even the question fits.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of long-context task; choose among {', '.join(KINDS)}.")
+    if not 0 <= depth <= 1:
+        raise ValueError(f"The depth is {depth}, but it must be between 0 (the beginning) and 1 (the end).")
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    if KINDS[kind] is None:
+        common, rare = (words := rng.sample(_WORDS.split(), len(_WORDS.split())))[:_COMMON], words[_COMMON:]
+        question = f"The {_COMMON} most common words of this list are"
+        needles, answers = [], tuple(common)
+        # every third word is a common one
+        draw = lambda: " ".join([rng.choice(common), *rng.sample(rare, 2)]) + ","  # noqa: E731
+    else:
+        needles, question, answers = KINDS[kind](rng, depth)
+        draw = lambda: _sentence(rng)  # noqa: E731
+    room = length - _ROOM - count(" ".join([*(needle for _, needle in needles), "\n" + question]))
+    filler: list[str] = []
+    while room > 0:
+        filler.append(draw())
+        room -= count(" " + filler[-1])
+    if len(filler) < 2:
+        raise ValueError(f"{length} tokens are too few for {kind}; choose at least {length - room + 64}.")
+    return Example(f"{_place(filler[:-1], needles)}\n{question}", answers)
+
+
+def score(example: Example, answer: str) -> float:
+    """The share of the expected words that the answer holds."""
+    return sum(word in answer for word in example.answers) / len(example.answers)
+
+
+@torch.inference_mode()
+def evaluate_long_context(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    kinds: Sequence[str] = tuple(KINDS),
+    lengths: Sequence[int] = (1024, 2048, 4096),
+    depths: int = 5,
+    samples: int = 2,
+    seed: int = 0,
+) -> dict:
+    """Ask a causal model for what long texts hide, greedily and one text at a time.
+
+    Args:
+        model (`PreTrainedModel`): any causal model.
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        kinds (`Sequence[str]`, *optional*): of tasks, see [`make_example`].
+        lengths (`Sequence[int]`, *optional*): tokens of a text with its answer.
+        depths (`int`, *optional*, defaults to 5): depths, evenly spaced from the beginning to the end.
+        samples (`int`, *optional*, defaults to 2): texts of each kind, length and depth.
+        seed (`int`, *optional*, defaults to 0): of the texts; the same for all models.
+
+    Returns:
+        `dict` with `metrics` (means by kind and length, and `accuracy` over all) and `rows` (one for each kind,
+        length and depth).
+    """
+    places = [round(index / (depths - 1), 3) if depths > 1 else 0.5 for index in range(depths)]
+    plan = [(kind, length, depth) for kind in kinds for length in lengths for depth in places]
+    rows = []
+    for kind, length, depth in tqdm(plan, desc="long context"):
+        found = []
+        for sample in range(samples):
+            rng = random.Random(f"{seed} {kind} {length} {depth} {sample}")
+            example = make_example(kind, tokenizer, length, depth, rng)
+            inputs = tokenizer(example.prompt, return_tensors="pt").to(model.device)
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            output = model.generate(
+                **inputs, max_new_tokens=12 if len(example.answers) == 1 else _ROOM, do_sample=False
+            )
+            answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            found.append(score(example, answer))
+        rows.append({"kind": kind, "length": length, "depth": depth, "accuracy": _mean(found), "samples": samples})
+    metrics = {"accuracy": _mean(row["accuracy"] for row in rows)}
+    for kind in kinds:
+        for length in lengths:
+            mine = [row["accuracy"] for row in rows if (row["kind"], row["length"]) == (kind, length)]
+            metrics[f"{kind} {length}"] = _mean(mine)
+    return {"metrics": metrics, "rows": rows}
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def plot_depths(rows: Sequence[dict], path: str | Path) -> Path | None:
+    """Draw the accuracy over length and depth, mean of all kinds, as an SVG; `None` where matplotlib is missing."""
+    if not can_draw():
+        return None
+    lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
+    table = [
+        [
+            _mean(row["accuracy"] for row in rows if (row["length"], row["depth"]) == (length, depth))
+            for length in lengths
+        ]
+        for depth in depths
+    ]
+    axes = new_axes("tokens", "depth of the answer")
+    image = axes.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    for y, line in enumerate(table):
+        for x, value in enumerate(line):
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center")
+    axes.figure.colorbar(image, label="accuracy")
+    axes.figure.savefig(path, metadata={"Date": None})
+    return Path(path)
