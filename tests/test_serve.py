@@ -21,6 +21,7 @@ openai = pytest.importorskip("openai", reason="the openai client is not installe
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
 import torch  # noqa: E402
+from transformers import RepetitionPenaltyLogitsProcessor  # noqa: E402
 
 from modeling_flashlite.checkpoint import CheckpointArgs  # noqa: E402
 from modeling_flashlite.serve.engine import Engine  # noqa: E402
@@ -101,6 +102,24 @@ def test_stream_gives_the_same_text_and_usage(client):
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
     assert chunks[-1].usage == whole.usage
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason
+
+
+def test_a_stream_of_several_choices_counts_the_prompt_once(client):
+    request = {"model": "tiny-lm", "prompt": ["Licensed under", "You may"], "max_tokens": 6, "seed": 3, "n": 3}
+    whole = client.completions.create(**request)
+    chunks = list(client.completions.create(**request, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage == whole.usage
+
+
+def test_sampling_fields_of_other_servers_are_honoured(client):
+    request = {"model": "tiny-lm", "prompt": "Licensed under", "max_tokens": 12, "seed": 3, "temperature": 2.0}
+    greedy = client.completions.create(**{**request, "temperature": 0}).choices[0].text
+    for field, value in (("top_k", 1), ("min_p", 1.0)):
+        assert client.completions.create(**request, extra_body={field: value}).choices[0].text == greedy
+    free = client.completions.create(**request).choices[0].text
+    assert client.completions.create(**request, extra_body={"top_k": -1, "store": False}).choices[0].text == free
+    once = client.completions.create(**{**request, "temperature": 0}, extra_body={"repetition_penalty": 10.0})
+    assert once.choices[0].text != greedy
 
 
 def test_chat_and_its_stream(client):
@@ -194,6 +213,8 @@ def test_several_prompts_in_one_request(client):
         ({"prompt": "x", "stop": ["a"] * 5}, 400, "at most 4"),
         ({"prompt": "x", "logprobs": 3, "stream": True}, 400, "logprobs is not supported in streams"),
         ({"prompt": "x", "logprobs": 21}, 400, "logprobs"),
+        ({"prompt": "x", "typical_p": 0.3}, 400, "typical_p is not supported"),
+        ({"prompt": "x", "top_k": -2}, 400, "top_k"),
         ({"prompt": "x" * 30000}, 413, "larger than 20000 bytes"),
         ({}, 400, "prompt"),
     ],
@@ -337,6 +358,22 @@ def test_requests_share_a_batch_and_the_queue_is_limited(engine):
     assert steps < sum(job.new_tokens for job in jobs)
 
 
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_generation_settings_of_the_checkpoint_do_not_break_answers(tmp_path, kind):
+    folder = save_checkpoint(kind, tmp_path / "model")
+    path = folder / "generation_config.json"
+    odd = {"stop_strings": ["."], "num_return_sequences": 3, "num_beams": 4, "do_sample": True, "min_new_tokens": 2}
+    odd |= {"return_dict_in_generate": True, "max_length": 3}
+    path.write_text(json.dumps(json.loads(path.read_text()) | odd))
+    engine = Engine(CheckpointArgs(str(folder), device="cpu"), limits=Limits(seconds=60))
+    try:
+        jobs = [engine.submit(engine.encode(["You may not use"])[0], Settings(6, 0.0)) for _ in range(2)]
+        texts = ["".join(job) for job in jobs]
+        assert texts[0] == texts[1] and all(job.finish_reason in ("stop", "length") for job in jobs)
+    finally:
+        engine.close()
+
+
 def test_deadline_and_cancellation_free_the_worker(engine):
     prompt = engine.encode(["Licensed"])[0]
     late = Job(prompt, Settings(50, 1.0, seed=0), time.monotonic() - 1)
@@ -359,8 +396,23 @@ def test_tokens_are_chosen_by_the_settings():
     assert draw(1, temperature=0.0) == [0]
     assert set(draw(50, top_p=0.5)) == {0}  # the first token alone holds more than half
     assert draw(20, seed=1) == draw(20, seed=1)
+    assert (
+        set(draw(200, top_k=2)) == {0, 1} and set(draw(200, min_p=0.3)) == {0, 1} and len(set(draw(400, top_k=9))) == 4
+    )
     share = torch.bincount(torch.tensor(draw(4000)), minlength=4) / 4000
     torch.testing.assert_close(share, logits.softmax(-1), atol=0.04, rtol=0)
+
+
+@pytest.mark.parametrize("reads_prompt", [True, False])
+def test_repetition_penalty_is_that_of_transformers(engine_tokenizer, reads_prompt):
+    logits = torch.randn(len(engine_tokenizer), generator=torch.Generator().manual_seed(0))
+    job = Job([3, 9], Settings(5, 0.0, repetition_penalty=1.7), time.monotonic() + 60)
+    answer = Answer(job, engine_tokenizer, set(), Counter(), reads_prompt)
+    answer.tokens = [4, 4, 11]
+    seen = torch.tensor([[3, 9, 4, 4, 11] if reads_prompt else [4, 4, 11]])
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(seen, logits[None].clone())[0]
+    kept = logits.clone()
+    assert answer.choose(logits) == int(expected.argmax()) and torch.equal(logits, kept)
 
 
 def test_penalties_count_the_answer_alone(engine_tokenizer):

@@ -229,7 +229,8 @@ class Engine:
         self.counters["batches"] += 1
         self.counters["batched_answers"] += len(jobs)
         self.counters["prompt_tokens"] += sum(len(job.prompt) for job in jobs)
-        answers = [Answer(job, self.tokenizer, self._ends, self.counters) for job in jobs]
+        alone = not self.is_encoder_decoder
+        answers = [Answer(job, self.tokenizer, self._ends, self.counters, alone) for job in jobs]
         self.model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

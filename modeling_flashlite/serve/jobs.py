@@ -41,7 +41,8 @@ class Settings:
 
     Args:
         max_tokens (`int`): most new tokens.
-        temperature (`float`), top_p (`float`): sampling.
+        temperature (`float`), top_p (`float`), top_k (`int`, 0 for all), min_p (`float`): sampling.
+        repetition_penalty (`float`): divides the logits of tokens that are in prompt or answer, as in transformers.
         frequency_penalty, presence_penalty (`float`): logits taken off per earlier occurrence, and once.
         stop (`list[str]`): texts that end the answer; they are not part of it.
         seed (`int`, *optional*): the same seed gives the same answer, whatever else is in the batch.
@@ -52,6 +53,9 @@ class Settings:
     max_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     stop: list[str] = field(default_factory=list)
@@ -166,7 +170,13 @@ def pick(logits: torch.Tensor, settings: Settings, generator: torch.Generator) -
     """Choose one token from logits `[V]`."""
     if settings.temperature < 1e-3:
         return int(logits.argmax())
-    probabilities = (logits / settings.temperature).softmax(-1)
+    logits = logits / settings.temperature
+    if 0 < settings.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[-1], float("-inf"))
+    probabilities = logits.softmax(-1)
+    if settings.min_p:
+        probabilities = probabilities.where(probabilities >= settings.min_p * probabilities.max(), 0.0)
+        probabilities = probabilities / probabilities.sum()
     if settings.top_p < 1.0:
         ordered, order = probabilities.sort(descending=True)
         # keep the smallest set that reaches top_p: the tokens before which less than that has gathered
@@ -185,10 +195,13 @@ class Answer:
         tokenizer: of the model.
         ends (`set[int]`): tokens that end every answer.
         counters (`Counter`): `generated_tokens` is raised.
+        reads_prompt (`bool`, *optional*, defaults to `True`): whether the prompt stands before the answer, as in a
+            decoder-only model; then `repetition_penalty` counts it too.
     """
 
-    def __init__(self, job: Job, tokenizer, ends: set[int], counters: Counter):
+    def __init__(self, job: Job, tokenizer, ends: set[int], counters: Counter, reads_prompt: bool = True):
         self.job, self.ends, self.counters = job, ends, counters
+        self.before = job.prompt if reads_prompt else []
         self.text = TextAssembler(tokenizer, job.settings.stop)
         self.tokens: list[int] = []
         self.generator = torch.Generator()
@@ -204,7 +217,11 @@ class Answer:
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token, from the model's logits `[V]`."""
-        settings, logits = self.job.settings, logits.float().cpu()
+        settings, logits = self.job.settings, logits.float().cpu().clone()
+        if settings.repetition_penalty != 1.0 and (seen := sorted({*self.before, *self.tokens})):
+            # smaller whether it is above 0 or below
+            factor = torch.where(logits[seen] < 0, settings.repetition_penalty, 1 / settings.repetition_penalty)
+            logits[seen] = logits[seen] * factor
         if settings.frequency_penalty or settings.presence_penalty:
             counts = torch.bincount(torch.tensor(self.tokens, dtype=torch.long), minlength=logits.numel())
             logits = logits - settings.frequency_penalty * counts - settings.presence_penalty * (counts > 0)

@@ -13,6 +13,9 @@ from .jobs import TokenLogprob
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error"}
 
+# what clients send beside a request that no answer depends on
+_HARMLESS = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+
 
 class ApiError(Exception):
     """A refusal with its HTTP status; becomes OpenAI's error shape."""
@@ -31,12 +34,15 @@ class StreamOptions(BaseModel):
 class Sampling(BaseModel):
     """Fields that both endpoints share; values that this server cannot honour are refused, not ignored."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False, extra="allow")
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
@@ -46,6 +52,11 @@ class Sampling(BaseModel):
     stream_options: StreamOptions | None = None
     logit_bias: dict[str, float] | None = None
     user: str | None = None
+
+    def unread(self) -> list[str]:
+        """Fields that this server does not know, but for those that change no answer."""
+        unknown = self.model_extra or {}
+        return [name for name, value in unknown.items() if value is not None and name not in _HARMLESS]
 
     def likeliest(self) -> int | None:
         """How many of the likeliest tokens are asked for at each place; `None` for no log-probabilities."""

@@ -101,11 +101,10 @@ class Server:
                 "model",
                 "model_not_found",
             )
-        for name in ("logit_bias", "suffix", "tools", "functions"):
-            if getattr(body, name, None):
-                raise ApiError(
-                    400, f"{name} is not supported by this server; leave it out.", name, "unsupported_value"
-                )
+        unread = [name for name in ("logit_bias", "suffix", "tools", "functions") if getattr(body, name, None)]
+        for name in (*unread, *body.unread()):
+            message = f"{name[:100]} is not supported by this server; leave it out."
+            raise ApiError(400, message, name[:100], "unsupported_value")
         for name in ("logprobs", "echo"):
             if body.stream and getattr(body, name, None):
                 raise ApiError(400, f"{name} is not supported in streams; leave it out.", name, "unsupported_value")
@@ -125,9 +124,8 @@ class Server:
         asked = getattr(body, "max_completion_tokens", None) or body.max_tokens or min(256, limit)
         if asked > limit:
             raise ApiError(400, f"max_tokens is {asked}, the limit is {limit}; ask for less.", "max_tokens")
-        given = {
-            name: getattr(body, name) for name in ("temperature", "top_p", "frequency_penalty", "presence_penalty")
-        }
+        names = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+        given = {name: getattr(body, name) for name in names} | {"top_k": body.top_k and max(body.top_k, 0)}
         return Settings(
             max_tokens=asked,
             stop=stop,
@@ -168,7 +166,7 @@ class Server:
             "model": self.engine.name,
         }
         if body.stream:
-            events = self.stream(jobs, frame, chat, body.stream_options or StreamOptions())
+            events = self.stream(jobs, frame, chat, body)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         texts = await self.gather(request, jobs)
         decode = self.engine.tokenizer.decode
@@ -198,8 +196,9 @@ class Server:
                 )
         return texts
 
-    async def stream(self, jobs: list[Job], frame: dict, chat: bool, options: StreamOptions) -> AsyncIterator[str]:
+    async def stream(self, jobs: list[Job], frame: dict, chat: bool, body: Sampling) -> AsyncIterator[str]:
         """Server-sent events: pieces of all choices as they come, their ends, optionally usage, and `[DONE]`."""
+        options = body.stream_options or StreamOptions()
         frame = {**frame, "object": "chat.completion.chunk" if chat else "text_completion"}
         queue: asyncio.Queue = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -227,7 +226,7 @@ class Server:
                     continue
                 yield event({**frame, "choices": [self.chunk(index, piece, reason, chat)], **extra})
             if options.include_usage:
-                yield event({**frame, "choices": [], "usage": usage(jobs, 1)})
+                yield event({**frame, "choices": [], "usage": usage(jobs, body.n or 1)})
             yield "data: [DONE]\n\n"
         finally:
             for job in jobs:
