@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 RESULTS ?= model_cards/results
 
-.PHONY: help setup demo test lint fix types bench card
+.PHONY: help setup demo test versions lint fix types bench card
 
 help: ## list what can be made
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -26,6 +26,9 @@ fix: setup ## let ruff mend what it can
 
 types: setup ## mypy on the whole package
 	$(PYTHON) -m mypy modeling_flashlite
+
+versions: setup ## the contract on the oldest, locked and newest transformers
+	@bash scripts/versions.sh $(ARGS)
 
 bench: setup ## speed and memory against named peers
 	$(PYTHON) scripts/bench.py $(ARGS)

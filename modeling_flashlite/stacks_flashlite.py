@@ -9,14 +9,22 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_flashlite import FlashLiteCache, Rows, axis_spec, prepare_cache, rows_of_documents, rows_of_mask
+from .cache_flashlite import (
+    FlashLiteCache,
+    Rows,
+    axis_spec,
+    own_cache,
+    prepare_cache,
+    rows_of_documents,
+    rows_of_mask,
+)
 from .compat_flashlite import CACHE, CacheNames, named_arguments, takes_cache
 from .configuration_flashlite import FlashLiteConfig, FlashLiteDecoderConfig, FlashLiteEncoderConfig
 from .layers_flashlite import (
@@ -342,10 +350,10 @@ def check_past(decoder: FlashLiteDecoder, past_key_values, memory) -> None:
     """
     if past_key_values is not None and memory is not None:
         raise ValueError("Got both `past_key_values` and `memory`; a cache is a memory already, so give one of them.")
-    if past_key_values is not None and not isinstance(past_key_values, Cache):
+    if past_key_values is not None and not isinstance(own_cache(past_key_values), DynamicCache):
         raise ValueError(
-            f"`past_key_values` is a {type(past_key_values).__name__}, but must be a cache; pass a `FlashLiteCache`, "
-            "an empty `DynamicCache`, or none."
+            f"`past_key_values` is a {type(own_cache(past_key_values)).__name__}, but the cache must grow; pass a "
+            "`FlashLiteCache`, an empty `DynamicCache`, or none, and leave `cache_implementation` out."
         )
     if memory is not None and not isinstance(memory, FlashLiteCache):
         raise ValueError(

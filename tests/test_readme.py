@@ -53,6 +53,13 @@ def test_python_block_runs(block, folder):
     run("-c", block, cwd=folder)
 
 
+def test_first_python_block_runs(tmp_path):
+    """On every version of transformers that is allowed, see scripts/versions.sh."""
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
+    printed = run("-c", BLOCKS[0], cwd=tmp_path)
+    assert printed.count("Bahnhof") == 1 and printed.startswith("[{'"), printed
+
+
 @pytest.mark.slow
 def test_notebook_runs_and_shows_its_outputs(tmp_path):
     cells = json.loads((ROOT / "scripts/quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
