@@ -474,6 +474,16 @@ def test_script_writes_one_results_file(make, tokenizer, tmp_path):
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
+    # a script called evaluate.py does not hide the library of that name
+    refused = subprocess.run(
+        [*command, "--task", "translation", "--metrics", "none.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert "'none.py' cannot be loaded" in refused.stderr and refused.returncode == 2
     printed = json.loads(done.stdout.splitlines()[-1])
     written = json.loads((tmp_path / "out.json").read_text())
     assert printed["word_perplexity"] == written["metrics"]["word_perplexity"] > 1

@@ -1,10 +1,14 @@
 """Metrics of the `evaluate` library, by name or from a file of one's own, beside those of a task."""
 
+from __future__ import annotations
+
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from evaluate import CombinedEvaluations, combine
-from evaluate import load as load_metric
+if TYPE_CHECKING:
+    from evaluate import CombinedEvaluations
 
 __all__ = ["load_metrics", "score_predictions"]
 
@@ -19,19 +23,20 @@ def load_metrics(names: Sequence[str]) -> CombinedEvaluations:
     Raises:
         ValueError: a metric cannot be loaded, or two have the same name.
     """
+    evaluate = _library()
     modules = {}
     for name in names:
         short = Path(name).stem
         if short in modules:
             raise ValueError(f"Two metrics are called {short!r}; rename the file of one of them.")
         try:
-            modules[short] = load_metric(name)
+            modules[short] = evaluate.load(name)
         except (OSError, ImportError, ValueError) as error:  # FileNotFoundError where neither file nor Hub has it
             raise ValueError(
                 f"The metric {name!r} cannot be loaded ({error}); give a .py file with an evaluate.Metric, or a name "
                 "on the Hub while it can be reached."
             ) from None
-    return combine(modules, force_prefix=True)
+    return evaluate.combine(modules, force_prefix=True)
 
 
 def score_predictions(metrics: CombinedEvaluations, predictions: Sequence[Mapping]) -> dict[str, float]:
@@ -47,3 +52,13 @@ def score_predictions(metrics: CombinedEvaluations, predictions: Sequence[Mappin
         references = [answers[0] for answers in references]
     scores = metrics.compute(predictions=[row["prediction"] for row in predictions], references=references)
     return {name: float(value) for name, value in scores.items() if isinstance(value, (int, float))}
+
+
+def _library():
+    """The `evaluate` library, also within `scripts/evaluate.py`, whose folder comes first on Python's path."""
+    found, sys.path = sys.path, [place for place in sys.path if not (Path(place) / "evaluate.py").is_file()]
+    try:
+        import evaluate
+    finally:
+        sys.path = found
+    return evaluate
