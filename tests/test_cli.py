@@ -144,7 +144,9 @@ REFUSED = {
     "sample": ["--model=nowhere", "--output=x.jsonl"],
     "train_tokenizer": DATA,
     "plot": ["--runs=nowhere"],
+    "convert": ["--model=nowhere", "--output=x"],
     "demo": ["--size=huge", "--output=x"],
+    "from_scratch": ["--size=huge", "--output=x"],
     "export": ["--model=nowhere", "--output=x"],
 }
 

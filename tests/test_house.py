@@ -109,6 +109,7 @@ WORKSHOP_EDGES = {
     "training.lora": set(),
     "training.lsq": set(),
     "training.qat": {"training.calibration"},
+    "training.stages": set(),
     "training.teacher": {"data.loading"},
     "training.trainers": {"data.loading"},
 }

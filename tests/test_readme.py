@@ -26,6 +26,7 @@ def folder(tmp_path_factory):
     (where / "model_cards").symlink_to(ROOT / "model_cards")
     output = run(str(ROOT / "scripts/demo.py"), "--size", "smallest", cwd=where)
     (where / "stdout.txt").write_text(output, encoding="utf-8")
+    run(str(ROOT / "scripts/demo.py"), "--from_scratch", "--size", "smallest", cwd=where)
     return where
 
 
@@ -33,18 +34,21 @@ def folder(tmp_path_factory):
 def test_demo_ends_with_a_table_and_json(folder):
     lines = (folder / "stdout.txt").read_text(encoding="utf-8").splitlines()
     result = json.loads(lines[-1])
-    assert [row["stage"] for row in result["stages"]] == ["teacher", "distilled", "quantized", "qat", "lora"]
+    assert [row["stage"] for row in result["stages"]] == ["converted", "sparse", "quantized", "lora"]
     quantized = next(row for row in result["stages"] if row["stage"] == "quantized")
     assert quantized["bits_per_weight"] <= 3.03  # the budget that the demo asks for, one per cent more
+    assert isinstance(result["chat"]["answer"], str)
     assert any(line.split()[:2] == ["stage", "parameters"] for line in lines)
 
 
 @pytest.mark.slow
 def test_finished_stages_are_kept(folder):
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("stage.json")}
-    output = run(str(ROOT / "scripts/demo.py"), "--size", "smallest", cwd=folder)
-    assert output.count("finished before, kept") == len(before) == 8
-    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("stage.json")}
+    for options, count in (([], 6), (["--from_scratch"], 8)):
+        root = folder / ("runs/scratch" if options else "runs/demo")
+        before = {path: path.stat().st_mtime_ns for path in root.rglob("stage.json")}
+        output = run(str(ROOT / "scripts/demo.py"), *options, "--size", "smallest", cwd=folder)
+        assert output.count("finished before, kept") == len(before) == count
+        assert before == {path: path.stat().st_mtime_ns for path in root.rglob("stage.json")}
 
 
 @pytest.mark.slow

@@ -504,11 +504,13 @@ def logit_parity(model: PreTrainedModel, parent: PreTrainedModel, ids: torch.Ten
 def perplexities(model: FlashLiteForCausalLM, ids: torch.Tensor) -> dict[str, float]:
     """Perplexity of `ids[0, 1:]`, read in one pass: with full attention, and as the model is."""
     with full_attention(model):
-        dense = _perplexity(model, ids)
-    return {"tokens": ids.shape[1], "dense": dense, "sparse": _perplexity(model, ids)}
+        dense = perplexity(model, ids)
+    return {"tokens": ids.shape[1], "dense": dense, "sparse": perplexity(model, ids)}
 
 
-def _perplexity(model: FlashLiteForCausalLM, ids: torch.Tensor) -> float:
+@torch.inference_mode()
+def perplexity(model: FlashLiteForCausalLM, ids: torch.Tensor) -> float:
+    """Perplexity of `ids[0, 1:]`, each token read after all before it, in one pass."""
     states, total = model.model(ids, use_cache=False).last_hidden_state[0, :-1], 0.0
     for part, targets in zip(states.split(256), ids[0, 1:].split(256)):  # logits of few tokens at a time
         logits = model.lm_head(part / model.config.decoder.logits_scaling)
