@@ -92,7 +92,13 @@ WORKSHOP_EDGES = {
     "training.families": set(),
     "training.pruning": {"training.families"},
     "training.checks": {"data.tasks", "measure.metrics", "training.trainers"},
-    "training.distillation": {"training.divergence", "training.teacher", "training.trainers"},
+    "training.distillation": {
+        "training.divergence",
+        "training.teacher",
+        "training.trainers",
+        "training.conversion",
+        "training.families",
+    },
     "training.divergence": set(),
     "training.launch": {
         "checkpoint",

@@ -5,6 +5,7 @@ import torch
 from test_conversion import close, make_parent, some_ids
 
 from modeling_flashlite import FlashLiteForCausalLM, convert
+from modeling_flashlite.training.distillation import student_from_teacher
 from modeling_flashlite.training.families import ConversionError
 from modeling_flashlite.training.pruning import count, parse_target, prune
 
@@ -65,3 +66,15 @@ def test_targets():
             parse_target(text)
     with pytest.raises(ConversionError, match="must be 1 to 3"):
         prune(convert(make_parent("llama")), {"num_hidden_layers": 4}, some_ids())
+
+
+@torch.no_grad()
+def test_a_student_with_fewer_layers_of_a_library_teacher_is_flash_lite():
+    teacher = make_parent("smollm3", num_hidden_layers=4)
+    whole = student_from_teacher(teacher)
+    assert isinstance(whole, FlashLiteForCausalLM)
+    close(whole.eval()(some_ids()).logits, teacher(some_ids()).logits)
+    student = student_from_teacher(teacher, decoder_layers=2)
+    assert student.config.num_hidden_layers == 2 and len(student.config.no_rope_layers) == 2
+    last = student.model.decoder.layers[1].mlp.up_proj.weight
+    assert torch.equal(last, teacher.model.layers[3].mlp.up_proj.weight) and last is not teacher.model.layers[3].mlp

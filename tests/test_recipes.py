@@ -25,6 +25,7 @@ from modeling_flashlite.cli import parse_args
 from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.training.checks import shape_changes
+from modeling_flashlite.training.conversion import to_encoder_decoder
 from modeling_flashlite.training.distillation import check_teacher_columns
 from modeling_flashlite.training.launch import ArchitectureArgs, DataArgs, ModelArgs, TrainArgs, load_model
 
@@ -57,6 +58,11 @@ def test_recipe_trains_for_two_steps(name, ground, capsys):
         overrides += [f"--teacher={base}", f"--teacher_cache={folder / name}_cache", "--k=4"]
         overrides += ["--keep_layers=1"] if "keep_layers" in keys else TINY_SHAPE
         overrides += ["--keep_encoder_layers=1"] if "keep_encoder_layers" in keys else []
+    elif name.startswith("adapt"):
+        crossed = folder / "crossed"
+        to_encoder_decoder(AutoModelForCausalLM.from_pretrained(base)).save_pretrained(crossed)
+        AutoTokenizer.from_pretrained(base).save_pretrained(crossed)
+        overrides += [f"--teacher={base}", f"--model={crossed}", f"--teacher_cache={folder / name}_cache"]
     else:
         overrides += [f"--model={base}", "--lora_r=2"]
     metrics = run_verb(name, dataset, folder / name, overrides)
@@ -70,7 +76,6 @@ def test_recipe_trains_for_two_steps(name, ground, capsys):
         assert merged.config.id2label == {0: "even", 1: "odd"}
     if name == "distill_tiny":
         from datasets import load_from_disk
-        from transformers import AutoTokenizer
 
         check_teacher_columns(load_from_disk(folder / f"{name}_cache"), AutoTokenizer.from_pretrained(base))
 

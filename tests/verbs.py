@@ -9,7 +9,7 @@ from modeling_flashlite.cli import parse_args
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 RECIPES = {path.stem: path for path in sorted((SCRIPTS / "recipes").glob("*.yaml"))}
-VERBS = {"train": "train", "distill": "distill", "lora": "finetune"}
+VERBS = {"train": "train", "distill": "distill", "lora": "finetune", "adapt": "distill"}
 TINY_SHAPE = [
     "--hidden_size=32",
     "--num_hidden_layers=2",

@@ -16,7 +16,9 @@ from transformers.trainer_callback import ExportableState
 
 from ..configuration_flashlite import FlashLiteConfig
 from ..loss_flashlite import check_loss_function
+from .conversion import convert
 from .divergence import KDLoss, divergence, parse_divergence, shared_vocabulary
+from .families import FAMILIES
 from .teacher import (
     TeacherCache,
     check_teacher_columns,
@@ -294,8 +296,11 @@ def student_from_teacher(
         changes (`dict`, *optional*): other values of its config, of which no weight depends, as its dropout.
 
     Returns:
-        `PreTrainedModel`: a new model of the teacher's class; its weights are copies.
+        `PreTrainedModel`: a new model, whose weights are copies; a Flash-Lite model where the teacher belongs to a
+        family that can be converted (Llama and its kin), else one of the teacher's class.
     """
+    if teacher.config.model_type in FAMILIES:
+        teacher = convert(teacher)
     config = copy.deepcopy(teacher.config)
     config.update(dict(changes or {}))
     if encoder_layers is not None and not config.is_encoder_decoder:
@@ -310,8 +315,10 @@ def student_from_teacher(
         if not 1 <= wanted <= have:
             raise ValueError(f"{stack}_layers is {wanted}, but the teacher has {have}; choose 1 to {have}.")
         keep[stack] = [round(x) for x in torch.linspace(0, have - 1, wanted).tolist()] if wanted > 1 else [have - 1]
-        if getattr(part, "layer_types", None):
-            part.layer_types = [part.layer_types[layer] for layer in keep[stack]]
+        part = getattr(part, "decoder", part)  # a decoder-only config that passes its decoder's fields on
+        for name in ("layer_types", "no_rope_layers", "local_rope_layers"):
+            if getattr(part, name, None):
+                setattr(part, name, [getattr(part, name)[layer] for layer in keep[stack]])
         part.num_hidden_layers = wanted
     student = type(teacher)(config).to(teacher.dtype)
     # not from the config, in which training has left that it needs no cache
