@@ -94,11 +94,12 @@ RELOAD = """
 import json, sys
 sys.modules["modeling_flashlite"] = None  # the package cannot be imported: only what was saved is there
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, adapter, prompt = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-model.load_adapter(adapter)
+model = PeftModel.from_pretrained(model, adapter)
 inputs = tokenizer(prompt, return_tensors="pt")
 torch.manual_seed(0)
 with torch.inference_mode():
