@@ -13,6 +13,9 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from .lora_targets_flashlite import register_lora_targets
 
+# registers the quantizer: some tools read a config's `quantization_config` before they load the model class
+from .quantization_flashlite import EcqConfig  # noqa: F401
+
 POSITION_ENCODINGS = ("transformer_xl", "rotary")
 # fields of a converted model with a few possible values
 _CHOICES = {

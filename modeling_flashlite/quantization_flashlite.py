@@ -110,6 +110,7 @@ class EcqConfig(QuantizationConfigMixin):
 
 
 _PLAIN_FORWARDS = (nn.Linear.forward, Linear.forward, nn.Embedding.forward, Conv1D.forward)
+_OUR_LINEAR = ".linear_flashlite.Linear"
 # embeddings of transformers whose own forward only adds to that of `nn.Embedding`; of any other class with its own
 # forward it is not known whether codes can take the place of its weight, so it stays float
 _EXTENDED_EMBEDDINGS = ("ScaledWordEmbedding", "NormedEmbedding", "LearnedPositionalEmbedding")
@@ -124,7 +125,10 @@ def _is_quantizable(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.num_embeddings <= 64):
         return False
-    if type(module).forward not in _PLAIN_FORWARDS and not type(module).__name__.endswith(_EXTENDED_EMBEDDINGS):
+    kind = type(module)
+    # the package and copies from the Hub each have a `Linear`
+    is_plain = kind.forward in _PLAIN_FORWARDS or f"{kind.__module__}.{kind.__name__}".endswith(_OUR_LINEAR)
+    if not is_plain and not kind.__name__.endswith(_EXTENDED_EMBEDDINGS):
         return False
     shape = module.weight.shape
     return len(shape) == 2 and min(shape) >= 8 and shape.numel() >= 1024
@@ -523,6 +527,16 @@ def _decode_model(model) -> None:
                 module.share_quantized(owner)
 
 
-# Idempotent, unlike `register_quantizer`: the package and a copy of this file from the Hub may live in one process.
-AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(_METHOD, EcqConfig)
-AUTO_QUANTIZER_MAPPING.setdefault(_METHOD, EcqQuantizer)
+def use_this_quantizer() -> None:
+    """Make the classes of this file those that transformers finds for `ecq`.
+
+    The package and copies of this file from the Hub may live in one process. A model, its quantizer and the layers
+    of codes must be of one copy, so a Flash-Lite model calls this before it loads.
+    """
+    AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = EcqConfig
+    AUTO_QUANTIZER_MAPPING[_METHOD] = EcqQuantizer
+
+
+# models of other families have no copy of their own: the first one serves
+if _METHOD not in AUTO_QUANTIZER_MAPPING:
+    use_this_quantizer()

@@ -43,6 +43,7 @@ from .layers_flashlite import (
     state_norm,
 )
 from .linear_flashlite import Linear
+from .quantization_flashlite import use_this_quantizer
 from .saving_flashlite import AtomicSaving
 
 
@@ -69,6 +70,12 @@ class FlashLitePreTrainedModel(AtomicSaving, PreTrainedModel):
     accepts_loss_kwargs = True
     # what the loss hook names; the library's own hooks, which are not assigned, name nothing that counts here
     _loss_arguments: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load as [`PreTrainedModel.from_pretrained`] does; codes become layers of this copy of the code."""
+        use_this_quantizer()
+        return super().from_pretrained(*args, **kwargs)
 
     def __setattr__(self, name, value):
         if name == "loss_function" and isinstance(value, nn.Module):

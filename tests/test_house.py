@@ -25,7 +25,7 @@ SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 EDGES = {
     "attention_tiles": set(),
     "compat": set(),
-    "configuration": {"compat", "lora_targets"},
+    "configuration": {"compat", "lora_targets", "quantization"},
     "codec": set(),
     "int4": set(),
     "linear": set(),
@@ -41,7 +41,7 @@ EDGES = {
     "quantization": {"ecq_modules", "ecq_parents", "ecq_search", "ecq_stream", "linear"},
     "cache": {"attention"},
     "layers": {"attention", "cache", "configuration", "linear"},
-    "stacks": {"cache", "compat", "configuration", "layers", "linear", "saving"},
+    "stacks": {"cache", "compat", "configuration", "layers", "linear", "quantization", "saving"},
     "decode": {"attention", "cache", "compat", "ecq_modules", "int4", "layers", "linear", "stacks"},
     "modeling": {"cache", "compat", "configuration", "decode", "int4", "linear", "loss", "quantization", "stacks"},
 }
