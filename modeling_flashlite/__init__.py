@@ -6,7 +6,7 @@ Importing the package registers its classes with the Auto classes of transformer
 
 import importlib
 
-# first: it says in one sentence that the library is too old for what follows
+# first, so that an old library gives one clear error instead of a failing import
 from .compat_flashlite import check_version  # noqa: F401
 
 # isort: split

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from .attention_tiles_flashlite import TileAttention, TileSizes, top_blocks
 
-# Up to this many queries are gathered with the blocks they chose instead of being cut into tiles.
+# Up to this many queries, selected blocks are gathered; beyond, queries are cut into tiles.
 _FEW_QUERIES = 16
 # Up to this many weights of all heads together are written out where keys and values differ in width.
 _FEW_WEIGHTS = 1 << 23
-# Up to this many key-value heads of all rows decode by a working set, whose chosen blocks come on one thread.
+# Up to this many key-value heads over all rows, decoding uses a working set: one thread gathers its chosen blocks.
 _FEW_HEADS = 16
 
 Cross = tuple[Tensor, Tensor, Tensor | None]
@@ -134,7 +134,7 @@ def _select(q: Tensor, summaries: BlockSummaries, spec: AxisSpec, slots: Tensor,
 
 
 def _axis_masks(q: Tensor, s: int, summaries: BlockSummaries, spec: AxisSpec, start, scaling: float):
-    """What each query sees: tokens [B, Hkv, T, S] one by one and grid slots [B, Hkv, T, n]."""
+    """Masks of what each query attends to: tokens [B, Hkv, T, S] and grid slots [B, Hkv, T, n]."""
     b = spec.block_size
     slots = _slots(start, q.shape[2], q.device)
     candidates, selected = _select(q, summaries, spec, slots, scaling)
@@ -209,7 +209,7 @@ def multi_axis_attention_reference(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, cross: Cross | None, first_query=None) -> None:
-    """Refuses shapes that do not belong together."""
+    """Raise `ValueError` for inconsistent shapes."""
     if first_query is not None and first_query.shape != q.shape:
         raise ValueError(
             f"the queries of the first block have shape {tuple(first_query.shape)}, but those of all others "
@@ -244,7 +244,7 @@ def multi_axis_attention(
     first_query: Tensor | None = None,
     summaries: BlockSummaries | None = None,
 ) -> Tensor:
-    """Multi-axis attention on the quickest path that fits; arguments as in `multi_axis_attention_reference`.
+    """Multi-axis attention on the fastest path that applies; arguments as in `multi_axis_attention_reference`.
 
     Args:
         summaries: summaries of the first blocks of `k` and `v`, at least of every candidate of every query; computed
@@ -268,7 +268,7 @@ def multi_axis_attention(
         summaries = None
     if length <= _FEW_QUERIES:
         return _step_attention(q, k, v, spec, start, scaling, cross, first_query, summaries)
-    # not a decorator: importing the compiler takes a second, which eager calls need not wait for
+    # not a decorator, which would import the compiler: a second that eager calls do not need
     tiles = torch.compiler.disable(_tile_attention) if torch.compiler.is_compiling() else _tile_attention
     return tiles(q, k, v, spec, start, scaling, cross, first_query, summaries)
 
@@ -335,7 +335,7 @@ def _local_keys(k: Tensor, v: Tensor, start: int | Tensor, length: int, b: int):
 
 
 def _step_attention(q, k, v, spec, start, scaling, cross, first_query, summaries) -> Tensor:
-    """Few queries, as in decoding: only the chosen blocks are gathered, everything else is read where it lies."""
+    """Few queries, as in decoding: only the chosen blocks are gathered, everything else is read in place."""
     b, top, length, hkv = spec.block_size, spec.relevance_top_k, q.shape[2], k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     summaries = summarize_blocks(k, v, spec) if summaries is None else summaries
@@ -383,7 +383,7 @@ def _step_attention(q, k, v, spec, start, scaling, cross, first_query, summaries
 
 
 def fits_working_set(k: Tensor, v: Tensor, spec: AxisSpec, start: int) -> bool:
-    """Whether a query in slot `start` may use a [`WorkingSet`] of `k` and `v`, and is likely to gain by it."""
+    """Whether a query in slot `start` can use a [`WorkingSet`] of `k` and `v`, and is likely to be faster with it."""
     b = spec.block_size
     top = math.inf if spec.relevance_top_k is None else spec.relevance_top_k
     few = k.shape[:2].numel() <= _FEW_HEADS
@@ -532,7 +532,7 @@ def joint_attention(logits: list[Tensor], values: list[Tensor]) -> Tensor:
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scaling: float | None = None
 ) -> Tensor:
-    """Dense attention [B, H, T, dv] by what is quickest at this size; `mask` is boolean, true where a key is seen.
+    """Dense attention [B, H, T, dv] by the fastest method at this size; `mask` is boolean, true where a key is seen.
 
     PyTorch's CPU kernel wants values as wide as the keys, so that narrower ones are padded; where there are few
     weights, writing them out takes half the time or less.
@@ -545,7 +545,7 @@ def dense_attention(
             return _explicit_attention(q, k, v, mask, causal, scaling)
         v = F.pad(v, (0, k.shape[3] - width))
     if q.shape[2] == 1 and groups > 1:
-        # The queries of a group as rows of one: the keys are read once for the group.
+        # The queries of a group become rows of one product, so that the keys are read once per group.
         rows = q.unflatten(1, (k.shape[1], groups)).squeeze(3)
         out = F.scaled_dot_product_attention(rows, k, v, mask, scale=scaling).flatten(1, 2).unsqueeze(2)
     else:
@@ -554,14 +554,14 @@ def dense_attention(
 
 
 def _explicit_attention(q, k, v, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
-    """Attention that keeps its weights: for few of them quicker than a kernel that wants the values padded."""
+    """Attention with explicit weights: faster than a kernel with padded values while there are few weights."""
     batch, hkv, s = k.shape[:3]
     rows, k, v_rows = (x.reshape(batch * hkv, -1, x.shape[3]) for x in (q * scaling, k, v))
     if causal:
         mask = torch.ones(q.shape[2], s, dtype=torch.bool, device=q.device).tril_()[None, None]
     logits = torch.bmm(rows, k.mT)
     if mask is not None:
-        # finite, so that a row of nothing but padding stays finite too
+        # finite, so that a row of padding only stays finite too
         lowest = torch.finfo(logits.dtype).min
         logits = logits.view(batch, hkv, -1, *mask.shape[2:]).masked_fill(~mask[:, :, None], lowest).view_as(logits)
     return torch.bmm(logits.softmax(-1), v_rows).view(*q.shape[:3], v.shape[3]).to(v.dtype)
@@ -571,7 +571,7 @@ def _window_attention(q, k, v, b, reach, start, scaling, cross, first_query) -> 
     """A band: every query sees every token of its last `reach` blocks, of its own block and of the first one."""
     back, length = reach * b, q.shape[2]
     if first_query is not None:
-        # one product serves both kinds of queries: each meets zeros where the other one counts
+        # one product serves both kinds of queries: each has zeros in the dimensions of the other
         scaling = q.shape[3] ** -0.5 if scaling is None else scaling
         (q, k), first_k = (F.pad(x, (0, x.shape[3])) for x in (q, k)), F.pad(k[:, :, :b], (k.shape[3], 0))
         q = torch.cat([q[..., : first_query.shape[3]], first_query], 3)

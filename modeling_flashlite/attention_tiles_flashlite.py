@@ -63,12 +63,12 @@ def top_blocks(scores: Tensor, k: int) -> Tensor:
         return torch.arange(min(k, n), device=scores.device).expand(*scores.shape[:-1], -1)
     if torch.compiler.is_exporting():
         return scores.topk(k, dim=-1).indices  # ONNX breaks ties like this by itself
-    # torch.topk partially sorts rows of 64 k and more, which is quicker than what it does to rows a little shorter.
+    # torch.topk partially sorts rows of 64 k and more, which is faster than its method for slightly shorter rows.
     short = 64 * (k + 1) - n
     padded = F.pad(scores, (0, short), value=-math.inf) if 0 < short < n and scores.numel() > 64 * n else scores
-    # It breaks ties at will, but only a tie between ranks k and k+1 can change the chosen set.
+    # Its order among ties is unspecified, but only a tie between ranks k and k+1 can change the selected set.
     values, index = padded.topk(k + 1, dim=-1)
-    if index.numel() <= 256:  # a decoding step: Python compares a few numbers sooner than tensors do
+    if index.numel() <= 256:  # a decoding step: a few numbers are compared faster in Python than as tensors
         tied = any(row[k - 1] == row[k] > -math.inf for row in values.view(-1, k + 1).tolist())
     else:
         edge = values[..., k - 1 :]

@@ -32,7 +32,7 @@ def _slice_summaries(summaries: BlockSummaries, spec: AxisSpec, first: int, last
 
 
 def _grow(states: torch.Tensor, spare: int) -> torch.Tensor:
-    """A copy of `[B, N, S, H]` with room for `spare` more slots, which is left as it comes."""
+    """A copy of `[B, N, S, H]` with `spare` more slots, uninitialised."""
     batch, heads, slots, size = states.shape
     grown = states.new_empty(batch, heads, slots + spare, size)
     grown[:, :, :slots].copy_(states)
@@ -85,7 +85,7 @@ def rows_of_mask(mask: torch.Tensor) -> Rows:
     """Left-align each batch row: real tokens in order, then padding. `mask` is bool `[B, T]`."""
     batch, columns = mask.shape
     counts = mask.sum(1)
-    # the longest row's, except in an exported graph, whose shapes cannot depend on values
+    # of the longest row, except in an exported graph, whose shapes cannot depend on values
     width = columns if torch.compiler.is_exporting() else max(int(counts.max()), 1)
     row = torch.arange(batch, device=mask.device)[:, None]
     order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :width]
@@ -130,7 +130,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Drop all states."""
         self.version += 1
         self.is_initialized = False
         self._keys: Any = None
@@ -174,7 +174,7 @@ class FlashLiteCacheLayer(DynamicLayer):
     def column_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The slot of each remembered column, `[B, C]`, and whether it holds a real token, `[B, 1, C]`."""
         block = self.spec.block_size
-        # columns between may be gone, so the first block is counted from the oldest, all else from the newest
+        # columns in between may be dropped: the first block is counted from the oldest, the rest from the newest
         early = self.mask.cumsum(1) - 1
         late = self._fill_tensor(self.mask.device)[:, None] - self.mask.flip(1).cumsum(1).flip(1)
         real = self.mask & ((early < block) | (late >= block))
@@ -226,14 +226,14 @@ class FlashLiteCacheLayer(DynamicLayer):
         self._reserve(end)
         self.start = self.fill
         if not ragged:
-            # views by `narrow` cost a third of views by index, which shows where there is one token
+            # `narrow` costs a third of indexing, which matters for a single token
             self._keys.narrow(2, self.fill, tokens).copy_(key_states)
             self._values.narrow(2, self.fill, tokens).copy_(value_states)
             first, self.fill = self.fill, self.fill + tokens
         else:
             fill = self._fill_tensor(key_states.device)
             index = (fill[:, None] + torch.arange(tokens, device=fill.device))[:, None, :, None]
-            for states in (self._keys, self._values):  # what a shorter row does not write meets a weight of zero
+            for states in (self._keys, self._values):  # slots that a shorter row does not write get weight zero
                 states[:, :, end - tokens : end] = 0
             self._keys.scatter_(2, index.expand_as(key_states), key_states)
             self._values.scatter_(2, index.expand_as(value_states), value_states)
@@ -265,7 +265,7 @@ class FlashLiteCacheLayer(DynamicLayer):
             self._keys, self._values = _grow(self._keys, grow), _grow(self._values, grow)
             self.version += 1
         blocks = self._keys.shape[2] // block - self._summaries.keys.shape[2]
-        if blocks > 0:  # a segment memory has keys enough, but no summaries
+        if blocks > 0:  # a segment memory has the keys, but no summaries
             spare = blocks, blocks, blocks * (block // self.spec.sub_block_size)
             self._summaries = BlockSummaries(*map(_grow, self._summaries, spare))
 
@@ -311,7 +311,7 @@ class FlashLiteCacheLayer(DynamicLayer):
             shift = (self.fill // block - keep - 1).clamp(min=0) * block
             self._keys, self._values = (_roll_rows(states, shift, block) for states in (self._keys, self._values))
         self.fill, self.base = self.fill - shift, self.base + shift
-        if self.mask is not None:  # and the columns whose tokens have left in every row
+        if self.mask is not None:  # and the columns whose tokens were dropped in every row
             _, real = self.column_slots()
             self.mask = self.mask[:, real.any(0)[0] | ~self.mask.any(0)]
 
@@ -557,7 +557,7 @@ class EncoderCacheLayer(DynamicLayer):
             self.keys, self.values = change(self.whole), change(self.values)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Drop all states."""
         self.keys = self.values = self.sources = None
         self.is_initialized = False
 

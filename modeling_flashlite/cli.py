@@ -15,14 +15,14 @@ from transformers import HfArgumentParser
 
 __all__ = ["banner", "finish", "parse_args", "start"]
 
-# what says by itself what was wrong with the input, and what does so where a sentence was written for it
+# errors whose message always describes the input, and errors that do so where we raise them with a sentence
 _REFUSALS = ValueError, OSError, ImportError, FloatingPointError
 _WRITTEN_REFUSALS = TypeError, RuntimeError, KeyError, AttributeError
-_MOST_CHARACTERS = 800  # some libraries list all that they know
+_MOST_CHARACTERS = 800  # some libraries list everything they support
 
 
 def start(main: Callable, classes: Sequence[type] | None = None, description: str | None = None) -> None:
-    """Run a script's `main` as the whole process, and end it: a refusal is one sentence and exit code 2.
+    """Run a script's `main` and exit: refused input gives one sentence and exit code 2.
 
     `--debug` without a value, which is taken off the command line, shows the traceback of a refusal instead. What is
     no refusal, a fault of the program itself, keeps its traceback and exit code 1.
@@ -89,7 +89,7 @@ def parse_args(classes: Sequence[type], argv: Sequence[str] | None = None, descr
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
-    parser.error = _refuse  # the usage of a hundred training arguments would hide the message
+    parser.error = _refuse  # argparse would print the usage of a hundred training arguments before the message
     parser.add_argument("--config", help="YAML recipe; every other argument overrides its key")
     parser.epilog = "--debug, without a value, shows the traceback of a refusal."
     keys = [field.name for cls in classes for field in fields(cls) if field.init]
@@ -143,7 +143,7 @@ def _refuse(message: str) -> None:
 
 
 def banner(name: str, model: torch.nn.Module, training_args) -> str:
-    """One line on what runs where: parameters, precision, devices, seed."""
+    """One line about the run: parameters, precision, devices, seed."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"

@@ -15,7 +15,7 @@ import zlib
 
 import numpy as np
 
-_PIECE = 1 << 15  # bytes given to zlib at a time: what it gives back stays in the cache
+_PIECE = 1 << 15  # bytes given to zlib at a time, so that its output stays in the cache
 _HEADER_ORDER = (16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15)
 
 

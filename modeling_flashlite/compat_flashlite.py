@@ -41,7 +41,7 @@ def check_version(version: str) -> None:
 
 check_version(transformers.__version__)
 
-# the rest needs a library that is new enough
+# the rest needs a recent library
 from transformers import configuration_utils  # noqa: E402
 from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: E402
 from transformers.utils import TransformersKwargs  # noqa: E402
@@ -97,10 +97,10 @@ def sub_config_specs(classes: Mapping[str, type], optional: str) -> dict:
     return {name: spec(config_class=part, optional=name == optional) for name, part in classes.items()}
 
 
-# what a `forward` takes beyond its own arguments, and who reads it
+# keyword arguments that a `forward` accepts beyond its own, and what reads them
 _RECORDED = {"output_attentions", "output_hidden_states"}  # the stacks, which record them
 _SCALED = {"num_items_in_batch"}  # the loss
-# collators of packed rows repeat here what `position_ids` say; alone, nobody would read them
+# collators of packed rows also give these; they repeat `position_ids`, which the model reads
 _PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
@@ -118,7 +118,7 @@ def check_arguments(model, given: dict, known=(), packed: bool = False) -> None:
     """
     allowed = _RECORDED | _SCALED | (_PACKED if packed else set())
     for name, value in given.items():
-        # tools may fill every field of `TransformersKwargs`, with nothing
+        # tools may pass every field of `TransformersKwargs` as None
         if name in allowed or name in known or (value is None and name in TransformersKwargs.__optional_keys__):
             continue
         raise TypeError(f"{type(model).__name__}.forward() got an unexpected keyword argument {name!r}")
@@ -128,6 +128,6 @@ def named_arguments(function) -> frozenset[str]:
     """The arguments that `function` names; those that it only swallows in `**kwargs` do not count."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some functions of C have no signature
+    except (TypeError, ValueError):  # some C functions have no signature
         return frozenset()
     return frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))

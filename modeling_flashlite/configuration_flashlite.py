@@ -4,7 +4,7 @@
 import inspect
 from typing import Any
 
-# first: it says in one sentence that the library is too old for what follows
+# first, so that an old library gives one clear error instead of a failing import
 from .compat_flashlite import CACHE, sub_config_specs  # isort: split
 
 from huggingface_hub.dataclasses import strict
@@ -34,19 +34,19 @@ _TP_PLAN = {
     "layers.*.mlp.up_proj": "colwise",
     "layers.*.mlp.down_proj": "rowwise",
 }
-# the learned vectors of a head live and are cut with its projections; the attention reads their local part
+# learned vectors per head are sharded with the head's projections; the attention reads the local part
 _TP_PLAN_XL = {
     "layers.*.self_attn": "local_params",
     "layers.*.self_attn.r_proj": "colwise",
     "layers.*.self_attn.content_bias": "colwise",
     "layers.*.self_attn.position_bias": "colwise",
 }
-# a norm over heads: each device holds all of it, and sees the gradient of its own heads only
+# a norm over heads: replicated, and each device has the gradient of its own heads only
 _TP_PLAN_HEAD_NORM = {
     "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
     "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
 }
-# a norm over the whole projection needs all of it on every device
+# a norm over the whole projection is replicated on every device
 _TP_PLAN_PROJECTION_NORM = {
     "layers.*.self_attn.q_proj": "colwise_gather_output",
     "layers.*.self_attn.k_proj": "colwise_gather_output",
@@ -80,7 +80,7 @@ class FlashLiteStackConfig(PreTrainedConfig):
         max_position_embeddings (`int`, defaults to 2048): length the stack is meant for. No tensor has this size;
             tools read it, and scaled rotary embeddings take it as their original length.
         position_encoding (`str`, defaults to `"transformer_xl"`): `"transformer_xl"` (the four terms of
-            https://huggingface.co/papers/1901.02860, section 3.3) or `"rotary"`, whose attention is quicker but which
+            https://huggingface.co/papers/1901.02860, section 3.3) or `"rotary"`, whose attention is faster but which
             ended higher at equal steps and at equal time.
         rope_parameters (`dict`, *optional*): parameters of the rotary embedding, as everywhere in transformers.
         rope_dtype (`str`, defaults to `"float64"`): type in which angles are taken. `"float32"` is what the models of
@@ -352,7 +352,7 @@ class FlashLiteConfig(PreTrainedConfig):
         return super().to_dict()
 
     def __getattr__(self, name):
-        # reached only when normal lookup fails: fields of the stacks read as the decoder's
+        # called only when normal lookup fails: a stack's field reads as the decoder's
         if name in _DECODER_FIELDS and isinstance(self.__dict__.get("decoder"), PreTrainedConfig):
             return getattr(self.decoder, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -39,7 +39,7 @@ _DERIVED = "kernel", "joint"
 
 
 class CodedWeight(nn.Parameter):
-    """The `weight` of a quantized layer as other code sees it: a dtype, a device and rows, but no elements.
+    """The `weight` of a quantized layer for other code: it has dtype, device and rows, but no elements.
 
     What needs the elements fails on its shape, for example peft's `merge_and_unload`; the error then says what to do.
     """
@@ -63,7 +63,7 @@ def _without_elements(rows: int, dtype: torch.dtype, device) -> CodedWeight:
 
 
 class EcqModule(_Layer):
-    """What [`EcqLinear`] and [`EcqEmbedding`] share: the codes, and a `weight` without elements that stands for them.
+    """Base of [`EcqLinear`] and [`EcqEmbedding`]: the codes, and a `weight` placeholder without elements.
 
     Parameters:
         tiles (uint8, the layout of `int4_flashlite`), step (float32 `[rows]`): codes and steps.
@@ -104,7 +104,7 @@ class EcqModule(_Layer):
         self._forget()
 
     def __setattr__(self, name, value):
-        # The loader assigns the stored stream to `weight`; it waits here until the quantizer decodes all of them.
+        # The loader assigns the stored stream to `weight`; it stays here until the quantizer decodes all streams.
         if name == "weight" and isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1:
             object.__setattr__(self, "stream", value.detach())
             rows = self.weight_shape[0]
@@ -136,7 +136,7 @@ class EcqModule(_Layer):
         self._forget()
 
     def tiled(self) -> TiledWeight:
-        """The codes where they lie, with all that belongs to them."""
+        """The codes in their memory layout, with steps and column scales."""
         none = torch.zeros(0, dtype=torch.long, device=self.tiles.device)
         columns, wide, column_exponents = self.weight_shape[1], (none, none), None
         exponents = _exponents(self.step / self.base, self.grid)
@@ -155,7 +155,7 @@ class EcqModule(_Layer):
         return self.tiled().quantized()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The weight that the codes stand for, `[rows, columns]`; float32 or `dtype`."""
+        """The dequantized weight, `[rows, columns]`; float32 or `dtype`."""
         return self.quantized().dequantize().to(dtype or torch.float32)
 
     def _apply(self, fn, recurse=True):
@@ -185,7 +185,7 @@ class EcqLinear(EcqModule, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x `[..., in_features]` to `[..., out_features]`, in the dtype of x."""
-        held = self._parameters  # reading them as attributes costs as much as a small operation
+        held = self._parameters  # reading attributes of a module costs as much as a small operation
         bias = held["bias"]
         plain = is_plain(input) and not held["step"].requires_grad and input.shape[-1] == self.in_features
         if plain and is_few_rows(input):
@@ -195,18 +195,18 @@ class EcqLinear(EcqModule, nn.Linear):
         # inputs of second digits are 16 times the others, so that int8 would leave these too few levels
         return int4_linear(states, self.tiles, self.step, states.shape[-1], bias, self.numbers is None)
 
-    @torch.inference_mode(False)  # what is made in inference mode could enter no later training
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be used in training
     def prepared(self) -> KernelWeight:
         """The codes and steps for [`int4_few_rows`]; no bias."""
         if self.kernel is None:
             step = self.step.detach()
-            # past nn.Module, which would look through all kinds of members first
+            # bypasses nn.Module.__setattr__, which searches parameters, buffers and modules first
             self.__dict__["kernel"] = kernel_weight(self.tiles.detach(), step, self.numbers, self.factors)
         return self.kernel
 
 
 def _neighbours(parts: Sequence[nn.Parameter]) -> torch.Tensor:
-    """All parts as one tensor, along the first axis; each becomes a view of it, if they are not neighbours already."""
+    """Concatenate the parts along the first axis and make each a view of it, unless they are adjacent already."""
     place, length = parts[0].data_ptr(), sum(len(part) for part in parts)
     shape, stride = (length, *parts[0].shape[1:]), parts[0].stride()
     ends = [place]
@@ -227,7 +227,7 @@ def _neighbours(parts: Sequence[nn.Parameter]) -> torch.Tensor:
 def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
     """One layer that computes the outputs of several from the same input and the same codes, in one product.
 
-    One product is quicker than several small ones. The codes of the layers become neighbours in memory, each layer's
+    One product is faster than several small ones. The codes of the layers become neighbours in memory, each layer's
     own tiles a view of them, so that nothing but steps is held twice and every layer works on as before. Layers with
     different wide columns get those of all of them.
 
@@ -310,7 +310,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):
         weight, rounded, step = ctx.saved_tensors
         slope = rounded - weight.float()
-        # beyond half a step only where codes end; a little more, for what rounding adds to the half
+        # more than half a step only where codes are clamped; the margin covers rounding
         outside = slope.abs() > 0.501 * step
         slope = torch.where(outside, rounded, slope)
         products = torch.bmm(grad.float()[:, None], slope[..., None])
@@ -322,7 +322,7 @@ _TWIN_STATE = ("log_base", "exponents", "code_lengths")
 
 
 class FakeQuantModule(_Layer):
-    """What the twins share: a float weight, a learned step for the tensor, frozen relative steps of its rows.
+    """Base of the twins: a float weight, a learned step for the tensor, frozen relative steps of its rows.
 
     Attributes:
         log_step (parameter `[1]`): learned shift of log2 of all steps; it starts at 0, so weight decay does no harm.
@@ -356,7 +356,7 @@ class FakeQuantModule(_Layer):
         return torch.exp2(self.log_step.detach().float()) * self._start()
 
     def codes(self) -> torch.Tensor:
-        """Codes -8..7 of the weight as it stands, float `[rows, columns]`."""
+        """Codes -8..7 of the current weight, float `[rows, columns]`."""
         return torch.round(self.weight.detach().float() / self.step()[:, None]).clamp(-8, 7)
 
     def fake_quantized(self) -> torch.Tensor:
@@ -364,7 +364,7 @@ class FakeQuantModule(_Layer):
         return _FakeQuantize.apply(self.weight, self.log_step, self._start())
 
     def quantized(self) -> QuantizedWeight:
-        """What the file will hold."""
+        """The quantized weight that will be written to the file."""
         base = torch.exp2(self.log_base.double() + self.log_step.detach().double()).float().item()
         return QuantizedWeight(self.codes().to(torch.int8), base, self.exponents, self.grid)
 
@@ -437,7 +437,7 @@ def to_twin(module: nn.Module, weight: QuantizedWeight, master: torch.Tensor) ->
 
 
 def to_float(module: EcqModule, dtype: torch.dtype) -> nn.Module:
-    """Turn a quantized layer back into the layer that it was, with the dequantized weight."""
+    """Turn a quantized layer back into its float class, with the dequantized weight."""
     weight, plain = module.dequantize(dtype), module.plain_class
     module._forget()
     for name in _HELD[1:]:

@@ -20,7 +20,7 @@ from torch import nn
 from .ecq_stream_flashlite import CODE_RANGE, QuantizedWeight, stream_bytes, wide_columns
 
 logger = logging.getLogger(__name__)
-_MIN_STEP, _MAX_STEP = 0.28, 3.0  # in standard deviations of the row: what 16 levels can serve
+_MIN_STEP, _MAX_STEP = 0.28, 3.0  # in standard deviations of the row: the useful range for 16 levels
 _WAVE_ROWS = 64
 
 
@@ -142,7 +142,7 @@ def _gain(layer: Layer, weight: torch.Tensor, rounded: torch.Tensor) -> float:
 def search(
     layers: list[Layer], budget: float | None, overhead: float, multiplier: float = -1.0, tolerance: float = 0.006
 ) -> list[QuantizedWeight]:
-    """Codes of all layers at the multiplier whose file is the budget.
+    """Codes of all layers at the multiplier whose file meets the budget.
 
     The rate falls by one bit per octave of the multiplier. Rounding to nearest, which is cheap, finds the place;
     feedback passes correct it until the file is at most the budget and within the tolerance.

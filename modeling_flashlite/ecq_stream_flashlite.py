@@ -1,4 +1,4 @@
-"""A quantized weight matrix: as it is searched, as it lies in memory, and the byte stream in which it is stored.
+"""A quantized weight matrix in three forms: for the search, in memory, and as the stored byte stream.
 
 `w[r, c] = code[r, c] * step[r] * column_scale[c]` with integer codes. Steps are `base * 2 ** (exponent[r] / grid)` and
 column scales, which are optional, `2 ** (exponent[c] / grid)`: small integers, so that they cost next to nothing on
@@ -65,7 +65,7 @@ _MAX_GROUPS, _NARROW_GROUPS, _WIDE_GROUPS = 32, 16, 8  # in a stream; to begin w
 _BAND_BYTES = 1 << 22
 _TABLE_BYTES = 32, 0.42  # cost of a Huffman table: fixed, and per symbol that occurs
 _MOST_CODES = 4096  # in a byte of a stream; deflate reaches 2064
-_AHEAD = 1 << 22  # bytes of streams that are decoded or wait for it, per worker
+_AHEAD = 1 << 22  # bytes of streams decoded or queued, per worker
 
 
 @dataclass
@@ -128,7 +128,7 @@ def wide_columns(ratio: torch.Tensor, share: float = 0.02) -> torch.Tensor:
 
 @dataclass
 class TiledWeight:
-    """A quantized matrix as it lies in memory.
+    """A quantized matrix in its memory layout.
 
     Attributes:
         shape (`tuple[int, int]`): rows, columns.

@@ -338,9 +338,9 @@ def _held_linear(
     scale = _int8_scale(states)
     if scale is None:
         return None
-    # a scale of few bits, so that a product with bfloat16 sums is one operation and exact in the scale
+    # few significant bits, so that scaling bfloat16 sums is one operation and exact
     scale = scale.bfloat16()
-    # oneDNN wants activations without sign: the sign bit flipped adds 128
+    # oneDNN needs unsigned activations: flipping the sign bit adds 128
     states = states.div_(scale).round_().to(torch.int8).view(torch.uint8).bitwise_xor(128)
     packed, zeros = _derived(held, tiles, pack)
     dtype = x.dtype if x.dtype in (torch.bfloat16, torch.float32) else torch.float32
@@ -464,7 +464,7 @@ def int4_linear(
     int8, out = int8_activations and not needs_grad, None
     if needs_grad or torch.compiler.is_compiling() or type(rows) is not torch.Tensor:
         out = int4_matmul(rows, tiles, out_features, int8) * step
-    else:  # plain eager inference: the op's wrapper costs as much as a small product
+    else:  # in eager inference the custom op's wrapper costs as much as a small product
         held = _int8_held.get()
         if held is not None and int8 and x.is_cpu and len(rows) > _KERNEL_ROWS and not step.requires_grad:
             out = _held_linear(rows, tiles, step, held)

@@ -108,7 +108,7 @@ def rope_frequencies(config, positions: torch.Tensor, kind: str | None) -> tuple
         dtype = getattr(torch, config.rope_dtype)
         exponent = torch.arange(0, config.head_dim, 2, dtype=dtype, device=positions.device) / config.head_dim
         return 1.0 / base**exponent, 1.0
-    # the frequencies of these two depend on the length at hand; asking for it stalls an accelerator
+    # the frequencies of these two depend on the current length; reading it synchronises an accelerator
     length = int(positions.max()) + 1 if rope["rope_type"] in LENGTH_ROPES else None
     return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, positions.device, seq_len=length)
 
@@ -193,7 +193,7 @@ class FlashLiteAttention(nn.Module):
 
     def relative_weight(self, like: torch.Tensor) -> torch.Tensor:
         """`W_R` as one matrix per head, `[N, H, H]`, in the type of `like`; there is none for rotary positions."""
-        # called as a module, so that adapters, quantizers and shards of `r_proj` count: r_proj(1) = W_R^T
+        # called as a module, so that adapters, quantizers and sharding of `r_proj` apply: r_proj(1) = W_R^T
         weight = self.r_proj(torch.eye(self.head_dim, dtype=like.dtype, device=like.device))
         return weight.view(self.head_dim, -1, self.head_dim).permute(1, 2, 0).contiguous()
 
@@ -205,7 +205,7 @@ class FlashLiteAttention(nn.Module):
             return rotate(query, *angles)
         weight = self.relative_weight(query)
         content_bias, position_bias = self.content_bias.to(query.dtype), self.position_bias.to(query.dtype)
-        # the heads are the batch: one product of all rows for each, however few tokens there are
+        # heads as the batch dimension: one product of all rows per head, however few tokens there are
         rows = (query + position_bias[:, None]).transpose(0, 1)
         relative = torch.bmm(rows.flatten(1, 2), weight).view(rows.shape).transpose(0, 1)
         (cos, sin), (first, second) = angles, relative.chunk(2, dim=-1)

@@ -61,7 +61,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         states, weight = ctx.saved_tensors
-        product = F.linear if torch.is_grad_enabled() else _onednn  # gradients of gradients are PyTorch's
+        product = F.linear if torch.is_grad_enabled() else _onednn  # PyTorch's own, which has second derivatives
         rows, needed = grad.flatten(0, -2), ctx.needs_input_grad
         grad_states = product(grad, weight.t()) if needed[0] else None
         grad_weight = product(rows.t(), states.flatten(0, -2).t()) if needed[1] else None

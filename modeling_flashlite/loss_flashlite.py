@@ -18,7 +18,7 @@ from .linear_flashlite import Linear, is_hooked, linear
 # logits of one chunk, 8 MiB in float32: large enough for a full-speed product, small enough to stay in a cache while
 # softmax and its gradient pass over them, which halves the time of the loss on a CPU
 CHUNK_LOGITS = 1 << 21
-# a head that gathers its weight on every call must be called equally often on every rank, whatever the rank's labels
+# a head that gathers its weight on every call must be called equally often on every rank, whatever its labels are
 SHARDED_HEAD_CHUNKS = 4
 IGNORE_INDEX = -100
 
@@ -91,7 +91,7 @@ def chunked_cross_entropy(
     def row_loss(logits, labels):
         return (F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing),)
 
-    if logits is not None:  # they are there: leaving rows out would cost a copy of all the others
+    if logits is not None:  # already computed: dropping rows would copy all the others
         labels = labels.to(logits.device).flatten()
         (total,), count = row_loss(at_least_float32(logits.flatten(0, -2)), labels), (labels != IGNORE_INDEX).sum()
         return total / divisor(count if num_items_in_batch is None else num_items_in_batch, 1, total)
@@ -145,7 +145,7 @@ def chunked_sum(
     else:
         pieces = index.split(chunk_size or max(1, CHUNK_LOGITS // getattr(lm_head, "out_features", 1 << 15)))
 
-    def rows(piece):  # cut per chunk: a teacher's dense logits must not be copied whole
+    def rows(piece):  # sliced per chunk, so that dense teacher logits are not copied as a whole
         return labels[piece], *(column[piece.to(column.device)].to(states.device) for column in columns)
 
     if torch.is_grad_enabled() and is_plain_linear(lm_head):
@@ -168,7 +168,7 @@ def chunked_sum(
 
 
 def at_least_float32(logits: torch.Tensor) -> torch.Tensor:
-    """Half precision becomes float32; float32 and float64 stay."""
+    """Promote half precision to float32; float32 and float64 are unchanged."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 

@@ -35,13 +35,13 @@ from .int4_flashlite import int8_codes
 from .linear_flashlite import Linear
 from .loss_flashlite import chunked_cross_entropy
 
-# imported to be registered: with it, coded checkpoints load wherever this file does
+# imported for registration, so that coded checkpoints load wherever this file does
 from .quantization_flashlite import EcqConfig  # noqa: F401
 from .stacks_flashlite import FlashLiteDecoder, FlashLiteDecoderOutput, FlashLiteEncoder, FlashLitePreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-# training logits of more elements than this are never built: the loss then runs chunk by chunk over the tokens
+# above this many elements training logits are not materialised: the loss runs over chunks of tokens
 _MAX_TRAINING_LOGITS = 2**20
 
 
@@ -78,7 +78,7 @@ class FlashLiteModel(FlashLitePreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self):
-        # of tied tables the one that the others are tied to, which is what tools such as peft take it for
+        # the table that the others are tied to, which tools such as peft expect
         of_encoder = self.config.is_encoder_decoder and not self.config.tie_word_embeddings
         return (self.encoder if of_encoder else self.decoder).embed_tokens
 
@@ -144,7 +144,7 @@ class FlashLiteModel(FlashLitePreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 **own,
             )
-            # what was recorded under this name is empty: there is no encoder to attend to
+            # the recorded entry is empty: there is no encoder to attend to
             return type(outputs)(**{name: value for name, value in outputs.items() if name != "cross_attentions"})
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if input_ids is None:
@@ -257,7 +257,7 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
 
     @contextlib.contextmanager
     def _optimize_model_for_decode(self):
-        # not for prompts: they are read once, and packing codes costs as much as unpacking them twenty times
+        # not for prompts, which run once: packing costs as much as unpacking twenty times
         with super()._optimize_model_for_decode(), decode_session(self) as session, int8_codes(session.int8_codes):
             yield
 
@@ -271,7 +271,7 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         if self.config.decoder.logits_scaling != 1:
             hidden_states = hidden_states / self.config.decoder.logits_scaling
         vocab_size = self.config.decoder.vocab_size
-        chunked = "lm_head" in self._loss_arguments  # it runs the head itself
+        chunked = "lm_head" in self._loss_arguments  # the hook applies the head itself
         large = hidden_states.shape[:-1].numel() * vocab_size > _MAX_TRAINING_LOGITS
         logits = None
         if labels is None or not (self.training and chunked and large):
@@ -428,7 +428,7 @@ class FlashLiteForCausalLM(FlashLiteHeadModel, GenerationMixin):
             Loss and logits `[B, T, V]`. A training batch with labels and more than 2^20 logits gets none of them: its
             loss runs over chunks of tokens.
         """
-        # not an argument by name: the Trainer would take it for one of the labels that every batch must have
+        # not a named argument: the Trainer would treat it as a label that every batch must have
         shifted = kwargs.pop("shift_labels", None)
         check_arguments(self, kwargs, self._loss_arguments, packed=position_ids is not None)
         outputs = self.model(
@@ -465,7 +465,7 @@ def decoder_only(config: FlashLiteConfig) -> FlashLiteConfig:
     return config
 
 
-# what the task heads hand on
+# keyword arguments that the task heads pass on
 _MODEL_ARGUMENTS = named_arguments(FlashLiteModel.forward) | {"output_attentions", "output_hidden_states"}
 
 

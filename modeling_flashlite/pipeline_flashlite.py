@@ -22,7 +22,7 @@ RESULT_KEYS = {
     "summarization": "summary_text",
     "question-answering": "answer",
 }
-# names that transformers 5 does not refuse -> task
+# names that transformers 5 accepts -> task
 SHORT_NAMES = {
     "text-to-text": "text2text-generation",
     "translate": "translation",
@@ -162,7 +162,7 @@ class FlashLitePipeline(ChunkPipeline):
             return self.tokenizer(rendered, return_tensors="pt", return_token_type_ids=False)
 
         pieces = self._cut(text, lambda piece: encode(piece)["input_ids"].shape[1], limit)
-        # truncation drops whole pieces of text, so that the special tokens at the end stay
+        # truncation drops whole pieces of text, so the final special tokens are kept
         pieces = pieces[:1] if truncation else pieces
         for index, piece in enumerate(pieces):
             yield {"is_last": index == len(pieces) - 1, **encode(piece)}
@@ -252,7 +252,7 @@ class FlashLitePipeline(ChunkPipeline):
                     current = part
             pieces.append(current)
             return [small for piece in pieces for small in FlashLitePipeline._cut(piece, count, limit)]
-        return [text]  # a single character that takes more tokens than the limit
+        return [text]  # a single character with more tokens than the limit
 
     def _sequence_log_prob(self, outputs) -> torch.Tensor:
         """Log-probability of each generated sequence up to its end; shape `[batch * sequences]`."""
@@ -329,7 +329,7 @@ class FlashLiteQuestionAnsweringPipeline(ChunkPipeline):
         )
         windows = len(encoded["input_ids"])
         for index in range(windows):
-            # tokens of the question and specials get (0, 0): only tokens with an end are candidates
+            # question and special tokens have offsets (0, 0), so only tokens with an end are candidates
             offsets = [
                 offset if source == 1 else (0, 0)
                 for offset, source in zip(encoded["offset_mapping"][index], encoded.sequence_ids(index))
@@ -360,7 +360,7 @@ class FlashLiteQuestionAnsweringPipeline(ChunkPipeline):
                 if score == 0:  # no span: its last token comes before its first, or lies outside the context
                     continue
                 first, last = offsets[place // len(offsets)][0], offsets[place % len(offsets)][1]
-                # byte-level tokens carry the space before a word
+                # byte-level tokens include the space before a word
                 first += len(context[first:last]) - len(context[first:last].lstrip())
                 if last > first or handle_impossible_answer and last == 0:
                     answers.append({"score": score, "start": first, "end": last, "answer": context[first:last]})

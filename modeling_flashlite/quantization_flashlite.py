@@ -33,7 +33,7 @@ from .linear_flashlite import Linear
 Place = tuple[str, int, int]  # of a stream: file, first byte, bytes
 
 _METHOD = "ecq"
-_SMALL = 1 << 20  # bytes of a tensor that is copied rather than left in the memory map of its file
+_SMALL = 1 << 20  # tensors up to this many bytes are copied out of the memory map of their file
 _TRAINING_STATE = ("log_step", "log_base", "exponents", "code_lengths", "ecq_rate")
 _FIELDS = ("bits", "target_bits", "target_bytes", "max_loss_increase", "modules_to_not_convert", "stage")
 

@@ -8,14 +8,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# the mixin is always mixed into a model
+# always mixed into a model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Model
 else:
     _Model = object
 
 
-# Auto class -> what it loads, by file and class; for machines that have the checkpoint and not this package
+# Auto class -> file and class; for machines without this package
 AUTO_MAP = {
     "AutoConfig": "configuration_flashlite.FlashLiteConfig",
     "AutoModel": "modeling_flashlite.FlashLiteModel",
@@ -55,13 +55,13 @@ class AtomicSaving(_Model):
             if push_to_hub:
                 rest.setdefault("repo_id", folder.name)
             staging = folder / ".incomplete"
-            _remove(staging)  # left over from a save that was killed
+            _remove(staging)  # left by an interrupted save
             try:
                 super().save_pretrained(staging, **rest)
                 _move_model(staging, folder)
             finally:
                 _remove(staging)
-        if not in_place:  # other processes may read what one has saved
+        if not in_place:  # other processes may read the result
             self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
 
 

@@ -68,7 +68,7 @@ class FlashLitePreTrainedModel(AtomicSaving, PreTrainedModel):
     _supports_context_parallel = False
     # every head divides its loss by the `num_items_in_batch` that the Trainer counts
     accepts_loss_kwargs = True
-    # what the loss hook names; the library's own hooks, which are not assigned, name nothing that counts here
+    # arguments named by an assigned loss hook; the library's default hooks name none that matter here
     _loss_arguments: frozenset[str] = frozenset()
 
     @classmethod
@@ -139,7 +139,7 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_columns:
     batch, columns = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
     if columns == 0:
         raise ValueError("The sequence is empty (0 tokens); give at least one token, such as the start token.")
-    # a look at the values would stall an accelerator, whose embedding kernel checks by itself, and break a graph
+    # reading values would synchronise an accelerator, whose embedding kernel checks ids itself, and break a graph
     look = input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
     if look and input_ids.numel():
         low, high = int(input_ids.min()), int(input_ids.max())
@@ -297,7 +297,7 @@ class FlashLiteDecoder(FlashLiteStack):
             inputs_embeds = self.embed_tokens(input_ids)
         rows = packed_rows(inputs_embeds, attention_mask, position_ids)
         check_packed(rows, encoder_hidden_states, past_key_values, memory)
-        # a packed batch has no single end to continue from, and what a cache holds depends on the mask's values
+        # a packed batch has no single end to continue from, and the content of a cache depends on the mask's values
         use_cache = use_cache and rows is None and not torch.compiler.is_exporting()
         if use_cache and memory is None or past_key_values is not None:
             past_key_values = prepare_cache(past_key_values, self.config, encoder_hidden_states is not None)
@@ -401,7 +401,7 @@ def check_packed(rows: Rows | None, encoder_hidden_states, past_key_values, memo
 def padded_rows(states: torch.Tensor, attention_mask: torch.Tensor | None) -> Rows | None:
     """How the new columns `[B, T]` map to rows of real tokens; `None` where all are real."""
     mask = None if attention_mask is None else attention_mask[:, -states.shape[1] :].bool()
-    # an exported graph cannot look at the mask, and does without the shortcut
+    # an exported graph cannot read the mask, so it does not use the shortcut
     return None if mask is None or not torch.compiler.is_exporting() and mask.all() else rows_of_mask(mask)
 
 
@@ -422,7 +422,7 @@ def packed_rows(states, attention_mask, position_ids) -> Rows | None:
     else:
         mask = attention_mask[:, -columns:].bool()
         column = torch.arange(columns, device=mask.device).expand(batch, -1)
-        # the real column before each column, or the first column where there is none
+        # the last real column before each column, or the first column
         before = torch.where(mask, column, 0).cummax(1).values[:, :-1]
         step = positions[:, 1:] - positions.gather(1, before)
         starts &= mask[:, 1:] & mask.gather(1, before) & (step != 1) & (step != column[:, 1:] - before)

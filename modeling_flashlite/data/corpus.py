@@ -66,7 +66,7 @@ def _documentation(path: Path, module: str) -> Iterator[tuple[str, str, str]]:
     """Yield (qualified name, signature, documentation) of every documented object in one source file."""
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # templates and deliberately broken sources
+    except (SyntaxError, ValueError):  # templates and intentionally broken sources
         return
     if module == "pydoc_data.topics":
         for topic, text in _topics(tree):

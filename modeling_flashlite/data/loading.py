@@ -49,11 +49,11 @@ _BUILDERS = {
 }
 _COMPRESSIONS = {".xz", ".gz", ".bz2", ".zst"}
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-# the words None, NA and null are text; only a cell with nothing in it is missing
+# None, NA and null are text; only an empty cell is missing
 _CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
 # the registered type text/tab-separated-values knows no quotation: a field that begins with a mark is that text
 _TSV_OPTIONS = {**_CSV_OPTIONS, "sep": "\t", "quoting": csv.QUOTE_NONE}
-# how the builders of `datasets` say that a file holds nothing
+# errors of the `datasets` builders for an empty file
 _NO_ROWS = ("corresponds to no data", "at least one example", "No columns to parse")
 
 
@@ -208,7 +208,7 @@ def _pack_batch(batch: dict, length: int) -> dict:
     labels = [label for target in targets for label in [-100, *target[1:]]]
     document_starts = np.repeat(np.cumsum([0, *map(len, documents)])[:-1], [len(document) for document in documents])
     places = np.arange(len(ids))
-    # a document that continues from the row before starts again at 0: its earlier tokens are out of sight
+    # a document continued from the previous row starts at position 0: its earlier tokens are not visible
     positions = (places - np.maximum(document_starts, places // length * length)).tolist()
     columns = {"input_ids": ids, "position_ids": positions, "labels": labels}
     rows = range(0, len(ids), length)
@@ -272,7 +272,7 @@ def segment_streams(
     # the target of a segment's last token is the first label of the next segment of its stream
     following = np.append(labels[batch_size:, 0], np.full(batch_size, -100))
     shift_labels = np.concatenate([labels[:, 1:], following[:, None]], axis=1)
-    mask[:, 0] = 1  # a stream that has ended still shows one token, without a label
+    mask[:, 0] = 1  # an ended stream keeps one token, without a label
     columns = {
         "input_ids": ids,
         "labels": labels,
@@ -426,7 +426,7 @@ def _load_files(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
             raise ValueError(f"{empty[0]} is empty, but a data file needs at least 1 row; check what wrote it.")
         try:
             part = load_dataset(_BUILDERS[suffix], data_files=group, split="train", streaming=streaming, **options)
-            # a streamed file is first read here
+            # a streamed file is read here for the first time
             rows = len(part) if isinstance(part, Dataset) else next((1 for _ in part), 0)
         except StopIteration:
             rows = 0

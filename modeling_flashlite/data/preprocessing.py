@@ -106,7 +106,7 @@ class _Encoder:
     max_target_length: int
     too_long: str
     classes: list[str] = field(default_factory=list)
-    names: list[str] | None = None  # that the rows themselves give to their numbers
+    names: list[str] | None = None  # class names from the data set's ClassLabel
     end: int = -1  # closes an answer: the end of a turn where a chat template is used
 
     def __post_init__(self):
@@ -204,7 +204,7 @@ class _Encoder:
         name = class_of(label, self.names)
         number = class_id(name, ids_by_name(self.classes))
         if number is None and self.names is None and not isinstance(label, str) and int(name) < len(self.classes):
-            return int(name)  # bare numbers have no other name
+            return int(name)  # plain numbers are their own names
         if number is None:
             raise ValueError(
                 f"A row has the class {name!r}, but the model's are {', '.join(self.classes)}; leave such rows out, "

@@ -1,4 +1,4 @@
-"""The tasks by name: what each reads, how it is put to a model, how it is generated and how it is judged."""
+"""The tasks: columns, prompt, generation settings and metrics of each."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -135,7 +135,7 @@ def get_task(name: str) -> Task:
 def resolve_columns(
     task: Task, dataset: Dataset | IterableDataset, columns: str | Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Decide which column plays which role.
+    """Map each role of a task to a column.
 
     Args:
         task (`Task`): names the roles.
@@ -171,7 +171,7 @@ def resolve_columns(
 
 
 def references_of(value: Any) -> list[str]:
-    """Read the accepted answers out of any usual form: a string, a list, SQuAD's `{"text": [...]}`; none in None."""
+    """Accepted answers from a string, a list or SQuAD's `{"text": [...]}`; `None` gives an empty list."""
     if isinstance(value, Mapping):
         value = value["text"]
     if isinstance(value, str):
@@ -180,7 +180,7 @@ def references_of(value: Any) -> list[str]:
 
 
 def texts_of(value: object) -> list[str]:
-    """What is written in a cell of any usual form: a string, a list, messages, SQuAD's answers; nothing in numbers."""
+    """Texts of a cell: a string, a list, messages or SQuAD's answers; numbers have none."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
@@ -227,13 +227,13 @@ def class_of(value: Any, names: list[str] | None = None) -> str:
 
 
 def names_of(dataset: Dataset | IterableDataset, column: str) -> list[str] | None:
-    """Names that a data set itself gives to the numbers in a column, which is then a ClassLabel; else `None`."""
+    """Class names of a ClassLabel column, `None` for any other column."""
     feature = (dataset.features or {}).get(column)
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
 def ids_by_name(names: Sequence[str]) -> dict[str, int]:
-    """Class ids by name; where that leaves no doubt, also by the name without capitals."""
+    """Class ids by name, and by the lower-case name where it is unambiguous."""
     folded = [name.casefold() for name in names]
     ids = {name: number for number, name in enumerate(folded)} if len(set(folded)) == len(folded) else {}
     return ids | {name: number for number, name in enumerate(names)}

@@ -97,11 +97,11 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token with which a chat template closes a turn of the assistant; `None` if there is none."""
     if tokenizer.chat_template is None:
         return None
-    said = "zebra"  # no template has it
+    said = "zebra"  # a word that no template contains
     messages = [{"role": "user", "content": "animal?"}, {"role": "assistant", "content": said}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError:  # one that wants more than a question and an answer
+    except TemplateError:  # a template that needs more than a question and an answer
         return None
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"] if said in text else []

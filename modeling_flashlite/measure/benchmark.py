@@ -1,4 +1,4 @@
-"""Races between implementations of the same thing, in one run, and the tables and files that come of them."""
+"""Interleaved timing of alternative implementations in one run, and tables and plots of the results."""
 
 import math
 import multiprocessing
@@ -27,11 +27,11 @@ __all__ = [
     "summarize_race",
 ]
 
-# what costs grow with, and the costs
+# the sizes that are varied, and the costs that are measured
 SIZES, COSTS = ("length", "width", "batch", "vocabulary"), ("ms", "MiB")
-# below this length the attention is dense in part, and its growth another one
+# below this length the attention is partly dense and grows differently
 SPARSE_LENGTH = 4096
-# names of the operations that are a model's own work: products with weights, attention, and nothing that moves views
+# substrings of operator names that count as kernels: matrix products, attention, gathers
 _KERNELS = ("mm", "linear", "attention", "softmax", "index_select", "int4", "int8", "mkldnn")
 
 
@@ -43,7 +43,7 @@ def race(
     shortest: float = 0.02,
     name: str = "",
 ) -> dict[str, list[float]]:
-    """Times functions in turn, round after round, so that a disturbance of the machine meets all of them.
+    """Time functions in turn, round after round, so that noise of the machine affects all of them alike.
 
     Args:
         contenders: name to function.
@@ -60,7 +60,7 @@ def race(
     begin, calls = time.perf_counter(), {}
     for contender, function in contenders.items():
         first = _timed(function, 1, device)
-        if first < shortest:  # once more, without what only a first call does
+        if first < shortest:  # again, without one-time initialisation
             first = _timed(function, 1, device)
         calls[contender] = max(math.ceil(shortest / first), 1)
         times[contender].append(first)
@@ -95,7 +95,7 @@ def faster_than(times: Mapping[str, Sequence[float]], peer: str) -> dict[str, fl
 
 
 def summarize_race(times: Mapping[str, Sequence[float]], peers: Sequence[str], **columns) -> list[dict]:
-    """One row per contender: median and range in milliseconds, and how many times faster than the quickest peer."""
+    """One row per contender: median and range in milliseconds, and the speedup over the fastest peer."""
     peer = min(peers, key=lambda name: statistics.median(times[name]))
     rows, ratios = [], faster_than(times, peer)
     for name, samples in times.items():
@@ -114,10 +114,10 @@ def summarize_race(times: Mapping[str, Sequence[float]], peers: Sequence[str], *
 
 
 def peak_growth(target: Callable, *args) -> int:
-    """Bytes by which the most memory of a fresh process grows while it runs the function that `target(*args)` returns.
+    """Growth of the peak memory of a fresh process, in bytes, while it runs the function that `target(*args)` returns.
 
-    `target` is importable; what it does before it returns the function is not counted. A fresh process, because an
-    allocator keeps what an earlier measurement made it take.
+    `target` must be importable; the work before it returns the function is not counted. The process is fresh because
+    an allocator keeps memory of earlier measurements.
     """
     return fresh_cost(target, *args)[0]
 
@@ -199,7 +199,7 @@ def draw_growth(rows: Sequence[Mapping], stem: Path) -> list[Path]:
 
 
 def copy_bandwidth(size: int = 2**28, device: str = "cpu") -> float:
-    """Bytes per second, read and written together, of copying `size` bytes that are not in a cache."""
+    """Bytes per second, reads and writes together, of copying `size` bytes that do not fit a cache."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     times = race({"copy": lambda: target.copy_(source)}, repeats=5)["copy"]
@@ -207,7 +207,7 @@ def copy_bandwidth(size: int = 2**28, device: str = "cpu") -> float:
 
 
 def kernel_seconds(function: Callable[[], object]) -> float:
-    """Seconds of one call that a model's own kernels take: products, attention, gathers, without calls and views."""
+    """Seconds of one call spent in kernels: products, attention and gathers, without call overhead and views."""
     function()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:

@@ -1,4 +1,4 @@
-"""What a model costs: time to the first token and per token, peak memory, parameters, bytes on disk."""
+"""Cost of a model: time to the first token and per token, peak memory, parameters, bytes on disk."""
 
 import copy
 import functools
@@ -68,7 +68,7 @@ def measure_generation(
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
-    """Most memory so far: what PyTorch allocated on an accelerator, or what this process held; `None` if unknown."""
+    """Peak memory in bytes: of PyTorch's allocator on an accelerator, else of this process; `None` if unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

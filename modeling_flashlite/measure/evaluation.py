@@ -1,4 +1,4 @@
-"""Judge a model on a task: generate, classify, extract or score, then measure."""
+"""Evaluation of a model on a task: generate, classify, extract or score, then compute metrics."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -100,7 +100,9 @@ def evaluate_task(
     scores = {**said}
     for group in task.metrics:
         scores |= METRICS[group](found, references, resamples)
-    if task.name == "chat":  # a good answer is seldom the one that was given, so its likelihood counts too
+    if (
+        task.name == "chat"
+    ):  # good answers seldom equal the reference, so the likelihood of the reference is reported too
         scores |= _label_scores(task, model, tokenizer, rows, columns, batch_size, max_source_length)[0]
     predictions = [
         {"input": given, "prediction": answer, "references": accepted}
@@ -110,14 +112,14 @@ def evaluate_task(
 
 
 def _likelihood(task, model, tokenizer, rows, columns, batch_size, max_source_length, options) -> tuple[dict, dict]:
-    """Likelihood of plain text; an encoder-decoder has none, so it is judged on how it continues pieces of text."""
+    """Likelihood of plain text; an encoder-decoder has none and is scored on continuations of text pieces."""
     if not model.config.is_encoder_decoder:
         return text_likelihood(model, tokenizer, [row[columns["text"]] or "" for row in rows], **options)
     return _label_scores(task, model, tokenizer, rows, columns, batch_size, max_source_length)
 
 
 def _label_scores(task, model, tokenizer, rows, columns, batch_size, max_source_length) -> tuple[dict, dict]:
-    """Loss of what the model would learn from these rows, and how long they may be."""
+    """Loss on the training targets of these rows, and the length limits used."""
     limits = {"max_source_length": max_source_length, "max_target_length": max(2, max_source_length // 4)}
     encoder_decoder = model.config.is_encoder_decoder
     examples = preprocess(
@@ -128,7 +130,7 @@ def _label_scores(task, model, tokenizer, rows, columns, batch_size, max_source_
 
 
 def _prompts(task: Task, rows: list, columns: dict, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool):
-    """Prompts, their references, and whether they hold their special tokens already."""
+    """Prompts, their references, and whether the prompts already contain their special tokens."""
     pairs = [pair for row in rows for pair in prompts_and_references(task, row, columns, tokenizer, encoder_decoder)]
     templated = task.name == "chat" or not encoder_decoder
     return [prompt for prompt, _ in pairs], [answers for _, answers in pairs], templated
@@ -263,7 +265,7 @@ def _best_span(starts: torch.Tensor, ends: torch.Tensor, offsets: list, longest:
 
 
 def _batches(lengths: Sequence[int], batch_size: int, description: str) -> Iterable[list[int]]:
-    """Indices in batches of similar length, longest first: what does not fit memory fails at once."""
+    """Indices in batches of similar length, longest first, so that running out of memory happens at once."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     with tqdm(total=len(order), desc=description, unit="row") as bar:
         for start in range(0, len(order), batch_size):
@@ -309,7 +311,7 @@ def _listed(names: list[str], most: int = 8) -> str:
 
 
 def _sorted_scores(scores: dict) -> dict:
-    """Split the flat output of the metrics: numbers, their intervals, and what explains them."""
+    """Split the flat output of the metrics into numbers, intervals and details."""
     details = {name: value for name, value in scores.items() if isinstance(value, (str, int))}
     ends = {name for name in scores if name.endswith(("_low", "_high"))}
     metrics = {name: value for name, value in scores.items() if name not in details and name not in ends}

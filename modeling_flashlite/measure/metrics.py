@@ -28,7 +28,7 @@ _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 # Thai, Lao, Tibetan, Burmese, Khmer, kana
 _UNSPACED = "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff"
 _NO_SPACES = re.compile(f"([{_HAN}{_UNSPACED}])")
-# of all letters: above these shares a text is no longer taken for one of spaced words, or for English
+# shares of letters above which a text is treated as unsegmented, or as not English
 _MOST_UNSPACED, _MOST_NOT_ASCII = 0.1, 0.01
 
 
@@ -123,7 +123,7 @@ def squad(predictions: Sequence[str], references: Sequence[Sequence[str]], resam
     _check_pairs(predictions, references)
     exact, overlap = [], []
     for text, answers in zip(predictions, references, strict=True):
-        # answers that normalise to nothing are no answers
+        # answers that normalise to the empty string are ignored
         accepted = [answer for answer in answers if normalize_answer(answer)] or [""]
         exact.append(100.0 * max(normalize_answer(text) == normalize_answer(answer) for answer in accepted))
         overlap.append(100.0 * max(_token_f1(text, answer) for answer in accepted))
@@ -216,7 +216,7 @@ def _sacrebleu(name: str, metric: Any, predictions, references, resamples: int) 
     padded = [[answers[i] if i < len(answers) else None for answers in references] for i in range(count)]
     score = metric.corpus_score(list(predictions), padded).score
     result = {name: float(score), f"{name}_signature": str(metric.get_signature())}
-    # sacreBLEU's own bootstrap fails where a resample scores 0, so resample the counts of its sentences here
+    # sacreBLEU's bootstrap fails where a resample scores 0, so the sentence statistics are resampled here
     counts = np.asarray(metric._extract_corpus_statistics(list(predictions), padded))
     samples = [
         float(metric._compute_score_from_stats(counts[picks].sum(0).tolist()).score)

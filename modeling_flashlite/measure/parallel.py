@@ -37,7 +37,7 @@ class BytesSent(TorchDispatchMode):
                 sum(x.numel() * x.element_size() for x in tree_leaves(part) if isinstance(x, torch.Tensor))
                 for part in (*args[:2], out)
             ]
-            # the larger side: what is gathered, what is scattered, or what is summed, which travels twice
+            # the larger of input and output; a reduction travels twice
             twice = 2 if "reduce" in name and "scatter" not in name else 1
             self.bytes += twice * self.share * max(sizes)
         return out

@@ -1,4 +1,4 @@
-"""Peers that Flash-Lite is raced against: models of equal shape with random weights, and 4-bit layers of others."""
+"""Peers in the benchmarks: models of equal shape with random weights, and 4-bit layers of other packages."""
 
 import contextlib
 import importlib.util
@@ -26,7 +26,7 @@ __all__ = ["CTranslate2Bart", "four_bit_linear", "installed", "make_models", "ma
 
 
 def installed(names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Which of the packages can be imported here, and which cannot."""
+    """Split package names into installed and missing ones."""
     found = [name for name in names if importlib.util.find_spec(name) is not None]
     return found, [name for name in names if name not in found]
 
@@ -103,7 +103,7 @@ def make_peer(
 
     def make(ffn: int):
         if name == "BART":
-            # a learned row for each place: no more of them than short sentences need
+            # learned positions: only as many as short sentences need
             own = {**both, "encoder_ffn_dim": ffn, "decoder_ffn_dim": ffn, "max_position_embeddings": 128}
             return BartForConditionalGeneration(BartConfig(**shared, **own, dropout=dropout, forced_eos_token_id=None))
         own = {"d_kv": width // heads, "d_ff": ffn, "num_layers": layers, "num_heads": heads}
@@ -135,7 +135,7 @@ class CTranslate2Bart:
         from ctranslate2.converters import transformers as converters
 
         self.tokens = [f"t{index}" for index in range(model.config.vocab_size)]
-        # what the loader asks of a config, and transformers 5 left out
+        # config fields that the converter reads and transformers 5 removed
         for name, value in (("normalize_before", False), ("normalize_embedding", True)):
             setattr(model.config, name, value)
         spec = converters._MODEL_LOADERS["BartConfig"].get_model_spec(model)
@@ -164,7 +164,7 @@ class CTranslate2Bart:
 def four_bit_linear(package: str, linear: torch.nn.Linear, dtype: torch.dtype) -> torch.nn.Module:
     """A copy of `linear` with 4-bit weights by `package`, "torchao" (groups of 128) or "bitsandbytes" (NF4)."""
     weight = linear.weight.detach().to(dtype)
-    # both talk on import, of kernels for devices that are not here
+    # both packages print about kernels of missing devices on import
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         if package == "torchao":
             from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor

@@ -123,7 +123,7 @@ def _in_windows(model, tokens: np.ndarray, length: int, stride: int, batch_size:
     for batch in tqdm(np.array_split(starts, -(-count // batch_size)), desc="perplexity", unit="batch"):
         losses, _ = _score(model, tokens, batch, length, None)
         for place, loss in zip(batch, losses):
-            # what the window before has scored stays, this one only adds its end
+            # tokens scored by the previous window stay; this one only adds its end
             fresh = 0 if place == 0 else length - stride
             nll[place + fresh : place + len(loss)] = loss[fresh:]
     return nll
@@ -138,7 +138,7 @@ def _score(model, tokens: np.ndarray, places: np.ndarray, length: int, memory):
     mask = np.zeros((len(parts), width), dtype=np.int64)
     for row, (part, size) in enumerate(zip(parts, sizes)):
         ids[row, : size + 1] = part[: size + 1] if size else 0
-        mask[row, : max(size, 1)] = 1  # a text that has ended still shows one token
+        mask[row, : max(size, 1)] = 1  # an ended text keeps one token
     ids = torch.from_numpy(ids).to(model.device)
     given = {} if memory is None else {"memory": memory}
     attention_mask = None if mask.all() else torch.from_numpy(mask).to(model.device)
@@ -162,7 +162,7 @@ def label_likelihood(model: PreTrainedModel, batches) -> dict[str, float]:
     total, count = 0.0, 0
     for batch in tqdm(batches, desc="loss", unit="batch"):
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        # packed rows are told apart only where no cache is filled
+        # packed rows are separated only when no cache is filled
         logits, labels = model(**batch, use_cache=False).logits, batch["labels"]
         if not model.config.is_encoder_decoder:
             logits, labels = logits[:, :-1], labels[:, 1:]

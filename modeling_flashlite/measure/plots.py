@@ -1,11 +1,11 @@
-"""Figures in one style, as SVG files without a date, so that the same numbers make the same file."""
+"""Plots in one style, as SVG files without a date, so that equal numbers give equal files."""
 
 import importlib.util
 from pathlib import Path
 
 __all__ = ["COLOURS", "can_draw", "new_axes", "plot_losses", "save_axes"]
 
-# Okabe and Ito's, which differ for colour-blind readers too
+# palette of Okabe and Ito, safe for colour-blind readers
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 

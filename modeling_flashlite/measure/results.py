@@ -1,4 +1,4 @@
-"""One results file per run: what was measured, on what, by which versions and command; tables come from these."""
+"""Results files, one per run: numbers, hardware, versions, command and commit; all tables are made from them."""
 
 import datetime
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-# a path that starts at the root, at the beginning of a text or after a blank, a quote, an equals sign or a comma
+# an absolute path at the beginning of a text or after a space, quote, equals sign or comma
 _ABSOLUTE = re.compile(r"(^|[\s=,'\"])(/[\w.~-]+(?:/[\w.*~-]+)+)")
 _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "peft", "sacrebleu", "rouge_score", "numpy")
 
@@ -82,7 +82,7 @@ def read_results(paths: list[Path]) -> list[dict]:
 
 
 def write_json(path: str | Path, content: object) -> None:
-    """Write JSON to a neighbouring temporary file and move it into place, so that no reader sees half of it."""
+    """Write JSON atomically: to a temporary file beside the target, which then replaces it."""
     path = Path(path)
     text = json.dumps(content, indent=2, ensure_ascii=False, default=_plain, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def describe_hardware() -> str:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    # idle threads that spin save the wake-up of every operation
+    # spinning idle threads avoid a wake-up per operation
     waiting = os.environ.get("OMP_WAIT_POLICY", "").lower()
     parts = [_processor_name(), f"{torch.get_num_threads()} threads{f' waiting {waiting}ly' if waiting else ''}"]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -142,7 +142,7 @@ def command_line() -> str:
 
 
 def relative_paths(value: object) -> object:
-    """Make absolute paths in a text relative to the working directory: results travel, home directories do not."""
+    """Make absolute paths in a text relative to the working directory, so that no results file names a machine."""
     if not isinstance(value, str):
         return value
     return _ABSOLUTE.sub(lambda match: match[1] + os.path.relpath(match[2]), value)
@@ -158,5 +158,5 @@ def _processor_name() -> str:
 
 
 def _plain(value: object) -> object:
-    """Numbers of NumPy and PyTorch as Python numbers, everything else as text."""
+    """Convert NumPy and PyTorch scalars to Python numbers and everything else to text."""
     return value.item() if hasattr(value, "item") else str(value)

@@ -65,7 +65,7 @@ def training_flops(config: FlashLiteConfig, length: int, checkpointing: bool = T
     passes = 4 if checkpointing else 3
     products = 2 * (count_decoder_parameters(config) - c.vocab_size * c.hidden_size) * passes
     head = 2 * c.vocab_size * c.hidden_size * 3
-    # keys carry their position in as many dimensions again, unless it is rotary
+    # keys have as many position dimensions again, unless positions are rotary
     width = c.num_attention_heads * c.head_dim * (2 if c.position_encoding == "rotary" else 3)
     return products + head + 2 * width * attention_visits(config, length) * c.num_hidden_layers * passes
 
@@ -114,7 +114,7 @@ def plan(config: FlashLiteConfig, devices: int, *, tokens: int, length: int, dev
     parameters = count_decoder_parameters(config)
     layer = (parameters - c.vocab_size * c.hidden_size) / c.num_hidden_layers
     states = tokens * c.hidden_size * NARROW
-    # inside the one layer that is computed: about 12 tensors of a layer's states, and the float32 loss of 8 MiB chunks
+    # activations of the layer being computed, about 12 tensors of its states, and the float32 loss chunk of 8 MiB
     memory = {
         "parameters": WIDE * parameters / devices,
         "gradients": WIDE * parameters / devices,

@@ -1,5 +1,5 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""Model cards that write themselves from a staged repository, results files and a short `card.yaml`.
+"""Model cards generated from a staged repository, results files and a short `card.yaml`.
 
 Numbers come only from results files, sizes only from the files that travel, and the snippet is run when the card is
 made. `card.yaml` next to the checkpoint holds what no program can know:
@@ -44,7 +44,7 @@ from jinja2 import Environment, StrictUndefined
 from .repository import HEADS, PublishError, content_tag, find_checkpoint, list_files, read_safetensors_header
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
-# what a person writes, and what the results files bring
+# fields from card.yaml, and fields from the results files
 WRITTEN = (
     "summary",
     "license",
@@ -109,7 +109,7 @@ ADAPTED = {
 
 
 def describe_kind(folder: Path) -> dict:
-    """Read from the configs what the checkpoint is: head, pipeline task, adapter or not, quantized or not."""
+    """Head, pipeline task, adapter and quantization of a checkpoint, from its configs."""
     if (folder / "adapter_config.json").is_file():
         adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         auto_class, task = HEADS[ADAPTED.get(adapter.get("task_type"), "FlashLiteForCausalLM")]
@@ -206,7 +206,7 @@ def tensor_group(name: str) -> str:
 
 
 def missing_fields(card: dict) -> list[str]:
-    """Say in one sentence each what the card still lacks; an empty list means it can be published."""
+    """One sentence per missing field; an empty list means that the card can be published."""
     missing = [f"{name}: write it in card.yaml" for name in WRITTEN if card.get(name) in (None, "", [], {})]
     for index, dataset in enumerate(card["datasets"] or []):
         if not isinstance(dataset, dict) or not dataset.get("name") or not dataset.get("license"):
@@ -233,7 +233,7 @@ def missing_fields(card: dict) -> list[str]:
 
 
 def make_snippet(card: dict) -> str:
-    """Code that a reader pastes to use the checkpoint, with the revision pinned."""
+    """Example code for the card, with the revision pinned."""
     example = card["example"] or ""
 
     def quote(text: str) -> str:
@@ -258,7 +258,7 @@ def make_snippet(card: dict) -> str:
         )
     trust = ", trust_remote_code=True" if card["custom_code"] else ""
     task = card["pipeline_tag"]
-    # a pipeline of the repository is found by itself; one of the library is called by its name
+    # a custom pipeline is found from the config; one of the library needs its name
     name = "" if card["auto_class"] in ("AutoModelForSeq2SeqLM", "AutoModelForQuestionAnswering") else f'"{task}", '
     call = quote(example)
     if task == "question-answering":

@@ -21,7 +21,7 @@ from .repository import PUBLISHED, PublishError, StagedFile, describe_file, list
 
 
 class DownloadError(RuntimeError):
-    """Downloading stopped; the message says why and what to do. Nothing damaged stays in the cache."""
+    """Downloading stopped; the message has the reason and the fix. No damaged file stays in the cache."""
 
 
 class Publisher:
@@ -89,7 +89,7 @@ class Publisher:
         return {**commit, "tag": tag}
 
     def _create(self, private: bool | None, gated: str | None) -> None:
-        # an existing repository is left as it is: a token without the right to create may still push to it
+        # an existing repository is not recreated: a token may have the right to push but not to create
         try:
             self._api.repo_info(self.repo_id)
         except GatedRepoError:
@@ -138,11 +138,11 @@ class Publisher:
                     create_pr=create_pr,
                 )
             except Exception as error:
-                # a pull request may have been opened although its answer was lost; a second one helps nobody
+                # a pull request may exist although the response was lost; do not open a second one
                 if create_pr or attempt == self.retries or not _is_transient(error):
                     raise self._explain("commit the files", error) from None
                 time.sleep(min(2**attempt, 8) / 4)
-                # the answer may be lost after the commit was made: look before sending it again
+                # the commit may exist although the response was lost: check before retrying
                 now = self._try("read the repository", self._head, revision)
                 remote = self._try("list the files", self._remote_files, now)
                 if now != head and all(_same(file, remote.get(file.name)) for file in files):
@@ -280,7 +280,7 @@ def _is_transient(error: Exception) -> bool:
         return False
     if isinstance(error, HfHubHTTPError):
         return error.response is not None and error.response.status_code >= 500
-    # the HTTP library has changed under huggingface_hub before; all of them have this name for it
+    # huggingface_hub has changed its HTTP library before; these class names are common to all
     names = {parent.__name__ for parent in type(error).__mro__}
     if names & {"TransportError", "ConnectionError", "TimeoutError"}:
         return True

@@ -22,7 +22,7 @@ HEADS = {
     "FlashLiteForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
     "FlashLiteModel": ("AutoModel", "feature-extraction"),
 }
-# what may travel, and what a new version removes when it no longer has it
+# files that are published, and deleted when a new version lacks them
 PUBLISHED = re.compile(
     r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json|"
     r"generation_config\.json|adapter_config\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|"
@@ -40,12 +40,12 @@ SECRET = re.compile(rb"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A
 
 
 class PublishError(RuntimeError):
-    """Publishing stopped; the message says why and what to do. The repository is as it was, or complete."""
+    """Publishing stopped; the message has the reason and the fix. The repository is unchanged or complete."""
 
 
 @dataclass(frozen=True)
 class StagedFile:
-    """One file of the repository to be: name there, size in bytes, sha256, and the id git gives its content."""
+    """One file to publish: its name there, size in bytes, sha256, and git blob id."""
 
     name: str
     size: int
@@ -64,7 +64,7 @@ def find_checkpoint(run: str | Path) -> Path:
 
 
 def stage(run: str | Path, target: str | Path, *, task: str | None = None, base_model: str | None = None) -> Path:
-    """Lay out in `target` what the repository will hold: weights, tokenizer, generation config, code, full config.
+    """Assemble a repository in `target`: weights, tokenizer, generation config, code, full config.
 
     Weights are linked, not copied. The config gets the `auto_map` of every head and the pipeline of its task, so
     that each of them loads with `trust_remote_code=True`.
@@ -170,7 +170,7 @@ def read_safetensors_header(path: Path) -> dict[str, dict]:
 
 
 def describe_file(path: Path, name: str) -> StagedFile:
-    """Read one file through and return its size and sums."""
+    """Size and checksums of one file."""
     size = path.stat().st_size
     digest, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     with path.open("rb") as file:

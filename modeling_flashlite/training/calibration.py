@@ -31,9 +31,9 @@ from ..quantization_flashlite import (
 
 logger = logging.getLogger(__name__)
 _MAX_OUTPUT_ROWS = 4096  # beyond, the moments of output gradients are kept for single rows only
-_MAX_WAVE_WORK = 3e10  # multiply-adds that feedback along rows may cost for one weight
+_MAX_WAVE_WORK = 3e10  # limit of multiply-adds for feedback along rows of one weight
 LADDER = (2.0, 2.33, 2.67, 3.0, 3.33, 3.67, 4.0)  # bits per weight tried for `max_loss_increase`
-_ROW_SHARE = 0.8  # how far steps within a tensor follow sensitivity rather than standard deviation
+_ROW_SHARE = 0.8  # weight of sensitivity against standard deviation for steps within a tensor
 
 
 class _Moments:
@@ -64,7 +64,7 @@ class _Moments:
             )
 
     def finish(self) -> None:
-        """Factors and steps of the layer from what was gathered."""
+        """Compute factors and steps of the layer from the collected moments."""
         inputs, outputs = self.inputs, self.outputs
         if self.lookup_inputs is not None:
             # A lookup is a product with one-hot inputs: the roles of rows and columns are exchanged.
@@ -106,7 +106,7 @@ def _add(total, value):
 
 
 def _batches(calibration, model, batch_size: int, data_collator: Callable | None) -> Iterable[dict]:
-    """Batches of tensors from a loader, a list of batches, or a dataset of examples, collated or padded here."""
+    """Batches of tensors from a loader, a list of batches, or a dataset of examples, which is padded here."""
     examples = iter(calibration)
     first = next(examples)
     examples, ids = itertools.chain([first], examples), first.get("input_ids")
@@ -146,7 +146,7 @@ def _with_labels(batch: dict, model) -> dict:
 
 
 def _watch(module: nn.Module, record: Callable) -> Callable[[], object]:
-    """Calls `record(input, output)` for every product or lookup of a layer; returns what ends that."""
+    """Call `record(input, output)` for every product or lookup of a layer; returns a function that stops this."""
     plain = type(module)
     if plain.forward in (nn.Linear.forward, Linear.forward, nn.Embedding.forward, Conv1D.forward):
 
@@ -155,7 +155,7 @@ def _watch(module: nn.Module, record: Callable) -> Callable[[], object]:
 
         return module.register_forward_hook(hook, with_kwargs=True).remove
 
-    # A subclass is called with other things than it looks up (a mask) and returns others (scaled embeddings).
+    # A subclass may take other inputs than ids (a mask) and return other values (scaled embeddings).
     class Watched(nn.Linear if isinstance(module, nn.Linear) else nn.Embedding):  # type: ignore[misc]
         def forward(self, input):
             output = super().forward(input)
@@ -217,9 +217,9 @@ def mean_loss(model, batches: list[dict]) -> float:
         # the first token of a row is no target of a causal model
         first = int(model.can_generate() and not model.config.is_encoder_decoder)
         targets = (batch["labels"][..., first:] != -100).sum().item()
-        if not targets:  # its mean would be no number
+        if not targets:  # the mean would be NaN
             continue
-        # with a cache to fill, the library would drop the mask that restarting positions imply
+        # with use_cache the library ignores the mask implied by restarting positions
         outputs = model(**batch, use_cache=False) if model.can_generate() else model(**batch)
         total += outputs.loss.item() * targets
         count += targets
@@ -231,7 +231,7 @@ def mean_loss(model, batches: list[dict]) -> float:
 
 @torch.no_grad()
 def _loss_with(model, layers: list[Layer], weights: list[QuantizedWeight], batches: list[dict]) -> float:
-    """Loss of the float model with its weights replaced by the rounded ones, which are then put back."""
+    """Loss of the float model with rounded weights; the float weights are restored."""
     originals = [layer.modules[0].weight.detach().clone() for layer in layers]
     for layer, weight in zip(layers, weights):
         values = weight.dequantize()
@@ -249,7 +249,7 @@ def pareto(model, layers: list[Layer], batches: list[dict], bits: Iterable[float
     overhead, parameters = overhead_bytes(model, ids_of(layers)), sum(p.numel() for p in model.parameters())
     base, rows = mean_loss(model, batches), []
     for layer in layers:
-        layer.weight = layer.weight.clone()  # the model's own is overwritten while the loss is measured
+        layer.weight = layer.weight.clone()  # the original is overwritten while the loss is measured
     for rate in bits:
         try:
             weights = search(layers, rate * parameters / 8, overhead, tolerance=0.02)
@@ -269,7 +269,7 @@ def quantize(
     batch_size: int = 8,
     max_batches: int | None = None,
 ):
-    """Quantize a float model in place, with data if there are some.
+    """Quantize a float model in place, with calibration data if given.
 
     Args:
         model (`PreTrainedModel`): any float model; encoder-decoders need labels in the calibration data.

@@ -1,4 +1,4 @@
-"""What a training verb refuses before it runs, and what it measures while it runs."""
+"""Checks before a training script runs, and metrics while it runs."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,7 +24,7 @@ _ALWAYS = ("loss", "kd", "ce", "agree", "runtime", "samples_per_second", "steps_
 
 
 class Unset(int):
-    """A default that can be told from the same number when somebody gives it."""
+    """A default value that differs from the same value given explicitly."""
 
 
 def check_resume(folder: str | None) -> None:

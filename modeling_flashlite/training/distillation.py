@@ -110,7 +110,7 @@ class DistillationCallback(TrainerCallback, ExportableState):
 
 
 def set_loss_function(model: torch.nn.Module, loss_function) -> None:
-    """Plug a loss hook into a model, also one that peft wraps (there the wrapper's attribute would do nothing)."""
+    """Set the loss hook of a model, also inside a peft wrapper, whose own attribute has no effect."""
     check_loss_function(loss_function)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     model.loss_function = loss_function
@@ -169,14 +169,14 @@ class DistillationTrainer(CarefulTrainer):
         self.loss = loss
         self._columns: dict = {}
         if not ours:
-            self.compute_loss_func = self._loss_outside  # not every model calls its hook, or gives it all that it got
+            self.compute_loss_func = self._loss_outside  # not every model calls its hook with all arguments
             # the trainer knows it from the names of some classes only, and would count a first token that is no target
             self._loss_shifts_labels = not self.model.config.is_encoder_decoder
         if teacher is not None and teacher_tokenizer is not None and self.processing_class is not None:
             check_vocabulary(teacher_tokenizer, self.processing_class)
         if teacher is None and self.processing_class is not None and self.train_dataset is not None:
             check_teacher_columns(self.train_dataset, self.processing_class, loss)
-        # ahead of the progress bar and of TensorBoard, which print what is in the logs by then
+        # before the progress bar and TensorBoard, which print the logs as they are at that point
         self.callback_handler.callbacks.insert(0, DistillationCallback(loss, smooths=True))
         self.teacher = None if teacher is None else teacher.to(self.args.device)
         self.on_policy, self.encoder_match, self.encoder_weight = on_policy, encoder_match, encoder_weight
@@ -189,7 +189,7 @@ class DistillationTrainer(CarefulTrainer):
             return self._loss(model, inputs, extra, return_outputs, num_items_in_batch)
         if model.training and self._student_writes():
             labels = self._sample_targets(inputs)
-            if num_items_in_batch is not None:  # this batch keeps its share of the accumulated one
+            if num_items_in_batch is not None:  # weight of this batch within the accumulated one
                 share = (labels != -100).sum() / (inputs["labels"] != -100).sum().clamp(min=1)
                 num_items_in_batch = num_items_in_batch * share
             inputs, extra["kd_only"] = {**inputs, "labels": labels}, True

@@ -19,12 +19,12 @@ logger = logging.get_logger(__name__)
 PARAMETERS = {"forward": None, "reverse": None, "jsd": 0.5, "skew": 0.1, "taid": 0.4}
 # exp(-1e4) is 0 in every dtype, and 0 * 1e4 is 0 where 0 * inf is not a number
 LOG_ZERO = -1e4
-# embeddings are padded to multiples of 64, 128 or 256; a larger difference is another vocabulary
+# embeddings are padded to multiples of 64, 128 or 256; a larger difference means another vocabulary
 MAX_PADDING = 512
 
 
 def shared_vocabulary(teacher_size: int, student_size: int) -> int:
-    """Number of leading ids that both models have; padding is cut off, another vocabulary raises `ValueError`."""
+    """Number of ids common to both models, padding excluded; different vocabularies raise `ValueError`."""
     if abs(teacher_size - student_size) > MAX_PADDING:
         raise ValueError(
             f"The teacher has {teacher_size} output ids and the student {student_size}, but padding explains at most "
@@ -131,7 +131,7 @@ def bucket_log_probs(
     if ids.shape[-1] == logits.shape[-1]:
         return log_p, log_q
     rest_q = logits.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True) - total
-    # stored probabilities are rounded, so a remainder below their precision is no evidence of zero
+    # stored probabilities are rounded, so a remainder below their precision counts as zero
     rest_p = (1 - weights.sum(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).eps).log()
     return torch.cat([log_p, rest_p], -1), torch.cat([log_q, rest_q], -1)
 
@@ -196,7 +196,7 @@ class KDLoss:
         training = torch.is_grad_enabled()
         if hidden_states is None and logits is not None:
             labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift_labels is None else shift_labels
-            hidden_states = logits  # says where the sums are; the head has run
+            hidden_states = logits  # only its shape and device are used: the head has run
         if hidden_states is None or not (logits is not None or isinstance(lm_head, torch.nn.Module)):
             raise TypeError(
                 "KDLoss got neither logits= nor hidden_states= with lm_head=: this model calls its loss function in "
@@ -224,7 +224,7 @@ class KDLoss:
         smoothing = label_smoothing if training else 0.0
 
         def row_loss(logits, labels, *teacher):
-            # without a share in the loss it is only shown
+            # with no weight in the loss it is only logged
             with torch.set_grad_enabled(torch.is_grad_enabled() and alpha > 0):
                 ce = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
             if signal is None:
@@ -242,7 +242,7 @@ class KDLoss:
     def _pair(self, log_p, log_q):
         kind, parameter = self.state["kind"], self.state["parameter"]
         value = divergence(log_p, log_q, kind, parameter)
-        # TAID's own value compares with a target between both, and is small at the start by construction
+        # TAID's own value compares with an interpolated target and is small at the start by construction
         return value, divergence(log_p.detach(), log_q.detach()) if kind == "taid" else value
 
     def _softened(self, logits):

@@ -1,4 +1,4 @@
-"""What the training verbs share: arguments, tokenizer, model, rows, and the run from first step to last line."""
+"""Shared by the training scripts: options, tokenizer, model, rows, and the training run itself."""
 
 import sys
 from dataclasses import asdict, dataclass, field
@@ -112,7 +112,7 @@ class TrainArgs(Seq2SeqTrainingArguments):
     resume: bool = field(default=False, metadata={"help": "continue from the newest complete checkpoint"})
 
     def __post_init__(self):
-        # without an accelerator the Trainer refuses half precision unless told that the processor is meant
+        # without an accelerator the Trainer refuses half precision unless use_cpu is set
         self.use_cpu = self.use_cpu or torch.accelerator.current_accelerator() is None
         super().__post_init__()
         check_resume(self.resume_from_checkpoint)
@@ -158,7 +158,7 @@ def class_names(data: DataArgs, splits) -> list[str] | None:
         return None
     rows = pick_split(splits, "train")
     names = label_names(rows, resolve_columns(task, rows, data.columns)["label"])
-    if len(names) < 2:  # with one output transformers fits a number
+    if len(names) < 2:  # with one output transformers does regression
         raise ValueError(
             f"The labels of {data.dataset} are all {names[0]!r}, but 2 classes are needed; check the rows."
         )
@@ -181,7 +181,10 @@ def head_changes(config, classes: list[str]) -> dict:
         return {}
     trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     if trained and len(known) != len(classes):
-        return {**label_tables(classes), "ignore_mismatched_sizes": True}  # a head of other classes is made anew
+        return {
+            **label_tables(classes),
+            "ignore_mismatched_sizes": True,
+        }  # a head with other classes is re-initialised
     return label_tables(classes)
 
 
@@ -336,11 +339,11 @@ def make_trainer(
 
 
 def run(trainer: CarefulTrainer, name: str) -> dict:
-    """Train, save, evaluate and draw; returns the numbers for the last line.
+    """Train, save, evaluate and plot; returns the metrics that are printed last.
 
-    A run with `--resume` continues from the newest complete checkpoint, and starts anew where there is none; one with
-    `--resume_from_checkpoint` continues from that checkpoint. Beside adapters stand the generation settings of their
-    base, which may have gained an end token.
+    `--resume` continues from the newest complete checkpoint, and starts from scratch where there is none;
+    `--resume_from_checkpoint` continues from that checkpoint. The generation settings of the base, which may have
+    gained an end token, are saved beside adapters.
     """
     args = trainer.args
     if trainer.is_world_process_zero():

@@ -7,7 +7,7 @@ from ..lora_targets_flashlite import TARGET_MODULES, register_lora_targets
 
 __all__ = ["TARGET_MODULES", "add_lora"]
 
-# what peft trains in full for these tasks without being told
+# modules that peft trains in full by default for these tasks
 _TRAINED_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -69,7 +69,7 @@ def add_lora(
         target_modules=target_modules,
         modules_to_save=modules_to_save,
     )
-    # checkpointed layers need an input that carries a gradient, which a frozen embedding does not give
+    # checkpointed layers need an input that requires a gradient; a frozen embedding gives none
     model.enable_input_require_grads()
     return get_peft_model(model, config)
 

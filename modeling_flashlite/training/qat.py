@@ -71,7 +71,7 @@ def prepare_qat(
     if calibration is not None:
         collect_moments(model, layers, batches_of(calibration, model, data_collator, batch_size, max_batches))
     for layer in layers:
-        layer.input_factor = layer.output_factor = None  # the weights learn by themselves: steps only
+        layer.input_factor = layer.output_factor = None  # rounding feedback is not needed in training: steps only
     weights = search(layers, config.budget(parameters), overhead)
     config.stage = "qat"
     for layer, weight in zip(layers, weights):
@@ -90,7 +90,7 @@ def prepare_qat(
 
 
 class RateController:
-    """The rate of a model with twins: measures it, adds its gradient, steers it to the budget.
+    """Controls the rate of a model with twins: measures it, adds its gradient, steers it to the budget.
 
     Its state is the model's buffer `ecq_rate`, which checkpoints keep: lambda's integral, the ratio of gradients, and
     the bits of the file besides the entropy of the codes.
@@ -107,7 +107,7 @@ class RateController:
         self.elements = sum(twins[0].weight.numel() for twins in self.groups)
         self.target = 8 * config.budget(self.parameters) / self.parameters
         self.overhead = 8 * overhead_bytes(model, coded)
-        # What the coded streams take besides the entropy of the codes: headers, tables, steps, the coder's own loss.
+        # Overhead of the coded streams beyond the entropy of the codes: headers, tables, steps, coder loss.
         if model.ecq_rate[2] == 0:
             self.side = 0.0
             self.measure(update=False)

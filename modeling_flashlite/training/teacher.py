@@ -29,17 +29,17 @@ __all__ = [
 ]
 
 MODES = ("sample", "topk", "text")
-# whether a model keeps packed documents apart, found out once
+# whether a model separates packed documents, cached
 _SEPARATING: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Hash of the token to id mapping: equal for tokenizers whose ids mean the same."""
+    """Hash of the token-to-id mapping: equal for interchangeable tokenizers."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of some numbers from all over every weight: tells revisions apart without reading all of a teacher."""
+    """Hash of samples of every weight: distinguishes revisions without reading a whole teacher."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(weight.shape)}".encode())
@@ -102,7 +102,7 @@ def teacher_logits(
         if batch.get("position_ids") is not None:
             check_separation(teacher)
             inputs["position_ids"] = batch["position_ids"]
-        # with a cache to fill, the library would drop the mask that restarting positions imply
+        # with use_cache the library ignores the mask implied by restarting positions
         output = teacher(**inputs, use_cache=False)
         return output.logits, output
     return _continuation_logits(teacher, batch)
@@ -147,7 +147,7 @@ def _separates(model: PreTrainedModel) -> bool:
         )
         alone = model(input_ids=ids[:, 9:], use_cache=False).logits.float()
         joined = model(input_ids=ids, use_cache=False).logits[:, 9:].float()
-    except TypeError:  # it takes no positions at all
+    except TypeError:  # the model has no position_ids argument
         return False
     finally:
         model.train(training)
@@ -289,14 +289,14 @@ class TeacherCache:
         if dataset.features is not None:
             options["features"] = Features({**dataset.features, **features, "teacher_info": Value("string")})
         if isinstance(dataset, Dataset):
-            # hashing the function would hash all weights of the teacher
+            # the default fingerprint would hash all weights of the teacher
             key = f"{dataset._fingerprint}{info}{sorted(text_options.items())}"
             options |= {"new_fingerprint": hashlib.sha256(key.encode()).hexdigest()[:16], "desc": "annotate"}
         annotated = dataset.map(function, **options)
         return annotated if self.mode == "text" else annotated.with_format("numpy")
 
     def _columns(self, info: str):
-        # on the right whatever the tokenizer does: no causal row then sees padding
+        # right padding whatever the tokenizer does, so that no causal row attends to padding
         collate = PaddingCollator(SimpleNamespace(pad_token_id=self.tokenizer.pad_token_id or 0, padding_side="right"))
         device = self.teacher.device
 

@@ -18,9 +18,9 @@ from ..data.loading import require_columns
 __all__ = ["CarefulTrainer", "SegmentTrainer", "last_checkpoint"]
 
 logger = logging.get_logger(__name__)
-# written after everything else, so that a folder which has it is complete
+# written last, so a folder that has it is complete
 LAST_FILE = "trainer_state.json"
-# all that the layer of a segment memory is; its other attributes follow from these
+# the complete state of a segment memory layer; other attributes are derived
 MEMORY_STATE = ("_keys", "_values", "fill", "base", "columns")
 
 
@@ -119,7 +119,7 @@ class SegmentTrainer(CarefulTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        # `shift_labels` has the target of a segment's last token, which stands in the next segment
+        # `shift_labels` includes the target of a segment's last token, the first token of the next segment
         self._signature_columns += [
             name for name in ("memory_reset", "shift_labels") if name not in self._signature_columns
         ]
@@ -143,7 +143,7 @@ class SegmentTrainer(CarefulTrainer):
             self._micro_step += 1
         else:
             self._evaluation_memory = outputs.memory
-        # memory is no prediction: the evaluation loop would try to gather it
+        # drop the memory, which the evaluation loop would try to gather as a prediction
         return (loss, {k: v for k, v in outputs.items() if k != "memory"}) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs):
@@ -151,7 +151,7 @@ class SegmentTrainer(CarefulTrainer):
         self._evaluation_memory = None
         return super().evaluate(*args, **kwargs)
 
-    # memory is part of the state that makes a run reproducible, so it is written and read where the random states are
+    # memory is part of the state of a resumable run, so it is saved and loaded with the random states
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         write_tensors(memory_tensors(self._memories), self._memory_file(output_dir))

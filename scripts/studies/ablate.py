@@ -113,14 +113,14 @@ def loss_at(curve: list[dict], seconds: float) -> float:
 
 
 def summarise(runs: list[dict]) -> list[dict]:
-    """One row per choice: mean and spread at equal steps, and at the time that the quickest choice needed.
+    """One row per choice: mean and spread at equal steps, and at the time that the fastest choice needed.
 
     `relative_perplexity` is to the first choice.
     """
     choices = list(dict.fromkeys(entry["choice"] for entry in runs))
     by_choice = {choice: [entry["curve"] for entry in runs if entry["choice"] == choice] for choice in choices}
     first = statistics.mean(curve[-1]["loss"] for curve in by_choice[choices[0]])
-    quickest = min(statistics.mean(c[-1]["train_seconds"] for c in curves) for curves in by_choice.values())
+    fastest = min(statistics.mean(c[-1]["train_seconds"] for c in curves) for curves in by_choice.values())
     rows = []
     for choice, curves in by_choice.items():
         final = [curve[-1]["loss"] for curve in curves]
@@ -132,9 +132,9 @@ def summarise(runs: list[dict]) -> list[dict]:
                 "loss_equal_steps": statistics.mean(final),
                 "loss_sd": statistics.stdev(final) if len(final) > 1 else None,
                 "relative_perplexity": math.exp(statistics.mean(final) - first),
-                "loss_equal_time": statistics.mean(loss_at(curve, quickest) for curve in curves),
+                "loss_equal_time": statistics.mean(loss_at(curve, fastest) for curve in curves),
                 "processor_seconds_per_step": seconds / curves[0][-1]["step"],
-                "relative_time": seconds / quickest,
+                "relative_time": seconds / fastest,
             }
         )
     return rows
