@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compat_flashlite import private_operator
+
 # Elements of the buffer that holds the outputs of all parts of a chunk of queries, and queries scored at once.
 _PART_ELEMENTS = 1 << 24
 _SCORED_QUERIES = 512
 
-_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+_flash: Any = private_operator("aten", "_scaled_dot_product_flash_attention_for_cpu")
+_flash_backward: Any = private_operator("aten", "_scaled_dot_product_flash_attention_for_cpu_backward")
 
 
 def _has_flash(q: Tensor, v: Tensor) -> bool:

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Mapping
 
+import torch
 import transformers
 
 # the oldest version that works, and the newest that the tests have seen
@@ -84,6 +85,20 @@ def takes_cache(forward):
     )
     wrapper.__signature__ = signature.replace(parameters=parameters)
     return wrapper
+
+
+def private_operator(namespace: str, name: str):
+    """`torch.ops.<namespace>.<name>`, or `None` and a warning where this PyTorch has it no more.
+
+    PyTorch promises nothing about its private operators. Those that are asked for here have public ones beside them,
+    which compute the same and take longer.
+    """
+    operator = getattr(getattr(torch.ops, namespace), name, None)
+    if operator is None:
+        transformers.utils.logging.get_logger(__name__).warning(
+            f"PyTorch {torch.__version__} has no operator {namespace}.{name}; slower public operators take its place."
+        )
+    return operator
 
 
 def sub_config_specs(classes: Mapping[str, type], optional: str) -> dict:

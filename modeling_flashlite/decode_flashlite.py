@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache
 
 from .attention_flashlite import WorkingSet, fits_working_set, joint_weights, multi_axis_attention
 from .cache_flashlite import EncoderCacheLayer, FlashLiteCacheLayer, axis_spec, own_cache
+from .compat_flashlite import CACHE
 from .ecq_modules_flashlite import join
 from .int4_flashlite import TILE_ROWS
 from .layers_flashlite import (
@@ -134,7 +135,7 @@ class DecodeSession:
                 cross = past_key_values.cross_attention_cache.layers[index]
                 encoder = step.encoder_keys(cross, kwargs.get("encoder_attention_mask"))
             states = step(states, own.layers[index], angles[self.kinds[index]], encoder, shift and shift[index])
-        return FlashLiteDecoderOutput(last_hidden_state=decoder.norm(states[:, None]), past_key_values=past_key_values)
+        return FlashLiteDecoderOutput(last_hidden_state=decoder.norm(states[:, None]), **{CACHE: past_key_values})
 
     def _takes(self, input_ids, attention_mask, past_key_values, kwargs) -> bool:
         """Whether these arguments are one new token for each row of a cache, and nothing else is asked for."""

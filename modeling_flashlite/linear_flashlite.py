@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .compat_flashlite import private_operator
+
 # multiplications (half as many for a single row) above which the larger overhead of oneDNN is negligible
 _MANY = 1 << 19
 
@@ -24,8 +26,8 @@ def is_hooked(module: nn.Module) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _has_onednn() -> bool:
-    available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return available and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    available = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return available and private_operator("mkldnn", "_linear_pointwise") is not None
 
 
 def _onednn(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -18,7 +18,7 @@ from modeling_flashlite import (
     FlashLiteForTokenClassification,
     FlashLiteModel,
 )
-from modeling_flashlite.compat_flashlite import CACHE, NEWEST, OLDEST, check_version
+from modeling_flashlite.compat_flashlite import CACHE, NEWEST, OLDEST, check_version, private_operator
 
 FORMS = [
     (FlashLiteModel, False),
@@ -277,3 +277,14 @@ def test_importing_says_it_in_one_sentence(version):
         )
     else:
         assert done.returncode == 0 and done.stderr.count("is newer than") == 1
+
+
+def test_a_private_operator_that_is_gone_is_named(caplog):
+    transformers.utils.logging.enable_propagation()
+    try:
+        assert private_operator("aten", "_scaled_dot_product_flash_attention_for_cpu") is not None
+        assert not caplog.records
+        assert private_operator("aten", "_no_such_operator") is None
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert len(caplog.records) == 1 and "no operator aten._no_such_operator" in caplog.text
