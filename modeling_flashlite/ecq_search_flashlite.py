@@ -1,17 +1,20 @@
 """Steps and codes: rounding with error feedback, and the search for the multiplier that meets a byte budget.
 
-Quantizing `W [rows, columns]` to `W + E` costs about `1/2 tr(E^T G E H)`, with `G = E[g g^T]` of the gradients of
-the output and `H = E[x x^T]` of the inputs. With upper Cholesky factors `C_G`, `C_H` of the damped inverses, rounding
-the elements in order and subtracting `(w - q) / (C_G[i,i] C_H[j,j]) * C_G[i, i':] C_H[j, j':]` from those not yet
-rounded is optimal for that order. `C_H` alone is GPTQ (Frantar et al. 2022); both are used where that is affordable.
+A weight is `W[r, c] ~ step[r] * scale[c] * code[r, c]` with integer codes of any size, entropy-coded. An error `E` of
+`W` raises the loss by about `1/2 sum_r g_r E_r H E_r^T`, with `H = E[x x^T]` of the inputs and `g_r` the second
+moment of the gradient of output r. With `U` the upper Cholesky factor of the damped `H^-1`, rounding column after
+column and subtracting `(w_c - q_c) / U[c, c] * U[c, c':]` from those not yet rounded is optimal for that order (GPTQ,
+Frantar et al. 2022), and leaves `sum_c (error of c)^2 / U[c, c]^2`.
 
-At rates above about 1.5 bits the best steps are proportional to `C_G[i,i]` and to the geometric mean of `C_H[j,j]`,
-which equalises what one more bit buys everywhere; one multiplier then sets the rate (reverse water-filling).
+What one more bit buys is equal everywhere, at rates above about 1.5 bits, when `step[r] * scale[c]` is proportional to
+`U[c, c] / sqrt(g_r)` (reverse water-filling; WaterSIC, 2026, for the columns). One multiplier of all steps then sets
+the rate. Noisy moments are followed only part of the way; the rest follows the standard deviation of each row.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,13 +23,17 @@ from torch import nn
 from .ecq_stream_flashlite import CODE_RANGE, QuantizedWeight, stream_bytes, wide_columns
 
 logger = logging.getLogger(__name__)
-_MIN_STEP, _MAX_STEP = 0.28, 3.0  # in standard deviations of the row: the useful range for 16 levels
-_WAVE_ROWS = 64
-
-
-def grid_of(columns: int) -> int:
-    """Step sizes per octave: the fewer columns share a step, the coarser."""
-    return 8 if columns < 256 else 16
+GRID = 8  # step sizes per octave
+_MIN_STEP, _MAX_STEP = 0.004, 3.0  # in standard deviations of the row
+_SCALE_SHARE = 0.8  # how far column scales follow diag(U)
+_MAX_SCALE = 1.0  # octaves: a column whose step exceeds its weights has no bits left to give
+_SCALE_ROWS = 128  # that a column needs to be worth a scale of its own: in small weights they did harm
+_TABLE_STEP = -1.0  # log2 of a table's steps over those of other layers, without data
+_BLOCK = 64  # columns between two updates of the rest
+_ROWS = 8192  # rows at a time, so that a block of their columns stays in the cache
+_SAMPLE = 1 << 18  # weights from which a rate is predicted
+_CLASSES = 8  # of columns, which the stream codes apart
+_CODER = 1.012  # what the coder takes over the entropy
 
 
 @dataclass
@@ -37,27 +44,32 @@ class Layer:
         names (`list[str]`): its modules, more than one if it is tied.
         modules (`list[nn.Module]`): the same.
         weight (`torch.Tensor` float `[rows, columns]`): the original.
-        log_steps (`torch.Tensor` `[rows]`): log2 of the wanted steps, up to the common multiplier.
-        input_factor, output_factor (`torch.Tensor`, *optional*): `C_H` and `C_G` of the module's docstring, float64.
-        input_moment (`torch.Tensor`, *optional*): H.
+        log_steps (`torch.Tensor` float `[rows]`): log2 of the wanted steps, up to the common multiplier.
+        log_scales (`torch.Tensor` float `[columns]`, *optional*): log2 of the column scales, with a mean of 0.
+        input_factor (`torch.Tensor` `[columns, columns]`, *optional*): `U` of the module's docstring.
+        input_moment (`torch.Tensor` `[columns, columns]`, *optional*): H.
+        price (`torch.Tensor` `[rows]`, *optional*): nats that rounding a row costs, over its squared step.
+        noise (`torch.Tensor` `[columns]`, *optional*): variance that feedback adds to a weight over its row's step.
     """
 
     names: list[str]
     modules: list[nn.Module]
     weight: torch.Tensor
     log_steps: torch.Tensor
+    log_scales: torch.Tensor | None = None
     input_factor: torch.Tensor | None = None
-    output_factor: torch.Tensor | None = None
     input_moment: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+    price: torch.Tensor | None = None
     sigma: torch.Tensor = field(init=False)
 
     def __post_init__(self):
-        sigma = self.weight.float().square().mean(1).sqrt()
+        sigma = torch.linalg.vector_norm(self.weight, dim=1, dtype=torch.float32) / self.weight.shape[1] ** 0.5
         self.sigma = sigma.clamp(min=max(1e-3 * sigma.mean().item(), 1e-12))
 
     @property
-    def grid(self) -> int:
-        return grid_of(self.weight.shape[1])
+    def is_table(self) -> bool:
+        return any(isinstance(module, nn.Embedding) for module in self.modules)
 
     def steps(self, multiplier: float) -> tuple[float, torch.Tensor]:
         """(base, exponents int8 `[rows]`) for the log2 of the common multiplier."""
@@ -65,8 +77,41 @@ class Layer:
         wanted = (self.log_steps.float() + multiplier).clamp(low, high)
         centre = wanted.median()
         base = torch.exp2(centre).float().item()
-        exponents = torch.round((wanted - centre) * self.grid).clamp(-127, 127).to(torch.int8)
+        exponents = torch.round((wanted - centre) * GRID).clamp(-127, 127).to(torch.int8)
         return base, exponents
+
+    def follow(self, moment: torch.Tensor) -> float:
+        """Take over the second moment of the inputs: feedback and column scales; the mean of log2 of diag(U)."""
+        factor = inverse_factor(moment)
+        spread = factor.diagonal().log2()
+        scales = (_SCALE_SHARE * (spread - spread.mean())).clamp(-_MAX_SCALE, _MAX_SCALE)
+        scales -= scales.mean()
+        worth = len(self.weight) >= _SCALE_ROWS
+        self.log_scales = scales.float() if worth else torch.zeros_like(scales, dtype=torch.float32)
+        scale = torch.exp2(self.column_exponents().double() / GRID)
+        self.noise = ((scale / factor.diagonal())[:, None] * factor.triu(1)).square().sum(0).float() / 12
+        self.input_factor, self.input_moment = factor.float(), moment
+        return spread.mean().item()
+
+    def price_of(self, curvature: torch.Tensor) -> torch.Tensor:
+        """Nats that rounding a row with feedback costs, over its squared step, for `g_r` of the module's docstring."""
+        scale = torch.exp2(self.column_exponents().float() / GRID)
+        return curvature.to(self.sigma) * (scale / self.input_factor.diagonal()).square().sum() / 24
+
+    def forget(self) -> None:
+        """Let go of the matrices, which are the largest part; steps, scales and noise stay."""
+        self.input_factor = self.input_moment = None
+
+    def column_exponents(self) -> torch.Tensor | None:
+        """Exponents of the column scales, int8 `[columns]`."""
+        if self.log_scales is None:
+            return None
+        return torch.round(self.log_scales * GRID).clamp(-127, 127).to(torch.int8)
+
+
+def data_free_steps(layer: Layer) -> torch.Tensor:
+    """log2 of steps `[rows]` that need no data: proportional to each row's standard deviation, finer in a table."""
+    return torch.log2(layer.sigma) + (_TABLE_STEP if layer.is_table else 0.0)
 
 
 def inverse_factor(moment: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
@@ -77,141 +122,215 @@ def inverse_factor(moment: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True)
 
 
-def _round_columns(weight, step, low, high, factor):
-    """GPTQ: all rows at once, column after column, in blocks of 128."""
-    codes, columns = torch.empty_like(weight), weight.shape[1]
-    for first in range(0, columns, 128):
-        last = min(first + 128, columns)
-        errors = torch.empty_like(weight[:, first:last])
-        for j in range(first, last):
-            codes[:, j] = torch.round(weight[:, j] / step).clamp(low[j], high[j])
-            error = (weight[:, j] - codes[:, j] * step) / factor[j, j]
-            weight[:, j:last] -= error[:, None] * factor[j, j:last]
-            errors[:, j - first] = error
-        weight[:, last:] -= errors @ factor[first:last, last:]
+def round_with_feedback_reference(ratio, scale, low, high, factor) -> torch.Tensor:
+    """[`round_with_feedback`] element by element: each error is subtracted from all later columns at once."""
+    ratio, codes = ratio.clone(), torch.empty_like(ratio)
+    for j in range(ratio.shape[1]):
+        codes[:, j] = torch.round(ratio[:, j] / scale[j]).clamp(low[j], high[j])
+        error = (ratio[:, j] - codes[:, j] * scale[j]) / factor[j, j]
+        ratio[:, j + 1 :] -= error[:, None] * factor[j, j + 1 :]
     return codes
 
 
-def _round_waves(weight, step, low, high, factor, rows_factor):
-    """Feedback along rows and columns: antidiagonals of blocks of rows, whose elements do not depend on each other."""
-    codes, (rows, columns) = torch.empty_like(weight), weight.shape
-    diagonal, rows_diagonal = factor.diagonal(), rows_factor.diagonal()
-    for first in range(0, rows, _WAVE_ROWS):
-        last = min(first + _WAVE_ROWS, rows)
-        errors = torch.zeros_like(weight[first:last])
-        for wave in range(last - first + columns - 1):
-            i = torch.arange(max(0, wave - columns + 1), min(last - first, wave + 1), device=weight.device)
-            j, at = wave - i, i + first
-            value = weight[at, j]
-            code = torch.round(value / step[at]).clamp(low[j], high[j])
-            error = (value - code * step[at]) / (rows_diagonal[at] * diagonal[j])
-            codes[at, j], errors[i, j] = code, error
-            left = j[-1]
-            update = rows_factor[at, at[0] : last].T @ (error[:, None] * factor[j, left:])
-            weight[at[0] : last, left:] -= update
-        weight[last:] -= rows_factor[first:last, last:].T @ (errors @ factor)
+def round_with_feedback(ratio, scale, low, high, factor) -> torch.Tensor:
+    """Codes by rounding column after column with error feedback (GPTQ).
+
+    Args:
+        ratio (`torch.Tensor` float `[rows, columns]`): weights over the steps of their rows.
+        scale (`torch.Tensor` `[columns]`): column scales.
+        low, high (`torch.Tensor` `[columns]`): range of the codes.
+        factor (`torch.Tensor` `[columns, columns]`): upper Cholesky factor of the inverse second moment of the inputs.
+
+    Returns:
+        `torch.Tensor` `[rows, columns]` of the dtype of ratio.
+    """
+    codes, factor = torch.empty_like(ratio), factor.to(ratio)
+    scales, lows, highs, diagonal = (x.tolist() for x in (scale, low, high, factor.diagonal()))
+    columns = ratio.shape[1]
+    for rows in range(0, len(ratio), _ROWS):
+        rest = ratio[rows : rows + _ROWS].T.contiguous()  # a column is contiguous
+        if rest.data_ptr() == ratio.data_ptr():
+            rest = rest.clone()
+        for first in range(0, columns, _BLOCK):
+            last = min(first + _BLOCK, columns)
+            errors = torch.empty_like(rest[first:last])
+            for j in range(first, last):
+                code = torch.round(rest[j] / scales[j]).clamp_(lows[j], highs[j])
+                errors[j - first] = error = torch.add(rest[j], code, alpha=-scales[j]).div_(diagonal[j])
+                rest[j] = code
+                if j + 1 < last:
+                    rest[j + 1 : last].addr_(factor[j, j + 1 : last], error, alpha=-1)
+            if last < columns:
+                rest[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+        codes[rows : rows + _ROWS] = rest.T
     return codes
+
+
+def _ratios(layer: Layer, base: float, exponents: torch.Tensor, rows=slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights over the steps of their rows, float32, and the column scales."""
+    step = base * torch.exp2(exponents[rows].float() / GRID)
+    ratio = layer.weight[rows].float() / step[:, None]
+    columns = layer.column_exponents()
+    scale = ratio.new_ones(ratio.shape[1]) if columns is None else torch.exp2(columns.to(ratio.device).float() / GRID)
+    return ratio, scale
 
 
 def quantize_layer(layer: Layer, multiplier: float, feedback: bool = True) -> QuantizedWeight:
     """Round one weight at the steps of `multiplier` (log2); `feedback=False` is round-to-nearest."""
     base, exponents = layer.steps(multiplier)
-    weight = layer.weight.double()
-    step = base * torch.exp2(exponents.double() / layer.grid)
-    wide = wide_columns(weight / step[:, None])
-    low, high = (torch.where(wide, float(far), near).to(weight) for far, near in zip(CODE_RANGE, (-8.0, 7.0)))
-    if not feedback or layer.input_factor is None:
-        codes = torch.round(weight / step[:, None]).clamp(low, high)
-    elif layer.output_factor is None:
-        codes = _round_columns(weight.clone(), step, low, high, layer.input_factor)
+    ratio, scale = _ratios(layer, base, exponents)
+    wide = wide_columns(ratio / scale)
+    low, high = (torch.where(wide, float(far), near).to(ratio) for far, near in zip(CODE_RANGE, (-8.0, 7.0)))
+    if feedback and layer.input_factor is not None:
+        codes = round_with_feedback(ratio, scale, low, high, layer.input_factor)
     else:
-        codes = _round_waves(weight.clone(), step, low, high, layer.input_factor, layer.output_factor)
-    base *= _gain(layer, weight, codes * step[:, None])
+        codes = torch.round(ratio / scale).clamp_(low, high)
+    if layer.input_moment is not None:
+        base *= _gain(ratio, codes * scale, layer.input_moment.to(ratio))
     codes = codes.to(torch.int16 if wide.any() else torch.int8)
-    return QuantizedWeight(codes, torch.tensor(base).item(), exponents, layer.grid)
+    return QuantizedWeight(codes, torch.tensor(base).item(), exponents, GRID, layer.column_exponents())
 
 
-def _gain(layer: Layer, weight: torch.Tensor, rounded: torch.Tensor) -> float:
-    """Least-squares factor of the whole tensor: `<W, Q H> / <Q, Q H>`."""
-    product = rounded if layer.input_moment is None else rounded @ layer.input_moment.double()
+def _gain(ratio: torch.Tensor, rounded: torch.Tensor, moment: torch.Tensor) -> float:
+    """Least-squares factor of the whole tensor: `<W, Q H> / <Q, Q H>`, from a sample of the rows of a long one."""
+    every = -(-len(ratio) // _ROWS)
+    ratio, rounded = ratio[::every], rounded[::every]
+    product = rounded @ moment
     power = (rounded * product).sum().item()
-    gain = (weight * product).sum().item() / power if power > 0 else 1.0
+    gain = (ratio * product).sum().item() / power if power > 0 else 1.0
     return gain if 0.5 < gain < 2 else 1.0
 
 
-def search(
-    layers: list[Layer], budget: float | None, overhead: float, multiplier: float = -1.0, tolerance: float = 0.006
-) -> list[QuantizedWeight]:
-    """Codes of all layers at the multiplier whose file meets the budget.
+def _entropy(codes: torch.Tensor) -> float:
+    """Bits of all codes at the entropy of each class of columns of like spread."""
+    order, bits = codes.abs().mean(0).argsort(), 0.0
+    codes = codes.to(torch.int16)
+    for columns in order.chunk(_CLASSES):
+        part = codes[:, columns].flatten()
+        counts = torch.bincount((part - part.min()).int()).double()
+        counts = counts[counts > 0]
+        bits += float(counts.sum() * counts.sum().log2() - (counts * counts.log2()).sum())
+    return bits
 
-    The rate falls by one bit per octave of the multiplier. Rounding to nearest, which is cheap, finds the place;
-    feedback passes correct it until the file is at most the budget and within the tolerance.
+
+@torch.no_grad()
+def predicted_bytes(layer: Layer, multiplier: float) -> float:
+    """Bytes of the stream at `multiplier`, without rounding column after column; of a large weight from some rows.
+
+    Rounding errors are nearly uniform and independent, and feedback is linear in them: codes with feedback are
+    distributed like rounded weights with normal noise of the variance `layer.noise`.
+    """
+    rows, columns = layer.weight.shape
+    count = min(rows, max(16, _SAMPLE // columns))
+    chosen = torch.linspace(0, rows - 1, count).long().to(layer.weight.device)
+    base, exponents = layer.steps(multiplier)
+    ratio, scale = _ratios(layer, base, exponents, chosen)
+    if layer.noise is not None:
+        generator = torch.Generator().manual_seed(0)
+        ratio += torch.randn(ratio.shape, generator=generator).to(ratio) * layer.noise.sqrt().to(ratio)
+    codes = torch.round(ratio / scale).clamp_(*CODE_RANGE)
+    if count == rows:
+        return stream_bytes(QuantizedWeight(codes.to(torch.int16), 1.0, exponents, GRID, layer.column_exponents()))
+    side = 0.6 * rows + (0 if layer.log_scales is None else 0.6 * columns) + 64
+    return _CODER * _entropy(codes) / 8 * rows / count + side
+
+
+def find_multiplier(layers: list[Layer], room: float, start: float = -1.0) -> tuple[float, list[float]]:
+    """(multiplier, sizes there) at which the layers are predicted to take `room` bytes; the largest if none does."""
+    elements = sum(layer.weight.numel() for layer in layers)
+    at, slope = start, -elements / 8  # bytes that one octave saves
+    sizes = [predicted_bytes(layer, at) for layer in layers]
+    for _ in range(12):
+        held = sum(sizes)
+        if abs(held / room - 1) < 0.002:
+            break
+        move = max(-4.0, min(4.0, (room - held) / slope))
+        at += move
+        sizes = [predicted_bytes(layer, at) for layer in layers]
+        slope = max(min((sum(sizes) - held) / move, -elements / 80), -elements / 8)
+    return at, sizes
+
+
+def predicted_divergence(layers: list[Layer], multiplier: float) -> float:
+    """Nats of divergence from the float model to second order, from the prices of the layers that have one."""
+    total = 0.0
+    for layer in layers:
+        if layer.price is not None:
+            base, exponents = layer.steps(multiplier)
+            step = base * torch.exp2(exponents.to(layer.price) / GRID)
+            total += (layer.price * step.square()).sum().item()
+    return total
+
+
+def room_of(layers: list[Layer], budget: float, overhead: float) -> float:
+    """Bytes for the streams; raises `ValueError` where that is too little for any code."""
+    elements = sum(layer.weight.numel() for layer in layers)
+    if budget - overhead < elements / 16:
+        raise ValueError(
+            f"A budget of {budget:.0f} bytes leaves {max(budget - overhead, 0):.0f} for {elements} weights besides"
+            f" {overhead:.0f} bytes of other tensors and headers; ask for at least half a bit per weight more than"
+            " those take."
+        )
+    return budget - overhead
+
+
+def fit(
+    quantize: Callable[[float], list[QuantizedWeight]], room: float, elements: int, start: float, slack: float
+) -> tuple[list[QuantizedWeight], int, float]:
+    """(weights, bytes, multiplier) of `quantize(multiplier)`: at most `room` bytes, and at least `room - slack`.
+
+    Raises:
+        ValueError: even the longest steps take more.
+    """
+    best, at, slope, last, lowest = None, start, -elements / 8, None, None
+    for attempt in range(12):
+        weights = quantize(at)
+        held = sum(stream_bytes(weight) for weight in weights)
+        if last is not None and last[0] != at:
+            slope = max(min((held - last[1]) / (at - last[0]), -elements / 80), -elements / 7)
+        last = at, held
+        if held <= room and (best is None or held > best[1]):
+            best = weights, held, at
+        if held > room:
+            lowest = at if lowest is None else max(lowest, at)
+        if best is not None and (best[1] >= room - slack or attempt > 7):
+            break
+        at += (room - min(0.5 + 0.25 * attempt, 2.0) * slack / 2 - held) / slope
+        if best is not None and lowest is not None:  # between what was too large and what was too small
+            at = min(max(at, 0.9 * lowest + 0.1 * best[2]), 0.1 * lowest + 0.9 * best[2])
+    if best is None:
+        raise ValueError(
+            f"{8 * room / elements:.2f} bits per weight are out of reach: steps of {_MAX_STEP} standard deviations"
+            f" still need {8 * held / elements:.2f}; ask for more bits."
+        )
+    return best
+
+
+def search(layers: list[Layer], budget: float | None, overhead: float, tolerance: float = 0.006):
+    """Codes of all layers, each rounded to nearest, at the multiplier whose file is the budget.
 
     Args:
         layers (`list[Layer]`): the weights.
-        budget (`float`, *optional*): bytes of the file; `None` keeps `multiplier`.
+        budget (`float`, *optional*): bytes of the file; `None` means steps of half a standard deviation.
         overhead (`float`): bytes of the file that are not these streams.
-        multiplier (`float`): log2 of the first multiplier to try.
         tolerance (`float`): how far below the budget is near enough, as a share of it.
+
+    Returns:
+        `list[QuantizedWeight]`.
     """
+
+    def nearest(multiplier: float) -> list[QuantizedWeight]:
+        return [quantize_layer(layer, multiplier, feedback=False) for layer in layers]
+
     if budget is None:
-        return [quantize_layer(layer, multiplier) for layer in layers]
-    room = budget - overhead
-    elements = sum(layer.weight.numel() for layer in layers)
-    if room < elements / 16:
-        raise ValueError(
-            f"A budget of {budget:.0f} bytes leaves {max(room, 0):.0f} for {elements} weights besides {overhead:.0f}"
-            " bytes of other tensors and headers; ask for at least half a bit per weight more than those take."
-        )
-
-    def size(shift: float, feedback: bool) -> tuple[list[QuantizedWeight], int]:
-        weights = [quantize_layer(layer, shift, feedback) for layer in layers]
-        return weights, sum(stream_bytes(weight) for weight in weights)
-
-    feedback = any(layer.input_factor is not None for layer in layers)
-    for _ in range(12 if feedback else 0):
-        _, held = size(multiplier, False)
-        if abs(held / room - 1) < tolerance:
-            break
-        multiplier += 8 * (held - room) / elements
-    best = too_large = last = None
-    slope = elements / 8  # bytes that one octave saves; feedback makes it smaller
-    for attempt in range(12):
-        weights, held = size(multiplier, feedback)
-        if last is not None and last[0] != multiplier:
-            slope = min(max((held - last[1]) / (last[0] - multiplier), elements / 80), elements / 8)
-        last = multiplier, held
-        if held > room:
-            too_large = multiplier, held
-        elif best is None or held > best[1]:
-            best = weights, held, multiplier
-        if best is not None and (best[1] >= (1 - tolerance) * room or attempt > 7):
-            break
-        if best is not None and too_large is not None:
-            share = ((1 - tolerance / 2) * room - best[1]) / (too_large[1] - best[1])
-            multiplier = best[2] + min(max(share, 0.1), 0.9) * (too_large[0] - best[2])
-        else:
-            multiplier += (held - (1 - tolerance * (0.5 + 0.25 * attempt)) * room) / slope
-    if best is None and feedback:
-        # Where few directions of the input carry all the power, fed-back errors cost more bits than longer steps save.
+        return nearest(-1.0)
+    room, elements = room_of(layers, budget, overhead), sum(layer.weight.numel() for layer in layers)
+    start, _ = find_multiplier(layers, (1 - tolerance / 2) * room)
+    weights, held, _ = fit(nearest, room, elements, start, tolerance * room)
+    if held < 0.97 * room:
         logger.warning(
-            "Rounding with error feedback needs at least %.2f bits per weight here and the budget is %.2f; all weights"
-            " are rounded to nearest instead, without calibration: ask for more bits, or train with qat.prepare_qat.",
-            8 * (last[1] + overhead) / elements,
+            "The file has %.2f bits per weight of a budget of %.2f: the steps cannot be finer.",
+            8 * (held + overhead) / elements,
             8 * budget / elements,
         )
-        for layer in layers:
-            layer.input_factor = layer.output_factor = None
-        return search(layers, budget, overhead, tolerance=tolerance)
-    if best is None:
-        raise ValueError(
-            f"{8 * budget / elements:.2f} bits per weight are out of reach: steps of {_MAX_STEP} standard deviations"
-            f" still need {held + overhead:.0f} bytes; ask for more bits."
-        )
-    if best[1] < 0.97 * room:
-        logger.warning(
-            "The file has %.2f bits per weight of a budget of %.2f: 16 levels have no use for more.",
-            8 * (best[1] + overhead) / elements,
-            8 * budget / elements,
-        )
-    return best[0]
+    return weights

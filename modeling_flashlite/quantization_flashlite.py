@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .ecq_modules_flashlite import EcqModule, FakeQuantModule, to_float, to_quantized, to_twin
 from .ecq_parents_flashlite import read_by_parents
-from .ecq_search_flashlite import Layer, grid_of, search
+from .ecq_search_flashlite import GRID, Layer, data_free_steps, search
 from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weight
 from .linear_flashlite import Linear
 
@@ -34,7 +34,7 @@ Place = tuple[str, int, int]  # of a stream: file, first byte, bytes
 
 _METHOD = "ecq"
 _SMALL = 1 << 20  # tensors up to this many bytes are copied out of the memory map of their file
-_TRAINING_STATE = ("log_step", "log_base", "exponents", "code_lengths", "ecq_rate")
+_TRAINING_STATE = ("log_step", "log_base", "exponents", "column_exponents", "code_lengths", "ecq_rate")
 _FIELDS = ("bits", "target_bits", "target_bytes", "max_loss_increase", "modules_to_not_convert", "stage")
 
 
@@ -194,7 +194,7 @@ def collect_layers(model: nn.Module, config: EcqConfig) -> list[Layer]:
             continue
         weight = weight_of(module)
         layer = Layer([name], [module], weight, torch.zeros(len(weight), device=weight.device))
-        layer.log_steps = torch.log2(layer.sigma)
+        layer.log_steps = data_free_steps(layer)
         groups[id(module.weight)] = layer
     if not groups:
         raise ValueError(f"{type(model).__name__} has no linear layer or embedding of at least 8 x 128 to quantize.")
@@ -231,29 +231,42 @@ def overhead_bytes(model: nn.Module, coded: set[int]) -> int:
 
 
 def install(model: nn.Module, layers: list[Layer], weights: list[QuantizedWeight]) -> None:
-    """Put the codes of float layers into the model, in place."""
-    groups = []
-    for layer in layers:
-        modules = [to_quantized(module) for module in layer.modules]
-        for name, old, new in zip(layer.names, layer.modules, modules):
-            if new is not old:
-                model.set_submodule(name, new)
-        groups.append((layer.names, modules))
-    install_groups(model, groups, weights)
+    """Put the codes of float layers into the model, in place, and round what stays float."""
+    for layer, weight in zip(layers, weights):
+        install_layer(model, layer, weight)
+    round_rest(model, {name for layer in layers for name in layer.names})
 
 
 @torch.no_grad()
-def install_groups(model: nn.Module, groups: list[tuple[list[str], list]], weights: list[QuantizedWeight]) -> None:
-    """Give codes to quantized modules, and round what stays float to the bfloat16 that the file holds."""
-    for (_, modules), weight in zip(groups, weights):
-        modules[0].set_quantized(weight)
-        for module in modules[1:]:
-            module.share_quantized(modules[0])
-    coded, left_out = {name for names, _ in groups for name in names}, _left_out(model)
+def install_layer(model: nn.Module, layer: Layer, weight: QuantizedWeight) -> None:
+    """Put the codes of one float layer, and of those that are tied to it, into the model."""
+    modules = [to_quantized(module) for module in layer.modules]
+    for name, old, new in zip(layer.names, layer.modules, modules):
+        if new is not old:
+            model.set_submodule(name, new)
+    modules[0].set_quantized(weight)
+    for module in modules[1:]:
+        module.share_quantized(modules[0])
+
+
+@torch.no_grad()
+def round_rest(model: nn.Module, coded: set[str]) -> None:
+    """Round what stays float to the bfloat16 that the file holds; `coded` are the names of the other layers."""
+    left_out = _left_out(model)
     for name, value in model.state_dict().items():
         parent, _, leaf = name.rpartition(".")
         if value.is_floating_point() and name not in left_out and (leaf == "bias" or parent not in coded):
             value.copy_(value.to(torch.bfloat16))
+
+
+@torch.no_grad()
+def install_groups(model: nn.Module, groups: list[tuple[list[str], list]], weights: list[QuantizedWeight]) -> None:
+    """Give codes to quantized modules, and round what stays float."""
+    for (_, modules), weight in zip(groups, weights):
+        modules[0].set_quantized(weight)
+        for module in modules[1:]:
+            module.share_quantized(modules[0])
+    round_rest(model, {name for names, _ in groups for name in names})
 
 
 def attach(model, config: EcqConfig) -> None:
@@ -350,7 +363,7 @@ class EcqQuantizer(HfQuantizer):
             for name, module in quantizable_layers(model, self.quantization_config).items():
                 rows, columns = weight_of(module).shape
                 steps = torch.zeros(rows, dtype=torch.int8)
-                empty = QuantizedWeight(steps[:, None], 1.0, steps, grid_of(columns))
+                empty = QuantizedWeight(steps[:, None], 1.0, steps, GRID)
                 new = to_twin(module, empty, weight_of(module))
                 if new is not module:
                     model.set_submodule(name, new)

@@ -17,7 +17,7 @@ from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import PaddingCollator
 from modeling_flashlite.measure.results import command_line, read_results, write_results
 from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers, weight_of
-from modeling_flashlite.training.calibration import batches_of, collect_moments, mean_loss, pareto, quantize
+from modeling_flashlite.training.calibration import batches_of, mean_loss, pareto, quantize
 from modeling_flashlite.training.distillation import DistillationTrainer, KDLoss
 from modeling_flashlite.training.launch import (
     ArchitectureArgs,
@@ -94,15 +94,10 @@ def nearest_point(model, layers, batches, base: float) -> dict:
 def measure_rates(model, options: QuantizeArgs, calibration: list, evaluation: list) -> list[dict]:
     """Loss of float, int4 g128, data-free and calibrated quantization over bits per weight."""
     base = mean_loss(model, evaluation)
-    layers = collect_layers(model, EcqConfig())
     points = [{"method": "float", "bits": 32.0, "loss": base, "increase": 0.0}]
-    points.append(nearest_point(model, layers, evaluation, base))
-    for method in ("ours, data-free", "ours, calibrated"):
-        if method.endswith("calibrated"):
-            layers = collect_layers(model, EcqConfig())
-            collect_moments(model, layers, calibration)
-        for row in pareto(model, layers, evaluation, options.rates):
-            points.append({"method": method, **{k: v for k, v in row.items() if k != "weights"}})
+    points.append(nearest_point(model, collect_layers(model, EcqConfig()), evaluation, base))
+    for method, data in (("ours, data-free", None), ("ours, calibrated", calibration)):
+        points += [{"method": method, **row} for row in pareto(model, options.rates, evaluation, data)]
     return points
 
 

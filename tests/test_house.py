@@ -87,7 +87,6 @@ WORKSHOP_EDGES = {
     "serve.page": {"serve.engine", "serve.jobs"},
     "serve.terminal": {"serve.engine", "serve.jobs"},
     "serve.server": {"serve.engine", "serve.jobs", "serve.openai_schema"},
-    "training.calibration": set(),
     "training.conversion": {"training.families"},
     "training.families": set(),
     "training.pruning": {"training.families"},
@@ -99,6 +98,8 @@ WORKSHOP_EDGES = {
         "training.conversion",
         "training.families",
     },
+    "training.blocks": {"training.moments", "training.replay"},
+    "training.calibration": {"training.blocks"},
     "training.divergence": set(),
     "training.launch": {
         "checkpoint",
@@ -114,8 +115,10 @@ WORKSHOP_EDGES = {
     },
     "training.lora": set(),
     "training.lsq": set(),
-    "training.qat": {"training.calibration"},
     "training.stages": set(),
+    "training.moments": set(),
+    "training.qat": {"training.calibration"},
+    "training.replay": set(),
     "training.teacher": {"data.loading"},
     "training.trainers": {"data.loading"},
 }

@@ -47,14 +47,16 @@ def file_bits(model, folder) -> float:
 
 def test_step_gradient_is_the_one_of_the_formula():
     torch.manual_seed(0)
-    weight = (torch.randn(6, 10) * 3).double().requires_grad_()
+    weight = (torch.randn(6, 10) * 40).double().requires_grad_()
     shift, start = torch.zeros(1, requires_grad=True), torch.rand(6) + 0.3
     weights = torch.randn(6, 10)
-    (_FakeQuantize.apply(weight, shift, start) * weights).sum().backward()
-    ratio = weight.detach().float() / start[:, None]
-    inside = (ratio >= -8.5) & (ratio <= 7.5)
-    codes = ratio.round().clamp(-8, 7)
-    slope = start[:, None] * torch.where(inside, codes - ratio, codes)
+    scale = torch.rand(10) + 0.3
+    (_FakeQuantize.apply(weight, shift, start, scale) * weights).sum().backward()
+    steps = start[:, None] * scale
+    ratio = weight.detach().float() / steps
+    inside = (ratio >= -128.5) & (ratio <= 127.5)
+    codes = ratio.round().clamp(-128, 127)
+    slope = steps * torch.where(inside, codes - ratio, codes)
     want = (weights * slope).sum() * math.log(2) / math.sqrt(7 * 60)
     assert torch.allclose(shift.grad, want) and torch.equal(weight.grad != 0, inside)
 
@@ -81,7 +83,7 @@ def test_stock_trainer_meets_the_budget(tmp_path, accumulation, bf16, checkpoint
     assert 3.9 < 8 * size / parameters < 4.05
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "coded")
     # the Trainer leaves its autocast around the trained model
-    assert torch.allclose(logits_of(loaded), logits_of(model), atol=0.01 if bf16 else 0)
+    assert torch.allclose(logits_of(loaded), logits_of(model), atol=0.02 if bf16 else 0)
 
 
 def test_export_computes_what_training_computed(tmp_path):

@@ -5,7 +5,7 @@ r"""Quantization-aware training to a bit budget, on the stock Trainer.
     Trainer(model, args, train_dataset=dataset, callbacks=[EcqCallback()]).train()
     model.save_pretrained("small")
 
-`prepare_qat` starts from the steps of post-training quantization and puts fake-quantized twins in place of the layers.
+`prepare_qat` starts from the codes of post-training quantization and puts fake-quantized twins in place of the layers.
 Their weights and steps learn from the loss by straight-through gradients. The rate of a weight w with step s is the
 piecewise linear code length
 
@@ -26,21 +26,20 @@ from collections.abc import Callable, Iterable
 import torch
 from transformers import TrainerCallback
 
-from ..ecq_modules_flashlite import FakeQuantModule, to_quantized, to_twin
-from ..ecq_search_flashlite import search
-from ..ecq_stream_flashlite import stream_bytes
+from ..ecq_modules_flashlite import LEVELS, FakeQuantModule, to_quantized, to_twin
+from ..ecq_stream_flashlite import QuantizedWeight, stream_bytes
 from ..quantization_flashlite import (
     EcqConfig,
     attach,
     collect_layers,
     groups_of,
-    ids_of,
     install_groups,
     overhead_bytes,
 )
-from .calibration import batches_of, collect_moments
+from .calibration import quantize
 
 logger = logging.getLogger(__name__)
+_MARGIN = 0.4  # of a step, how far a weight may begin from the middle of it
 _MEMORY = 0.9  # of the running means
 _PROPORTIONAL, _INTEGRAL, _LIMIT = 2.0, 0.05, 4.0  # of the controller, per bit of error
 
@@ -58,30 +57,30 @@ def prepare_qat(
     Args:
         model (`PreTrainedModel`): a float model, best fully trained.
         config (`EcqConfig`): with `target_bits` or `target_bytes`.
-        calibration, data_collator, batch_size, max_batches: as for `calibration.quantize`; without data the steps
-            start proportional to the standard deviation of each row.
+        calibration, data_collator, batch_size, max_batches: as for `calibration.quantize`, from whose codes
+            training starts.
 
     Returns:
         The same model, ready for `Trainer(..., callbacks=[EcqCallback()])`.
     """
     if config.target_bits is None and config.target_bytes is None:
         raise ValueError("Training needs a budget: set target_bits or target_bytes in the EcqConfig.")
-    layers = collect_layers(model, config)
-    overhead, parameters = overhead_bytes(model, ids_of(layers)), sum(p.numel() for p in model.parameters())
-    if calibration is not None:
-        collect_moments(model, layers, batches_of(calibration, model, data_collator, batch_size, max_batches))
-    for layer in layers:
-        layer.input_factor = layer.output_factor = None  # rounding feedback is not needed in training: steps only
-    weights = search(layers, config.budget(parameters), overhead)
+    originals = {
+        layer.names[0]: (layer.weight.detach().clone(), layer.modules[0].weight.requires_grad)
+        for layer in collect_layers(model, config)
+    }
+    quantize(model, config, calibration, data_collator, batch_size, max_batches)
     config.stage = "qat"
-    for layer, weight in zip(layers, weights):
+    for names, modules in groups_of(model):
+        weight, (original, trained) = modules[0].quantized(), originals.pop(names[0])
         first = None
-        for name, module in zip(layer.names, layer.modules):
-            twin = to_twin(module, weight, layer.weight.detach().clone())
+        for name, module in zip(names, modules):
+            twin = to_twin(module, weight, _near(weight, original))
             if twin is not module:
                 model.set_submodule(name, twin)
             if first is None:
                 first = twin
+                twin.weight.requires_grad_(trained)
             else:
                 twin.share_twin(first)
     model.register_buffer("ecq_rate", torch.zeros(3, device=model.device))
@@ -89,8 +88,27 @@ def prepare_qat(
     return model
 
 
+def _smooth(counts: torch.Tensor) -> torch.Tensor:
+    """Counts of the codes of `LEVELS`, each the mean over a quarter of its distance from 0 to both sides.
+
+    Far codes are rare, and the lengths of neighbours must not differ by chance.
+    """
+    codes = torch.arange(LEVELS[0], LEVELS[1] + 1, device=counts.device)
+    reach, place = codes.abs() // 4, codes - LEVELS[0]
+    below, above = (place - reach).clamp(min=0), (place + reach + 1).clamp(max=len(counts))
+    sums = torch.nn.functional.pad(counts.double().cumsum(0), (1, 0))
+    return ((sums[above] - sums[below]) / (above - below)).float()
+
+
+def _near(weight: QuantizedWeight, original: torch.Tensor) -> torch.Tensor:
+    """The original, but within the steps that its codes stand for: training starts as the quantized model."""
+    step = weight.step()[:, None] * (1.0 if weight.column_scale() is None else weight.column_scale())
+    rounded, margin = weight.dequantize().to(original.device), _MARGIN * step.to(original.device)
+    return (rounded + (original.float() - rounded).clamp(-margin, margin)).to(original.dtype)
+
+
 class RateController:
-    """Controls the rate of a model with twins: measures it, adds its gradient, steers it to the budget.
+    """The rate of a model with twins: measures it, adds its gradient, steers it to the budget.
 
     Its state is the model's buffer `ecq_rate`, which checkpoints keep: lambda's integral, the ratio of gradients, and
     the bits of the file besides the entropy of the codes.
@@ -107,7 +125,7 @@ class RateController:
         self.elements = sum(twins[0].weight.numel() for twins in self.groups)
         self.target = 8 * config.budget(self.parameters) / self.parameters
         self.overhead = 8 * overhead_bytes(model, coded)
-        # Overhead of the coded streams beyond the entropy of the codes: headers, tables, steps, coder loss.
+        # What the coded streams take besides the entropy of the codes: headers, tables, steps, the coder's own loss.
         if model.ecq_rate[2] == 0:
             self.side = 0.0
             self.measure(update=False)
@@ -125,18 +143,18 @@ class RateController:
         bits, power, noise, gradients = self.side, 0.0, 0.0, []
         for twins in self.groups:
             twin = twins[0]
-            step = twin.step()[:, None]
-            ratio = (twin.weight.float() / step).clamp(-8, 7)
+            step = twin.steps()
+            ratio = (twin.weight.float() / step).clamp(*LEVELS)
             codes = torch.round(ratio)
-            counts = torch.bincount((codes + 8).long().flatten(), minlength=16).float()
+            counts = torch.bincount((codes - LEVELS[0]).long().flatten(), minlength=len(twin.code_lengths)).float()
             p = counts / counts.sum()
-            lengths = -torch.log2(p.clamp(min=0.1 / counts.sum()))
-            bits += (counts * lengths).sum().item()
+            bits -= (counts * torch.log2(p.clamp(min=1e-12))).sum().item()
+            lengths = -torch.log2(_smooth(counts).clamp(min=0.1) / counts.sum())
             started = bool((twin.code_lengths != 4.0).any())
             if update:
                 twin.code_lengths.lerp_(lengths, 1 - _MEMORY if started else 1.0)
-            low = torch.floor(ratio).clamp(max=6)
-            slope = (twin.code_lengths[1:] - twin.code_lengths[:-1])[(low + 8).long()] / step
+            low = torch.floor(ratio).clamp(max=LEVELS[1] - 1)
+            slope = (twin.code_lengths[1:] - twin.code_lengths[:-1])[(low - LEVELS[0]).long()] / step
             shift = -(slope * ratio * step).sum() * math.log(2) / math.sqrt(7 * slope.numel())
             gradients.append((slope, shift))
             noise += ((twin.weight.float() - codes * step).square()).sum().item()

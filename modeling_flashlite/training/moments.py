@@ -1,0 +1,289 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""What a loss of precision costs, weight by weight: second moments of inputs, and of gradients of the outputs.
+
+The gradients are those of the cross-entropy of labels drawn from the model's own predictions, so that their second
+moment is the Fisher information, the curvature of the Kullback-Leibler divergence from the float model. Some thousand
+tokens are enough, since of the gradients only one number a row is used, and those not in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..ecq_search_flashlite import Layer
+from ..linear_flashlite import Linear
+
+TOKENS = 4096  # that gradients are taken on
+_SLICE = 512  # tokens at a time
+_HELD = 1 << 30  # bytes of input moments held at a time; with more, the float model is run several times
+_ROW_SHARE, _TABLE_SHARE, _LAYER_SHARE = 0.5, 0.5, 0.5  # how far steps follow curvature, not deviation
+
+
+def watch(module: nn.Module, record: Callable) -> Callable[[], object]:
+    """Calls `record(input, output)` for every product or lookup of a layer; returns what ends that."""
+    plain = type(module)
+    if plain.forward in (nn.Linear.forward, Linear.forward, nn.Embedding.forward, Conv1D.forward):
+
+        def hook(module, args, kwargs, output):
+            record(*args, *kwargs.values(), output)
+
+        return module.register_forward_hook(hook, with_kwargs=True).remove
+
+    # A subclass is called with other things than it looks up (a mask) and returns others (scaled embeddings).
+    class Watched(nn.Linear if isinstance(module, nn.Linear) else nn.Embedding):  # type: ignore[misc]
+        def forward(self, input):
+            output = super().forward(input)
+            record(input, output)
+            return output
+
+    module.__class__ = type(plain.__name__, (plain, Watched), {})
+    return lambda: setattr(module, "__class__", plain)
+
+
+def second_moment(x: torch.Tensor) -> torch.Tensor:
+    """`x^T x` over all but the last axis, float32 `[n, n]`."""
+    x = x.detach().reshape(-1, x.shape[-1]).float()
+    if x.device.type == "cpu":
+        array = x.numpy()
+        return torch.from_numpy(array.T @ array)  # NumPy computes one half and mirrors it
+    with torch.autocast(x.device.type, enabled=False):
+        return x.T @ x
+
+
+class InputMoments:
+    """Second moments of the inputs of several layers; those that read the same tensor share one."""
+
+    def __init__(self, layers: list[Layer]):
+        self.layers = layers
+        self.sums: dict[int, torch.Tensor] = {}
+        self.owner: dict[int, int] = {}
+        self.live: list[tuple[torch.Tensor, int]] = []
+
+    def watch(self) -> list[Callable[[], object]]:
+        """Begin to record; returns what ends that."""
+        return [
+            watch(module, lambda x, output, index=index: self.record(index, x))
+            for index, layer in enumerate(self.layers)
+            for module in layer.modules
+            if not isinstance(module, nn.Embedding)
+        ]
+
+    def record(self, index: int, x: torch.Tensor) -> None:
+        owner = next((owner for tensor, owner in self.live if tensor is x), index)
+        if self.owner.setdefault(index, owner) != index and self.owner[index] == owner:
+            return
+        self.owner[index] = index
+        self.live.append((x, index))
+        moment = second_moment(x)
+        self.sums[index] = self.sums[index].add_(moment) if index in self.sums else moment
+
+    def next_batch(self) -> None:
+        """Forget which tensors were seen; call it between two batches."""
+        self.live.clear()
+
+    def of(self, index: int) -> torch.Tensor | None:
+        moment = self.sums.get(self.owner.get(index, index))
+        return moment if moment is not None and torch.isfinite(moment).all() and moment.trace() > 0 else None
+
+
+class _Curvature:
+    """Second moments of the gradients of one weight's outputs, by row, and of what a table gives to the model."""
+
+    def __init__(self, layer: Layer, is_head: bool):
+        self.layer, self.is_head = layer, is_head
+        self.rows = self.lookups = self.counts = None
+        self.known = False
+
+    def linear(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        if output.requires_grad and not self.is_head:
+            output.register_hook(lambda g: self._add("rows", g.float().reshape(-1, g.shape[-1]).square().sum(0)))
+
+    def lookup(self, ids: torch.Tensor, output: torch.Tensor) -> None:
+        self._add("counts", torch.bincount(ids.reshape(-1), minlength=len(self.layer.weight)).float())
+        if output.requires_grad:
+            output.register_hook(lambda g: self._add("lookups", second_moment(g)))
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        held = getattr(self, name)
+        setattr(self, name, value if held is None else held + value)
+
+    def finish(self, inputs: torch.Tensor | None, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(moment of the inputs, curvature of the rows), both a token; `None` where nothing was seen."""
+        rows = None if self.rows is None else self.rows / tokens
+        inputs = None if inputs is None else inputs / tokens
+        if self.lookups is None or self.lookups.trace() <= 0:
+            return inputs, rows
+        # A lookup is a product with one-hot inputs: the roles of rows and columns are exchanged.
+        counts = (self.counts + 0.05 * self.counts.mean()) / tokens
+        lookups = self.lookups / tokens
+        if inputs is None or rows is None:
+            return lookups, counts
+        product, lookup = (inputs.trace() * rows.sum()).item(), (lookups.trace() * counts.sum()).item()
+        share = lookup / (product + lookup)
+        mixed = (1 - share) * inputs / inputs.trace() + share * lookups / lookups.trace()
+        weights = (1 - share) * rows / rows.sum() + share * counts / counts.sum()
+        return mixed * (product + lookup), weights
+
+
+def slices_of(batches: Iterable[dict], tokens: int, most: int) -> Iterator[dict]:
+    """Parts of batches of about `tokens` tokens each, `most` in all."""
+    for batch in batches:
+        first = next(iter(batch.values()))
+        ids = batch.get("input_ids", first)
+        length = max(1, ids[0].numel() if ids.dim() == 2 else 1)
+        rows = max(1, tokens // length)
+        for start in range(0, len(first), rows):
+            part = {key: value[start : start + rows] if value.dim() else value for key, value in batch.items()}
+            yield part
+            most -= length * len(part[next(iter(part))])
+            if most <= 0:
+                return
+
+
+def _backward(outputs, head: _Curvature | None, batch: dict, generator: torch.Generator) -> None:
+    """Gradients of the cross-entropy of labels drawn from the predictions, or of the loss where there are none."""
+    logits = getattr(outputs, "logits", None)
+    if logits is not None and logits.requires_grad:
+        flat = logits.flatten(0, -2).float()
+        chances = flat.detach().softmax(-1)
+        drawn = torch.multinomial(chances, 1, generator=generator).squeeze(1)
+        labels = batch.get("labels")
+        if labels is not None and labels.shape == logits.shape[:-1]:
+            drawn = drawn.masked_fill(labels.flatten() == -100, -100)
+            chances = chances * (labels.flatten() != -100)[:, None]
+        if head is not None and chances.shape[-1] == len(head.layer.weight):
+            head._add("rows", (chances - chances.square()).sum(0))
+        nn.functional.cross_entropy(flat, drawn, reduction="sum").backward()
+    elif getattr(outputs, "loss", None) is not None:
+        outputs.loss.backward()
+
+
+def _groups(layers: list[Layer]) -> list[list[Layer]]:
+    """Layers whose input moments are held together."""
+    groups, held = [[]], 0
+    for layer in layers:
+        size = 4 * layer.weight.shape[1] ** 2
+        if groups[-1] and held + size > _HELD:
+            groups.append([])
+            held = 0
+        groups[-1].append(layer)
+        held += size
+    return groups
+
+
+def collect_moments(
+    model, layers: list[Layer], run: Callable[[dict], object], batches: list[dict], keep: set[int] | None = None
+) -> None:
+    """Fill in steps, column scales and feedback of `layers` from the float model on some of `batches`.
+
+    Args:
+        model (`PreTrainedModel`): the float model.
+        layers (`list[Layer]`): its weights.
+        run (callable): `run(batch)` gives the model's outputs.
+        batches (`list[dict]`): of tensors.
+        keep (set of `int`, *optional*): ids of the layers that keep the matrices for feedback; all if unset.
+    """
+    parts = list(slices_of(batches, _SLICE, TOKENS))
+    head_module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    curvatures = [_Curvature(layer, any(m is head_module for m in layer.modules)) for layer in layers]
+    groups = _groups(curvatures)
+    with tqdm(total=len(parts) * len(groups), desc="sensitivity", unit="slice") as bar:
+        tokens, moments = _forward_backward(model, run, parts, curvatures, groups[0], bar)
+        for number, group in enumerate(groups):
+            if number:
+                moments = _forward_only(run, parts, group, bar)
+            for index, curvature in enumerate(group):
+                layer = curvature.layer
+                curvature.known = _set_steps(layer, *curvature.finish(moments.of(index), tokens))
+                if keep is not None and id(layer) not in keep:
+                    layer.forget()
+    _centre([curvature.layer for curvature in curvatures if curvature.known])
+
+
+def _groups(curvatures: list[_Curvature]) -> list[list[_Curvature]]:
+    """Layers whose input moments are held together."""
+    groups, held = [[]], 0
+    for curvature in curvatures:
+        size = 4 * curvature.layer.weight.shape[1] ** 2
+        if groups[-1] and held + size > _HELD:
+            groups.append([])
+            held = 0
+        groups[-1].append(curvature)
+        held += size
+    return groups
+
+
+def _forward_only(run, parts: list[dict], group: list[_Curvature], bar) -> InputMoments:
+    moments = InputMoments([curvature.layer for curvature in group])
+    ends = moments.watch()
+    try:
+        for part in parts:
+            with torch.no_grad():
+                run(part)
+            moments.next_batch()
+            bar.update()
+    finally:
+        for end in reversed(ends):
+            end()
+    return moments
+
+
+def _forward_backward(model, run, parts, curvatures, group, bar) -> tuple[int, InputMoments]:
+    """The number of tokens, and the input moments of the first group; curvatures are filled in."""
+    moments, tokens = InputMoments([curvature.layer for curvature in group]), 0
+    head = next((curvature for curvature in curvatures if curvature.is_head), None)
+    generator = torch.Generator(device=model.device).manual_seed(0)
+    ends = moments.watch()
+    ends += [
+        watch(module, curvature.lookup if isinstance(module, nn.Embedding) else curvature.linear)
+        for curvature in curvatures
+        for module in curvature.layer.modules
+    ]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    start = next(model.get_input_embeddings().parameters())
+    try:
+        for p, _ in wanted:
+            p.requires_grad_(p is start)  # gradients of outputs only: those of weights would take their room
+        for part in parts:
+            with torch.enable_grad():
+                _backward(run(part), head, part, generator)
+            moments.next_batch()
+            start.grad = None
+            tokens += next(iter(part.values())).numel()
+            bar.update()
+    finally:
+        for end in reversed(ends):
+            end()
+        for p, gradient in wanted:
+            p.requires_grad_(gradient)
+    return tokens, moments
+
+
+def _set_steps(layer: Layer, moment: torch.Tensor | None, rows: torch.Tensor | None) -> bool:
+    """Steps and column scales that equalise what one more bit buys, as far as moments are trusted."""
+    if moment is None:
+        return False
+    spread = layer.follow(moment)
+    if rows is None or not torch.isfinite(rows).all() or rows.sum() <= 0:
+        return False
+    layer.price = layer.price_of(rows)
+    rows = -0.5 * torch.log2(rows.to(layer.sigma) + 1e-3 * rows.mean().to(layer.sigma))
+    sigma, share = torch.log2(layer.sigma), _TABLE_SHARE if layer.is_table else _ROW_SHARE
+    within = share * (rows - rows.mean()) + (1 - share) * (sigma - sigma.mean())
+    layer.log_steps = within + _LAYER_SHARE * (rows.mean() + spread) + (1 - _LAYER_SHARE) * sigma.mean()
+    return True
+
+
+def _centre(layers: list[Layer]) -> None:
+    """Common offset so that a multiplier of -1 means half a standard deviation on average."""
+    elements = max(1, sum(layer.weight.numel() for layer in layers))
+    offset = sum(
+        ((layer.log_steps - torch.log2(layer.sigma)).mean() * layer.weight.numel()).item() for layer in layers
+    )
+    for layer in layers:
+        layer.log_steps = layer.log_steps - offset / elements
