@@ -7,9 +7,11 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -290,6 +292,34 @@ def test_damaged_checkpoints_are_refused_in_one_sentence(name, folder, tmp_path)
         convert(folder, output=tmp_path / "flash")
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parent"]
+
+
+def write_gguf(path, architecture):
+    writer = GGUFWriter(path, architecture)
+    writer.add_block_count(1)
+    writer.add_tensor("output_norm.weight", np.zeros(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_files_that_cannot_be_read_are_refused_in_one_sentence(tmp_path):
+    (tmp_path / "text.gguf").write_text("hello")
+    write_gguf(tmp_path / "mamba.gguf", "mamba")
+    write_gguf(tmp_path / "unknown.gguf", "llama")
+    reader = GGUFReader(tmp_path / "unknown.gguf", "r+")
+    reader.tensors[0].field.parts[4][0] = 99  # the type of its numbers
+    reader.data.flush()
+    messages = {
+        "text": "cannot be read as GGUF",
+        "mamba": "mamba cannot be converted",
+        "unknown": "is not a valid GGMLQuantizationType",
+    }
+    for name, message in {**messages, "none": "There is no file"}.items():
+        with pytest.raises(ConversionError, match=message) as caught:
+            convert(tmp_path / f"{name}.gguf")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch):

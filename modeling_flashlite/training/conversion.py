@@ -135,11 +135,14 @@ def _read_config(name: str, **kwargs) -> PreTrainedConfig:
 
 
 def _open_gguf(path: Path, max_length: int | None) -> Source:
-    config = _read_config(str(path.parent), gguf_file=path.name)
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # the reader of these files raises whatever it stumbles over
+        raise ConversionError(f"{path} cannot be read as GGUF: {_first_line(error)}") from error
     flashlite_config(config, max_length)
     try:
         parent = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except Exception as error:  # the reader of these files raises whatever it stumbles over
+    except Exception as error:
         raise ConversionError(f"{path} cannot be read: {_first_line(error)}") from error
     weights = {name: weight.detach() for name, weight in parent.state_dict().items()}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
