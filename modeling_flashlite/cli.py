@@ -1,6 +1,5 @@
 """Command lines of the scripts: dataclasses, a YAML recipe, overrides, and a suggestion for every unknown key."""
 
-import difflib
 import json
 import linecache
 import re
@@ -12,6 +11,8 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import HfArgumentParser
+
+from .spelling import did_you_mean
 
 __all__ = ["banner", "finish", "parse_args", "start"]
 
@@ -133,8 +134,7 @@ def _read_recipe(path: str) -> dict:
 
 
 def _suggest(key: str, keys: list[str]) -> str:
-    close = difflib.get_close_matches(key, keys, n=1)
-    return f"; did you mean {close[0]!r}?" if close else "; --help lists the keys"
+    return did_you_mean(key, keys) or "; --help lists the keys"
 
 
 def _refuse(message: str) -> None:

@@ -17,7 +17,7 @@ import modeling_flashlite  # noqa: F401  registers the Auto classes
 from modeling_flashlite.checkpoint import CheckpointArgs, read_config, read_tokenizer
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import load_data, pick_split
-from modeling_flashlite.data.tasks import Task, get_task, resolve_columns
+from modeling_flashlite.data.tasks import Task, get_task, resolve_columns, text_of
 from modeling_flashlite.measure.cost import measure_generation, model_size, peak_memory_bytes
 from modeling_flashlite.measure.evaluation import evaluate_task
 from modeling_flashlite.measure.long_context import KINDS, evaluate_long_context, plot_depths
@@ -142,7 +142,7 @@ def main(model_args: CheckpointArgs, data_args: DataArgs, eval_args: EvalArgs) -
         write_json(eval_args.predictions, predictions)
     if task.name == "text-generation":
         column = resolve_columns(task, rows, data_args.columns)["text"]
-        prompts = [row[column][:PROMPT_CHARACTERS] for row in rows if (row[column] or "").strip()]
+        prompts = [row[column][:PROMPT_CHARACTERS] for row in rows if text_of(row[column]).strip()]
     else:
         prompts = [given["input"] for given in predictions]
     output = eval_args.output or f"runs/results/{Path(model_args.model).name}-{task.name}.json"

@@ -48,8 +48,8 @@ def test_no_recipe_is_needed():
 @pytest.mark.parametrize(
     ("text", "argv", "message"),
     [
-        ("name: a\ntemprature: 2", [], "unknown key 'temprature' in recipe.yaml; did you mean 'temperature'?"),
-        ("name: a", ["--sed", "1"], "unknown key 'sed' on the command line; did you mean 'seed'?"),
+        ("name: a\ntemprature: 2", [], "unknown key 'temprature' in recipe.yaml (did you mean 'temperature'?)"),
+        ("name: a", ["--sed", "1"], "unknown key 'sed' on the command line (did you mean 'seed'?)"),
         ("name: a", ["--zzzzz=1"], "--help lists the keys"),
         ("name: a\ntemperature: hot", [], "invalid float value: 'hot'"),
         ("temperature: 2.0", [], "name"),

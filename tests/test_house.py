@@ -48,11 +48,11 @@ EDGES = {
 # floor 2, the workshop, one folder per activity: it stands on everything that travels, and on these of its own floor
 WORKSHOP_EDGES = {
     "checkpoint": {"data.tasks"},
-    "cli": set(),
+    "cli": {"spelling"},
     "data.corpus": set(),
-    "data.loading": {"data.corpus"},
+    "data.loading": {"data.corpus", "spelling"},
     "data.preprocessing": {"data.loading", "data.tasks", "data.tokenization"},
-    "data.tasks": {"data.loading"},
+    "data.tasks": {"data.loading", "spelling"},
     "data.tokenization": set(),
     "measure.benchmark": {"measure.cost", "measure.plots"},
     "measure.cost": set(),
@@ -119,7 +119,8 @@ WORKSHOP_EDGES = {
     "training.moments": set(),
     "training.qat": {"training.calibration"},
     "training.replay": set(),
-    "training.teacher": {"data.loading"},
+    "spelling": set(),
+    "training.teacher": {"checkpoint", "data.loading"},
     "training.trainers": {"data.loading"},
 }
 # huggingface_hub gives configurations their `strict` decorator; transformers itself cannot be installed without it

@@ -1,7 +1,6 @@
 """From any data set to batches: load, tokenise, pack or segment, collate; one function per step."""
 
 import csv
-import difflib
 import functools
 import itertools
 from collections import Counter
@@ -22,6 +21,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..spelling import did_you_mean
 from .corpus import hash_fraction, python_corpus
 
 __all__ = [
@@ -114,7 +114,7 @@ def pick_split(splits: DatasetDict | IterableDatasetDict, split: str) -> Dataset
         if candidate in splits:
             return splits[candidate]
     raise ValueError(
-        f"Split {split!r} does not exist; choose one of {', '.join(splits)}{_suggest(split, list(splits))}."
+        f"Split {split!r} does not exist; choose one of {', '.join(splits)}{did_you_mean(split, splits)}."
     )
 
 
@@ -130,7 +130,7 @@ def require_columns(dataset: Dataset | IterableDataset, columns: list[str], hint
         if column not in available:
             raise ValueError(
                 f"Column {column!r} does not exist; the data set has {', '.join(available) or 'no columns'}"
-                f"{_suggest(column, available)}.{' ' + hint if hint else ''}"
+                f"{did_you_mean(column, available)}.{' ' + hint if hint else ''}"
             )
 
 
@@ -373,11 +373,6 @@ def _unfold(rows, nested: list[str]):
     known = (rows.features or rows._resolve_features().features).flatten()
     missing = [name for name in nested if name in known and name not in column_names(rows)]
     return rows.map(fields) if missing else rows
-
-
-def _suggest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _suffixes(path: Path) -> str:

@@ -18,6 +18,7 @@ from .tasks import (
     prompts_and_references,
     references_of,
     resolve_columns,
+    text_of,
 )
 from .tokenization import turn_end
 
@@ -181,7 +182,7 @@ class _Encoder:
         return [{"input_ids": ids, "labels": labels}] if any(spoken) else []
 
     def _continued(self, row: dict) -> list[dict]:
-        ids = self._ids(row[self.columns["text"]] or "") + [self.tokenizer.eos_token_id]
+        ids = self._ids(text_of(row[self.columns["text"]])) + [self.tokenizer.eos_token_id]
         both = self.max_source_length + self.max_target_length
         examples = []
         for start in range(0, len(ids), both):
@@ -193,7 +194,7 @@ class _Encoder:
         return examples
 
     def _classified(self, row: dict) -> list[dict]:
-        ids = self.tokenizer(row[self.columns["text"]] or "", verbose=False)["input_ids"]
+        ids = self.tokenizer(text_of(row[self.columns["text"]]), verbose=False)["input_ids"]
         if len(ids) > self.max_source_length and self.too_long != "truncate":
             if self.too_long == "drop":
                 return []
@@ -213,7 +214,7 @@ class _Encoder:
         return number
 
     def _questions(self, row: dict) -> list[dict]:
-        question, context = row[self.columns["question"]] or "", row[self.columns["context"]] or ""
+        question, context = text_of(row[self.columns["question"]]), text_of(row[self.columns["context"]])
         span = answer_span(row[self.columns["answers"]], context)
         windows = question_windows(self.tokenizer, question, context, self.max_source_length)
         return [

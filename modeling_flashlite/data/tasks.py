@@ -1,6 +1,5 @@
 """The tasks: columns, prompt, generation settings and metrics of each."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from ..spelling import did_you_mean
 from .loading import column_names, require_columns
 
 # decoder alone, encoder-decoder
@@ -126,9 +126,7 @@ TASKS = {
 def get_task(name: str) -> Task:
     """Return the task of that name, or raise a `ValueError` that lists them."""
     if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"Task {name!r} does not exist; choose one of {', '.join(TASKS)}{hint}.")
+        raise ValueError(f"Task {name!r} does not exist; choose one of {', '.join(TASKS)}{did_you_mean(name, TASKS)}.")
     return TASKS[name]
 
 
@@ -177,6 +175,11 @@ def references_of(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     return [str(answer) for answer in value or ()]
+
+
+def text_of(value: object) -> str:
+    """Text of a cell; an empty cell, which is `None`, becomes an empty text."""
+    return "" if value is None else str(value)
 
 
 def texts_of(value: object) -> list[str]:

@@ -21,6 +21,7 @@ from ..data.tasks import (
     prompts_and_references,
     references_of,
     resolve_columns,
+    text_of,
 )
 from ..data.tokenization import end_tokens
 from .metrics import METRICS, RESAMPLES
@@ -84,12 +85,13 @@ def evaluate_task(
     protocol: dict = {"max_source_length": max_source_length}
     said: dict = {}
     references: list
+    inputs: list
     if task.name == "classification":
-        inputs = [row[columns["text"]] or "" for row in rows]
+        inputs = [text_of(row[columns["text"]]) for row in rows]
         references, said = _class_ids(model, dataset, columns["label"], rows)
         found = classify(model, tokenizer, inputs, **limits)
     elif task.name == "extractive-qa":
-        inputs = [(row[columns["question"]] or "", row[columns["context"]] or "") for row in rows]
+        inputs = [(text_of(row[columns["question"]]), text_of(row[columns["context"]])) for row in rows]
         references = [references_of(row[columns["answers"]]) for row in rows]
         found = extract_answers(model, tokenizer, inputs, allow_empty=not all(references), **limits)
     else:
@@ -114,7 +116,7 @@ def evaluate_task(
 def _likelihood(task, model, tokenizer, rows, columns, batch_size, max_source_length, options) -> tuple[dict, dict]:
     """Likelihood of plain text; an encoder-decoder has none and is scored on continuations of text pieces."""
     if not model.config.is_encoder_decoder:
-        return text_likelihood(model, tokenizer, [row[columns["text"]] or "" for row in rows], **options)
+        return text_likelihood(model, tokenizer, [text_of(row[columns["text"]]) for row in rows], **options)
     return _label_scores(task, model, tokenizer, rows, columns, batch_size, max_source_length)
 
 

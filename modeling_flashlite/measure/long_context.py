@@ -121,14 +121,15 @@ def make_example(
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    if KINDS[kind] is None:
+    hide = KINDS[kind]
+    if hide is None:
         common, rare = (words := rng.sample(_WORDS.split(), len(_WORDS.split())))[:_COMMON], words[_COMMON:]
         question = f"The {_COMMON} most common words of this list are"
         needles, answers = [], tuple(common)
         # every third word is a common one
         draw = lambda: " ".join([rng.choice(common), *rng.sample(rare, 2)]) + ","  # noqa: E731
     else:
-        needles, question, answers = KINDS[kind](rng, depth)
+        needles, question, answers = hide(rng, depth)
         draw = lambda: _sentence(rng)  # noqa: E731
     room = length - _ROOM - count(" ".join([*(needle for _, needle in needles), "\n" + question]))
     filler: list[str] = []

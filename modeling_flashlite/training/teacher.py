@@ -13,9 +13,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ..checkpoint import load_language_model
 from ..data.loading import PaddingCollator, require_columns
 
 __all__ = [
@@ -217,9 +218,7 @@ class TeacherCache:
         if self.k < 1 or self.temperature <= 0:
             raise ValueError(f"k is {self.k} and temperature {self.temperature}, but both must be positive.")
         if isinstance(self.teacher, str):
-            seq2seq = AutoConfig.from_pretrained(self.teacher).is_encoder_decoder
-            auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-            self.teacher = auto.from_pretrained(self.teacher)
+            self.teacher = load_language_model(self.teacher, device="cpu")
         self.teacher.eval()
         self.vocab_size = min(len(self.tokenizer), self.teacher.get_output_embeddings().weight.shape[0])
         if len(self.tokenizer) - self.vocab_size > 0:
