@@ -163,19 +163,6 @@ def _backward(outputs, head: _Curvature | None, batch: dict, generator: torch.Ge
         outputs.loss.backward()
 
 
-def _groups(layers: list[Layer]) -> list[list[Layer]]:
-    """Layers whose input moments are held together."""
-    groups, held = [[]], 0
-    for layer in layers:
-        size = 4 * layer.weight.shape[1] ** 2
-        if groups[-1] and held + size > _HELD:
-            groups.append([])
-            held = 0
-        groups[-1].append(layer)
-        held += size
-    return groups
-
-
 def collect_moments(
     model, layers: list[Layer], run: Callable[[dict], object], batches: list[dict], keep: set[int] | None = None
 ) -> None:
@@ -207,7 +194,8 @@ def collect_moments(
 
 def _groups(curvatures: list[_Curvature]) -> list[list[_Curvature]]:
     """Layers whose input moments are held together."""
-    groups, held = [[]], 0
+    groups: list[list[_Curvature]] = [[]]
+    held = 0
     for curvature in curvatures:
         size = 4 * curvature.layer.weight.shape[1] ** 2
         if groups[-1] and held + size > _HELD:

@@ -53,7 +53,8 @@ def stacks_of(model: nn.Module, call: Callable[[], object]) -> list[list[tuple[s
         `list[list[tuple[str, nn.Module]]]`: the outermost module lists whose members are called once each, in order.
         Empty where a model has none, as with layers that are used again and again.
     """
-    stacks, inside = [], ()
+    stacks: list = []
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and not (inside and name.startswith(inside)):
             stacks.append([(f"{name}.{i}", block) for i, block in enumerate(module)])
