@@ -92,7 +92,7 @@ def render_demo(folder: Path) -> str:
     lines += [
         "",
         f"Perplexity per token of held-out Python documentation, seed {results['seed']}; written by "
-        "`make card` from `model_cards/results/demo.json`, which `scripts/demo.py` makes.",
+        "`make card` from `model_cards/results/demo.json`, which `scripts/demo.py --from_scratch` makes.",
     ]
     return "\n".join(lines)
 
