@@ -185,7 +185,7 @@ class FlashLiteModel(FlashLitePreTrainedModel):
         )
 
     def _recorded(self, kwargs: dict) -> dict:
-        """What the stacks record: as asked for, or else as the config says."""
+        """Which states the stacks record: the arguments, or else the config."""
         names = "output_attentions", "output_hidden_states"
         asked = {name: kwargs.get(name) for name in names}
         return {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
@@ -212,7 +212,7 @@ def shift_tokens_right(labels: torch.Tensor, config: FlashLiteConfig) -> torch.T
 
 
 def kept_states(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The states `[B, T, D]` whose logits are asked for.
+    """The states `[B, T, D]` whose logits are requested.
 
     `logits_to_keep` is the number of last positions (0: all), positions `[P]` of every row or `[B, P]` of each, or a
     mask (bool `[B, T]`), whose states come in one row, `[P, D]`.
@@ -293,7 +293,7 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         return self._loss(arguments, labels, kwargs.get("num_items_in_batch")), logits
 
     def _check_labels_are_not_missed(self, kwargs: dict) -> None:
-        """Refuse a step of a `Trainer` that keeps the labels to itself, so that the loss hook would not be called."""
+        """Refuse a step of a `Trainer` that withholds the labels, so that the loss hook would not be called."""
         taught = kwargs.get("teacher_ids") is not None or kwargs.get("teacher_weights") is not None
         hooked = self.loss_function is not chunked_cross_entropy and kwargs.get("num_items_in_batch") is not None
         if taught or hooked:

@@ -44,7 +44,7 @@ def resolve_task(name: str) -> str:
 
 
 def fill_template(template: str, fields: dict[str, str]) -> str:
-    """Replace each `{name}` of the template in one pass, so that braces inside the values stay as they are."""
+    """Replace each `{name}` of the template in one pass; braces inside the values are kept."""
     return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
 
 
@@ -386,7 +386,7 @@ class FlashLiteQuestionAnsweringPipeline(ChunkPipeline):
 
 
 def register_pipelines() -> None:
-    """Make `pipeline("translate", ...)` and the other `SHORT_NAMES` known to transformers; run by the package."""
+    """Register `pipeline("translate", ...)` and the other `SHORT_NAMES` with transformers; the package calls it."""
     for name in SHORT_NAMES:
         if name not in PIPELINE_REGISTRY.get_supported_tasks():
             PIPELINE_REGISTRY.register_pipeline(name, FlashLitePipeline, pt_model=AutoModelForSeq2SeqLM, type="text")

@@ -80,7 +80,7 @@ class EvalArgs:
 
 
 def load_model(args: CheckpointArgs, task: Task, memory_blocks: int | None = None) -> PreTrainedModel:
-    """Load the model with the head that the task needs; generation goes by what the checkpoint is."""
+    """Load the model with the head of the task; for generation, the class follows the checkpoint's kind."""
     config = read_config(args.model, **args.hub)
     if memory_blocks is not None:
         config.get_text_config(decoder=True).memory_blocks = memory_blocks

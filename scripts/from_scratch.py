@@ -1,4 +1,4 @@
-"""The main job on real text, from nothing: tokenizer, teacher, distilled student, 4-bit file, LoRA, clean reload.
+"""The whole pipeline on real text: tokenizer, teacher, distilled student, 4-bit file, LoRA, clean reload.
 
 python scripts/from_scratch.py
 python scripts/from_scratch.py --size smallest --output runs/quick

@@ -1,4 +1,4 @@
-"""Let a language model write training text: to quantize or distil one whose own data is not at hand.
+"""Sample training text from a language model, to quantize or distil it when its own data is not available.
 
 python scripts/sample.py --model you/llama --rows 4000 --output runs/sampled.jsonl
 python scripts/quantize.py --config scripts/recipes/qat_tiny.yaml --model you/llama --dataset train=runs/sampled.jsonl

@@ -1,4 +1,4 @@
-"""Train a model from nothing (or further), on text or on pairs, with or without segment recurrence.
+"""Train a model from scratch or from a checkpoint, on text or on pairs, with or without segment recurrence.
 
 python scripts/train.py --config scripts/recipes/train_tiny.yaml --max_steps 50
 accelerate launch scripts/train.py --config scripts/recipes/train_segments.yaml --learning_rate 2e-4 --resume

@@ -1,4 +1,4 @@
-"""Shared ground of all tests: offline, seeded, two threads, uninitialised memory filled with NaN, tiny configs."""
+"""Common fixtures: offline, seeded, two threads, uninitialised memory filled with NaN, tiny configs."""
 
 import atexit
 import os

@@ -1,4 +1,4 @@
-"""Damage to bytes, as files suffer it."""
+"""Random damage to the bytes of a file."""
 
 
 def mutate(rng, stream, other):

@@ -1,4 +1,4 @@
-"""What a model takes and gives: no argument vanishes, the cache has two names, the config's wishes count."""
+"""Arguments and outputs of the models: none is ignored, both names of the cache work, config settings apply."""
 
 import subprocess
 import sys

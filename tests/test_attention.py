@@ -1,4 +1,4 @@
-"""Multi-axis attention: every path against the reference, and what the design promises of all of them."""
+"""Multi-axis attention: every path against the reference, and properties that all paths share."""
 
 import math
 

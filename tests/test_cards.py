@@ -1,4 +1,4 @@
-"""Staging and model cards: what travels, what is refused, what a card must say, and that its snippet runs."""
+"""Staging and model cards: published files, refused files, required fields, and a snippet that runs."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Continuous batching: whatever runs beside an answer, it is the one that `generate` gives alone."""
+"""Continuous batching: an answer equals that of `generate` alone, whatever runs beside it."""
 
 import copy
 import time

@@ -1,4 +1,4 @@
-"""What a model of the library owes its users: loading, outputs, training and generation, for every head."""
+"""The contract of a transformers model: loading, outputs, training and generation, for every head."""
 
 import inspect
 import subprocess

@@ -1,4 +1,4 @@
-"""Converted models compute what their parents do, the way back is the same bits, and bad checkpoints are refused."""
+"""Converted models compute what their parents compute, convert back bit for bit, and bad checkpoints are refused."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Decoding by a session: equal to the decoder in every situation, and nothing is left of it afterwards."""
+"""Decode sessions: equal to the decoder in every situation, and all state is released at the end."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""Divergences against a dense float64 oracle; cached, sampled and live teachers; students born from teachers."""
+"""Divergences against a dense float64 oracle; cached, sampled and live teachers; students made from teachers."""
 
 import math
 

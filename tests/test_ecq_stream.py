@@ -1,4 +1,4 @@
-"""Weight streams: any alphabet, exact, of the size foretold, near the entropy, and safe on hostile bytes."""
+"""Weight streams: any alphabet, exact, of the predicted size, near the entropy, and safe on hostile bytes."""
 
 import hashlib
 import random

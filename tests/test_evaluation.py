@@ -1,4 +1,4 @@
-"""Metrics against hand-checked values and the original programs, likelihoods against brute force, tasks end to end."""
+"""Metrics against known values and the original programs, likelihoods against brute force, tasks end to end."""
 
 import json
 import math

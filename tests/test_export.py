@@ -1,4 +1,4 @@
-"""ONNX export: encoder, decoder with cache and generation agree with the model; what cannot be exported says why."""
+"""ONNX export: encoder, decoder with cache and generation agree with the model; refusals give a reason."""
 
 import importlib.util
 from pathlib import Path

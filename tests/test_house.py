@@ -1,4 +1,4 @@
-"""The rules of the house: who imports whom, what travels to the Hub, what an import costs, and the paperwork."""
+"""Architecture rules: allowed imports, files that travel to the Hub, cost of an import, versions and documents."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""What is computed under `torch.inference_mode` leaves nothing behind that later training or generation cannot use."""
+"""State created under `torch.inference_mode` does not break later training or generation."""
 
 import pytest
 import torch

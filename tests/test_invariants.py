@@ -1,4 +1,4 @@
-"""What must not change a training: how a batch is cut, how often it is interrupted, what stands in the padding."""
+"""Invariants of training: batch splits, interruptions and padding values change nothing."""
 
 import json
 import os

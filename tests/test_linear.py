@@ -1,4 +1,4 @@
-"""Float32 products by the other library: values, gradients, and where PyTorch's own call must stay."""
+"""Float32 products by oneDNN: values, gradients, and the cases that keep PyTorch's own call."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Texts that hide an answer: where it stands, how long they are, and what an answer scores."""
+"""Long-context retrieval texts: depth, length, and the score of an answer."""
 
 import random
 

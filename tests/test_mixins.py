@@ -1,4 +1,4 @@
-"""What transformers' own tests ask of every model and of every model that generates, beyond test_contract.py."""
+"""Checks of transformers' own model and generation tests, beyond test_contract.py."""
 
 import copy
 import inspect

@@ -1,4 +1,4 @@
-"""The model as one function: however its input is cut, padded or packed, the logits are the same."""
+"""The logits do not depend on how the input is split, padded or packed."""
 
 import random
 

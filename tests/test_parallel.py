@@ -1,4 +1,4 @@
-"""Two real processes on gloo compute what one computes: DDP, FSDP2 with save and resume, tensor parallelism."""
+"""Two gloo processes compute what one computes: DDP, FSDP2 with save and resume, tensor parallelism."""
 
 import json
 import os

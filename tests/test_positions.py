@@ -1,4 +1,4 @@
-"""Position encodings: one dot product equals the sum of the published terms, and scores depend on distance alone."""
+"""Position encodings: one dot product equals the sum of the published terms, and scores depend on distance only."""
 
 import pytest
 import torch

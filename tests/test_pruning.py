@@ -1,4 +1,4 @@
-"""Smaller models keep what matters: parts that do nothing go first, and without them nothing changes."""
+"""Pruning: parts without effect are removed first, and removing them changes nothing."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Saving over an older model: a full disk or a kill leaves that model, and nothing of it is left in the new one."""
+"""Saving over an older model: an interruption leaves the old model intact, and the new one has no old files."""
 
 import os
 import subprocess

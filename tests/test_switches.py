@@ -1,4 +1,4 @@
-"""The switches that other families need are the same function in every path, and off they are not there."""
+"""Options for converted families: the same function in every path, and no effect when off."""
 
 import pytest
 import torch

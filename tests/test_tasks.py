@@ -1,4 +1,4 @@
-"""Tasks by name: columns found or explained, rows turned into the right inputs and labels for both kinds of model."""
+"""Tasks: columns resolved or explained, and the right inputs and labels for both kinds of model."""
 
 import pytest
 from datasets import ClassLabel, Dataset

@@ -44,7 +44,7 @@ class BytesSent(TorchDispatchMode):
 
 
 def loopback_bytes() -> int | None:
-    """Bytes that the loopback device has sent so far, where the system says it."""
+    """Bytes sent by the loopback device so far; `None` where the system does not report it."""
     table = Path("/proc/net/dev")
     line = re.search(r"^\s*lo:(.*)$", table.read_text(), re.MULTILINE) if table.is_file() else None
     return int(line[1].split()[8]) if line else None

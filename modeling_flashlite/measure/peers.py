@@ -85,7 +85,7 @@ def make_models(names: Sequence[str], shape: tuple[int, int, int, int]) -> dict[
 def make_peer(
     name: str, shape: tuple[int, int, int, int], parameters: int, dropout: float = 0.0
 ) -> BartForConditionalGeneration | T5ForConditionalGeneration:
-    """A new encoder-decoder of transformers with a given number of parameters: its feed-forward network gives way.
+    """A new encoder-decoder of transformers with a given number of parameters, met by the feed-forward width.
 
     Args:
         name: "BART", or "T5" as of version 1.1, gated, with one table for encoder, decoder and head.

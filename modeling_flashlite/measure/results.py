@@ -32,7 +32,7 @@ def write_results(
     seed: int | None = None,
     **fields,
 ) -> dict:
-    """Write a results file, whole or not at all, and return its content.
+    """Write a results file atomically and return its content.
 
     Args:
         path (`str` or `Path`): a `.json` file; its directory is made.

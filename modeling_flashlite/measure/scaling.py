@@ -1,4 +1,4 @@
-"""What a Flash-Lite decoder costs per device when it is trained: memory, time and communication, as formulas.
+"""Training cost of a Flash-Lite decoder per device as formulas: memory, time and communication.
 
 Bytes unless a name says otherwise. Notation: P parameters, L layers, D width, V vocabulary, T tokens per device and
 step, n devices. Mixed precision as in FSDP2: shards of the weights, of the gradients and of AdamW's two moments in
@@ -47,7 +47,7 @@ def count_decoder_parameters(config: FlashLiteConfig) -> int:
 
 
 def attention_visits(config: FlashLiteConfig, length: int) -> float:
-    """Keys that a query of a text of `length` tokens meets, on average over the text."""
+    """Mean number of keys per query in a text of `length` tokens."""
     c = config.get_text_config(decoder=True)
     b, top = c.block_size, c.relevance_top_k
     dense = length if top is None else min(length, (top + 2) * b)

@@ -1,4 +1,4 @@
-"""The frame of a benchmark script: its options, its rows as a table, its results file and its growth curves."""
+"""Common part of the benchmark scripts: options, table, results file and growth curves."""
 
 import sys
 from collections.abc import Callable

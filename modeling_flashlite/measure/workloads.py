@@ -1,4 +1,4 @@
-"""What the benchmarks run: random inputs, models with random weights, and the calls whose time or memory is measured.
+"""Workloads of the benchmarks: random inputs, models with random weights, and the calls that are measured.
 
 Functions that are measured in a process of their own live here, because that process must be able to import them.
 """

@@ -63,7 +63,7 @@ BLOCKER = "import sys; sys.modules['modeling_flashlite'] = None\n"
 
 
 def collect_card(folder: str | Path, repo_id: str, results: list[dict], written: dict, revision: str | None = None):
-    """Gather every field of the card; what is not known stays `None` or empty for `missing_fields`.
+    """Collect every field of the card; unknown ones stay `None` or empty for `missing_fields`.
 
     Args:
         folder (`str` or `Path`): staged repository.

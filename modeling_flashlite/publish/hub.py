@@ -1,5 +1,5 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""Publish a staged folder to the Hub: one commit, checked on arrival, safe to run again."""
+"""Publish a staged folder to the Hub: one commit, verified afterwards, safe to repeat."""
 
 import re
 import time
@@ -171,7 +171,7 @@ class Publisher:
         return f"{self._api.endpoint}/{self.repo_id}/tree/{commit}"
 
     def _try(self, doing: str, function: Callable, *args, **kwargs):
-        """Call the Hub; retry what may pass by itself, explain the rest in one sentence."""
+        """Call the Hub; retry transient errors, explain all others in one sentence."""
         for attempt in range(self.retries + 1):
             try:
                 return function(*args, **kwargs)
@@ -187,7 +187,7 @@ class Publisher:
 
 
 def download(repo_id: str, revision: str | None = None, token: str | None = None, cache_dir=None) -> Path:
-    """Download a repository into the cache and compare each file with the sum that the Hub keeps of it.
+    """Download a repository into the cache and compare each file with its checksum on the Hub.
 
     The client itself compares sizes only. A damaged file is removed from the cache, fetched once more, and refused
     if it is damaged again. A local folder, and the cache in offline mode, are returned as they are.
@@ -226,7 +226,7 @@ def download(repo_id: str, revision: str | None = None, token: str | None = None
 
 
 def explain(doing: str, repo: str, error: Exception, token: str | None, kind: type = PublishError) -> Exception:
-    """Turn an error of the client into one sentence without any token; unknown errors pass unchanged."""
+    """Turn an error of the client into one sentence without access tokens; unknown errors are returned unchanged."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
     if isinstance(error, GatedRepoError):
         text = f"{repo} is gated and this account has no access; ask for it on the repository's page."

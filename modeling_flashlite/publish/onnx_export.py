@@ -89,7 +89,7 @@ def _write(buffer: torch.Tensor, new: torch.Tensor, slots: torch.Tensor) -> torc
 
 
 def check_exportable(model, max_length: int) -> None:
-    """Refuse what the graphs cannot hold, each with its reason."""
+    """Raise `ExportError` for what a graph cannot express."""
     if not isinstance(model, (FlashLiteForCausalLM, FlashLiteForConditionalGeneration)):
         raise ExportError(f"{type(model).__name__} has no export; only the two language-model heads have one.")
     if getattr(model, "is_quantized", False):

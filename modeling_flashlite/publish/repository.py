@@ -1,5 +1,5 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""Stage a checkpoint for the Hub: the files that travel, the full config, and the checks before anything is sent."""
+"""Stage a checkpoint for the Hub: published files, complete config, and checks before upload."""
 
 import hashlib
 import json

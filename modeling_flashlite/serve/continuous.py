@@ -48,7 +48,7 @@ def _pad_left(states: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class Prompt:
-    """A prompt on its way into the batch: its cache grows chunk by chunk."""
+    """A prompt being read chunk by chunk before it joins the batch."""
 
     def __init__(self, answer: Answer, cache: DynamicCache, read: int):
         self.answer, self.cache, self.read = answer, cache, read
@@ -141,7 +141,7 @@ class ContinuousBatch:
             self._decode()
 
     def abandon(self) -> list[Job]:
-        """Forget everything after a failure; returns the jobs that were running."""
+        """Reset after a failure; returns the jobs that were running."""
         jobs = [answer.job for answer in (*self.answers, *(prompt.answer for prompt in self.prompts))]
         self.answers, self.newest, self.cache = [], [], None
         self.prompts.clear()

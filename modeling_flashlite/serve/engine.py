@@ -1,5 +1,5 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""Generation for many readers at once: one worker thread that runs the jobs of all of them and streams their text."""
+"""Generation for concurrent clients: one worker thread runs their jobs and streams the text."""
 
 import contextlib
 import logging
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class RowSampler(LogitsProcessor):
-    """Lets each answer choose its row's token: all others get `-inf`, so that greedy `generate` takes it."""
+    """Each answer samples its row's token; all others get `-inf`, so that greedy `generate` selects it."""
 
     def __init__(self, answers: list[Answer]):
         self.answers = answers
@@ -34,7 +34,7 @@ class RowSampler(LogitsProcessor):
 
 
 class RowStop(StoppingCriteria):
-    """Hands each row's new token to its answer, and ends the row when that is done."""
+    """Passes each row's new token to its answer, and ends the row when the answer is complete."""
 
     def __init__(self, answers: list[Answer]):
         self.answers = answers
@@ -140,7 +140,7 @@ class Engine:
         return self._waiting.qsize()
 
     def close(self, timeout: float = 30.0) -> None:
-        """Finish what is running and end the worker."""
+        """Finish running jobs and stop the worker."""
         self._waiting.put(None)
         self._worker.join(timeout)
 

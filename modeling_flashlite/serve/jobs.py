@@ -1,5 +1,5 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""One answer to one prompt: what may be asked, how its tokens are chosen, and how they become text."""
+"""One answer to one prompt: limits, sampling settings, and incremental text."""
 
 import queue
 import time
@@ -14,7 +14,7 @@ __all__ = ["Answer", "Job", "Limits", "QueueFull", "Settings", "TextAssembler", 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server accepts; everything above is refused before it costs anything.
+    """Limits of a server; requests beyond them are refused before any work.
 
     Args:
         prompt_tokens (`int`): longest prompt.
@@ -77,7 +77,7 @@ class QueueFull(RuntimeError):
 
 
 class TextAssembler:
-    """Turns token ids into text as they come: never half a character, never a part of a stop text.
+    """Turns token ids into text incrementally: never a partial character, never a part of a stop text.
 
     Args:
         tokenizer: with `decode`.
@@ -92,12 +92,12 @@ class TextAssembler:
         self._held = ""
 
     def add(self, token: int) -> str:
-        """Take one token and return the text that is now certain."""
+        """Add one token and return the text that is final."""
         self._ids.append(token)
         return self._release(self._decode_new(final=False), final=False)
 
     def finish(self) -> str:
-        """Return what was held back, when no token follows."""
+        """Return the withheld text at the end."""
         return "" if self.stopped else self._release(self._decode_new(final=True), final=True)
 
     def _decode_new(self, final: bool) -> str:
@@ -124,7 +124,7 @@ class TextAssembler:
 
 
 class Job:
-    """One answer in the making. Read it by iterating: text pieces, until the job is finished.
+    """One answer being generated. Iterate over it to read text pieces until the job is finished.
 
     Args:
         prompt (`list[int]`): token ids.

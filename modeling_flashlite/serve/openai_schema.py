@@ -26,7 +26,7 @@ class ApiError(Exception):
 
 
 class StreamOptions(BaseModel):
-    """What a stream adds: `include_usage` sends a last chunk with the numbers of tokens."""
+    """Options of a stream: `include_usage` adds a last chunk with token counts."""
 
     include_usage: bool = False
 
@@ -111,7 +111,7 @@ class ChatRequest(Sampling):
 
 
 async def parse(request: Request, kind):
-    """Read the JSON body into its model; every defect of it is a 400."""
+    """Validate the JSON body; any defect gives status 400."""
     try:
         content = json.loads(await request.body())
         # text that UTF-8 cannot hold would fail later, in the tokenizer
@@ -140,7 +140,7 @@ def event(content: dict) -> str:
 
 
 def usage(jobs: list, n: int) -> dict[str, int]:
-    """Numbers of tokens; a prompt with `n` answers is counted once."""
+    """Token counts; a prompt with `n` answers is counted once."""
     prompt = sum(len(job.prompt) for job in jobs[::n])
     completion = sum(job.new_tokens for job in jobs)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

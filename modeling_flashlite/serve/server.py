@@ -178,7 +178,7 @@ class Server:
         return JSONResponse({**frame, "choices": choices, "usage": usage(jobs, body.n or 1)})
 
     async def gather(self, request: Request, jobs: list[Job]) -> list[str]:
-        """Collect the whole texts; drop the jobs when the reader has gone."""
+        """Collect the complete texts; cancel the jobs when the client disconnects."""
         waiting = asyncio.gather(*(asyncio.to_thread("".join, job) for job in jobs))
         try:
             while not waiting.done():

@@ -1,4 +1,4 @@
-"""Trainers that stop on a broken loss, survive a full disk, and carry segment memory from step to step."""
+"""Trainers that stop on a non-finite loss, survive a full disk, and carry segment memory from step to step."""
 
 import inspect
 import os
@@ -25,14 +25,14 @@ MEMORY_STATE = ("_keys", "_values", "fill", "base", "columns")
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """Newest complete checkpoint of a run, or `None`; folders that a crash left half written are passed over."""
+    """Newest complete checkpoint of a run, or `None`; incomplete folders are skipped."""
     folders = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / LAST_FILE).is_file()]
     steps = {int(p.name.rpartition("-")[2]): p for p in folders if p.name.rpartition("-")[2].isdigit()}
     return str(steps[max(steps)]) if steps else None
 
 
 class CarefulTrainer(Seq2SeqTrainer):
-    """`Seq2SeqTrainer` whose mishaps cost no checkpoint.
+    """`Seq2SeqTrainer` that never loses a good checkpoint.
 
     A loss that is not finite stops the training before the optimizer sees it; the batch is kept for inspection. A
     checkpoint that cannot be written completely is removed, and the one before it stays. Label smoothing is part of
@@ -67,7 +67,7 @@ class CarefulTrainer(Seq2SeqTrainer):
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Compute the loss as usual and check that it is a number."""
+        """Compute the loss as usual and check that it is finite."""
         loss, outputs = super().compute_loss(model, {**inputs, **self._loss_options}, True, num_items_in_batch)
         if model.training and not torch.isfinite(loss).all():
             kept = Path(self.args.output_dir) / f"broken_batch_rank{self.args.process_index}.safetensors"
@@ -128,7 +128,7 @@ class SegmentTrainer(CarefulTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Give the model its rows' memory, and keep what it returns for the next step."""
+        """Pass the rows' memory to the model, and keep the returned memory for the next step."""
         inputs = dict(inputs)
         reset = inputs.pop("memory_reset")
         slot = self._micro_step % self.args.gradient_accumulation_steps
@@ -172,7 +172,7 @@ class SegmentTrainer(CarefulTrainer):
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file that is either complete or not there."""
+    """Write a safetensors file atomically."""
     partial = path.with_name(f"{path.name}.incomplete")
     try:
         # copies, since safetensors refuses tensors that share memory

@@ -1,4 +1,4 @@
-"""Does distillation pay? The same student from scratch, with a live teacher and with a cached one, over several seeds.
+"""Value of distillation: the same student from scratch, with a live and with a cached teacher, over several seeds.
 
 python scripts/studies/compare_distillation.py
 python scripts/studies/compare_distillation.py --dataset train=a.jsonl.xz,validation=b.jsonl.xz --seeds 0,1,2

@@ -61,7 +61,7 @@ class CompareArgs:
 
 
 class Arena:
-    """What all contenders share: data, tokenizer, settings; and how one of them is made, trained and judged."""
+    """Data, tokenizer and settings that all models share; makes, trains and evaluates one of them."""
 
     def __init__(self, compare: CompareArgs, model_args, shape, data, args):
         self.compare, self.model_args, self.shape, self.data, self.args = compare, model_args, shape, data, args
@@ -72,7 +72,7 @@ class Arena:
         self.test_rows = pick_split(self.splits, compare.test_split)
 
     def make(self, name: str):
-        """A new model; the peers are as large as ours, and as deep."""
+        """A new model; peers have the parameters and depth of ours."""
         set_seed(self.args.seed)
         ours = load_model(self.model_args, self.shape, self.tokenizer, self.data, self.splits)
         if name == OURS:
@@ -106,7 +106,7 @@ class Arena:
         return label_likelihood(model, batches)["loss"]
 
     def train(self, name: str, learning_rate: float) -> dict:
-        """Train a model, keep it, judge it on the test split: one row of the table, once for all."""
+        """Train a model, save it and evaluate it on the test split: one row of the table."""
         path = self.folder(name, learning_rate) / "row.json"
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))

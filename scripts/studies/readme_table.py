@@ -1,4 +1,4 @@
-"""Rewrite the tables in README.md from results files: no number in README is typed by hand.
+"""Rewrite the tables in README.md from results files.
 
 python scripts/studies/readme_table.py
 python scripts/studies/readme_table.py --check
