@@ -112,6 +112,12 @@ class EcqModule(_Layer):
             value._is_hf_initialized = True
         super().__setattr__(name, value)
 
+    def take_stream(self) -> torch.Tensor:
+        """The loaded stream, which the module gives away."""
+        stream = self.stream
+        self.__dict__["stream"] = None
+        return stream
+
     def set_quantized(self, weight: QuantizedWeight | TiledWeight, device=None) -> None:
         """Take over codes and steps."""
         device = device or self.weight.device
@@ -125,7 +131,8 @@ class EcqModule(_Layer):
                 value = nn.Parameter(value.to(device), requires_grad=False)
                 value._is_hf_initialized = True
             self._parameters[name] = value
-        self.base, self.grid, self.stream = weight.base, weight.grid, None
+        # past __setattr__, as the parameters: a model has hundreds of layers
+        self.__dict__.update(base=weight.base, grid=weight.grid, stream=None)
         self._forget()
 
     def share_quantized(self, other: EcqModule) -> None:

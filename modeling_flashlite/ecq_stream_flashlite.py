@@ -63,7 +63,8 @@ _MAGIC, _VERSION, _HEAD = 0xE9, 1, 12
 _ONE_DIGIT, _TWO_DIGITS = (-8, 7), (-136, 119)
 _MAX_GROUPS, _NARROW_GROUPS, _WIDE_GROUPS = 32, 16, 8  # in a stream; to begin with
 _BAND_BYTES = 1 << 22
-_TABLE_BYTES = 32, 0.42  # cost of a Huffman table: fixed, and per symbol that occurs
+_TABLE_BYTES = 96, 0.42  # cost of a Huffman table: fixed, a part of it for its time, and per symbol that occurs
+_TASK_BYTES = 1 << 16
 _MOST_CODES = 4096  # in a byte of a stream; deflate reaches 2064
 _AHEAD = 1 << 22  # bytes of streams decoded or queued, per worker
 
@@ -427,23 +428,22 @@ class _Stream:
 
     def open(self) -> None:
         """Take memory for the codes: as much as the shape and the digits of the columns ask for."""
-        numbers = [torch.from_numpy(columns) for columns in self.columns]
-        wide = tuple(
-            torch.cat([n for n, d in zip(numbers, self.digits) if d >= digits] or [torch.zeros(0, dtype=torch.long)])
-            .sort()
-            .values
-            for digits in (2, 3)
-        )
-        self.places = [self.columns]  # of the digits in the tiles
-        start = self.shape[1]
-        for part in wide:
-            order = part.numpy()
-            self.places.append([start + np.searchsorted(order, columns) for columns in self.columns])
-            start += len(order)
-        self.weight = TiledWeight(self.shape, empty_tiles(self.shape[0], start), wide, **self.fields)
+        kinds = np.empty(self.shape[1], dtype=np.int64)
+        for columns, digits in zip(self.columns, self.digits):
+            kinds[columns] = digits
+        wide = np.flatnonzero(kinds > 1), np.flatnonzero(kinds > 2)
+        count = self.shape[1] + len(wide[0]) + len(wide[1])
+        starts = 0, self.shape[1], self.shape[1] + len(wide[0])
+        # of the first, second and third digits in the tiles
+        self.places = [
+            [start + (np.searchsorted(order, columns) if start else columns) for columns in self.columns]
+            for start, order in zip(starts, (None, *wide))
+        ]
+        numbers = torch.from_numpy(wide[0]), torch.from_numpy(wide[1])
+        self.weight = TiledWeight(self.shape, empty_tiles(self.shape[0], count), numbers, **self.fields)
         self.items = self.weight.tiles.numpy().view("V32")[:, :, 0]  # 32 bytes move as one
-        if start < self.items.shape[1]:
-            self.weight.tiles[:, start:] = 0x88
+        if count < self.items.shape[1]:
+            self.weight.tiles[:, count:] = 0x88
 
     def verify(self) -> None:
         """Check the checksum and the steps."""
@@ -454,6 +454,21 @@ class _Stream:
         steps = self.weight.step() * (1 if scale is None else scale.max())
         if not (torch.isfinite(steps).all() and (steps > 0).all()):
             raise self._error("has a step that overflows or vanishes;")
+
+    def submit(self, pool: ThreadPoolExecutor) -> list[Future]:
+        """Verify and decode, small chunks together: a task costs as much as some thousand bytes."""
+        tasks, batch, size = [pool.submit(self.verify)], [], 0
+        for chunk in self.chunks:
+            batch.append(chunk)
+            size += len(chunk[-1])
+            if size >= _TASK_BYTES or chunk is self.chunks[-1]:
+                tasks.append(pool.submit(self.fill_all, batch))
+                batch, size = [], 0
+        return tasks
+
+    def fill_all(self, chunks: list[tuple[int, int, int, bool, memoryview]]) -> None:
+        for chunk in chunks:
+            self.fill(*chunk)
 
     def fill(self, first: int, last: int, group: int, third: bool, payload: memoryview) -> None:
         """Decode one chunk to its place in the tiles."""
@@ -503,14 +518,16 @@ def decode_weights(
     Raises:
         [`CodecError`]: anything that is not exactly one valid stream of that shape.
     """
-    workers = threads or os.cpu_count() or 1
+    workers, held = threads or os.cpu_count() or 1, 0
     running: deque[tuple[int, _Stream, list[Future]]] = deque()
     pool = ThreadPoolExecutor(workers)
 
     def finished() -> tuple[int, TiledWeight]:
+        nonlocal held
         position, stream, tasks = running.popleft()
         for task in tasks:
             task.result()
+        held -= len(stream.raw)
         return position, stream.weight
 
     try:
@@ -518,9 +535,9 @@ def decode_weights(
             stream = _Stream(*item)
             del item
             stream.open()
-            tasks = [pool.submit(stream.verify), *(pool.submit(stream.fill, *chunk) for chunk in stream.chunks)]
-            running.append((position, stream, tasks))
-            while sum(len(held.raw) for _, held, _ in running) > workers * _AHEAD:
+            running.append((position, stream, stream.submit(pool)))
+            held += len(stream.raw)
+            while held > workers * _AHEAD:
                 yield finished()
         while running:
             yield finished()

@@ -4,14 +4,15 @@
 
 quantizes without data while loading. `calibration.quantize` does it with data, `qat.prepare_qat` with training. The
 saved model holds, under the name of each quantized weight, its entropy-coded bytes as a one-dimensional uint8 tensor
-(see `ecq_stream_flashlite`), and everything else in bfloat16. Loading it needs this module to be imported before:
-without it transformers finds tensors of the wrong shape and raises, unless `ignore_mismatched_sizes=True` stops it.
+(see `ecq_stream_flashlite`), and everything else in bfloat16. Loading it needs this module to be imported before, or
+`trust_remote_code=True`, which imports the copy that was saved with the model, see `coded_flashlite`: without it
+transformers finds tensors of the wrong shape and raises, unless `ignore_mismatched_sizes=True` stops it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import mmap
 import struct
 import types
 from typing import Any
@@ -24,13 +25,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .coded_flashlite import auto_map, coded_class, with_code, without_code
 from .ecq_modules_flashlite import EcqModule, FakeQuantModule, to_float, to_quantized, to_twin
 from .ecq_parents_flashlite import read_by_parents
 from .ecq_search_flashlite import GRID, Layer, data_free_steps, search
 from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weight
 from .linear_flashlite import Linear
-
-Place = tuple[str, int, int]  # of a stream: file, first byte, bytes
 
 _METHOD = "ecq"
 _SMALL = 1 << 20  # tensors up to this many bytes are copied out of the memory map of their file
@@ -284,6 +284,7 @@ def _keep_names(model) -> None:
     The vocabulary keeps its size too: of coded tables transformers would resize the stand-ins for their weights.
     """
     model._weight_conversions = []
+    with_code(model, __name__)
     model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
 
 
@@ -369,17 +370,15 @@ class EcqQuantizer(HfQuantizer):
                     model.set_submodule(name, new)
             model.register_buffer("ecq_rate", torch.zeros(3, device="meta"))
             return
-        coded = _coded_places(checkpoint_files)
+        coded = _coded_names(checkpoint_files)
         prefix = model.base_model_prefix + "."
         tied = model.all_tied_weights_keys
         for name, module in quantizable_layers(model, self.quantization_config).items():
             key = name + ".weight"
             names = {key, tied.get(key)} | {other for other, source in tied.items() if source in (key, tied.get(key))}
             names |= {prefix + n for n in names if n} | {n.removeprefix(prefix) for n in names if n}
-            places = None if coded is None else [coded[n] for n in (key, *names) if n in coded]
-            if places is None or places:
+            if coded is None or coded & {key, *names}:
                 new = to_quantized(module, size_only=True)
-                new.place = places[0] if places else None
                 if new is not module:
                     model.set_submodule(name, new)
 
@@ -408,6 +407,7 @@ class EcqQuantizer(HfQuantizer):
                 if weight is not None:
                     plain.weight = weight
                 weight = plain.weight
+        without_code(model)
         return model
 
     def get_state_dict_and_metadata(self, model):
@@ -419,6 +419,8 @@ class EcqQuantizer(HfQuantizer):
                     seen.add(id(value))
                     state[key] = value.detach()
             return state, {}
+        if type(model).__module__ == __name__:
+            model.config.auto_map = auto_map(model.config, __name__)
         groups = groups_of(model)
         streams = [encode_weight(modules[0].quantized()) for _, modules in groups]
         state = {}
@@ -451,11 +453,11 @@ class EcqQuantizer(HfQuantizer):
         return True
 
 
-def _coded_places(checkpoint_files) -> dict[str, Place] | None:
-    """Name to (file, offset, bytes) of the one-dimensional uint8 tensors in safetensors files, from their headers."""
+def _coded_names(checkpoint_files) -> set[str] | None:
+    """Names of the one-dimensional uint8 tensors in safetensors files, from their headers; `None` without files."""
     if not checkpoint_files:
         return None
-    places = {}
+    names = set()
     for path in checkpoint_files:
         if not str(path).endswith(".safetensors"):
             raise ValueError(f"Coded checkpoints are safetensors files only, got {path}.")
@@ -469,46 +471,8 @@ def _coded_places(checkpoint_files) -> dict[str, Place] | None:
             raise ValueError(f"The header of {path} is damaged ({error}); fetch the file again.") from error
         for name, entry in header.items():
             if entry.get("dtype") == "U8" and len(entry.get("shape", ())) == 1:
-                first, last = entry.get("data_offsets", (0, 0))
-                places[name] = str(path), 8 + length + first, last - first
-    return places
-
-
-def _leave_file(model) -> None:
-    """Let go of the loader's memory map, in which all that was looked at stays: copy small tensors, note the streams.
-
-    A stream becomes its place in the file, if it is what stands there; [`_open_stream`] finds it again.
-    """
-    for module in model.modules():
-        if isinstance(module, EcqModule):
-            stream, place = module.stream, module.__dict__.pop("place", None)
-            held = stream is not None and stream.device.type == "cpu" and stream.numel()
-            if place and held and held == place[2] and _ends(stream) == _ends(_open_stream(place)):
-                module.stream = place
-        for value in (*module._parameters.values(), *module._buffers.values()):
-            if value is not None and value.device.type == "cpu" and value.nbytes <= _SMALL:
-                value.data = value.data.clone()
-
-
-def _ends(stream: torch.Tensor) -> bytes:
-    """First and last bytes: they tell streams of the same length apart, since these begin with checksums."""
-    return bytes(stream[:64].tolist() + stream[-64:].tolist())
-
-
-def _take_stream(module: EcqModule) -> torch.Tensor:
-    """The loaded stream, which the module gives away."""
-    stream: Any = module.stream
-    module.stream = None
-    return stream if isinstance(stream, torch.Tensor) else _open_stream(stream)
-
-
-def _open_stream(place: Place) -> torch.Tensor:
-    """The bytes at a place, mapped into memory while the tensor lives: neither a copy, nor a gap when it goes."""
-    path, offset, length = place
-    before = offset % mmap.ALLOCATIONGRANULARITY
-    with open(path, "rb") as file:
-        held = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=offset - before)
-    return torch.frombuffer(held, dtype=torch.uint8, count=length, offset=before)
+                names.add(name)
+    return names
 
 
 def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[str], list]]:
@@ -524,14 +488,16 @@ def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[
 
 def _decode_model(model) -> None:
     """Turn the loaded streams into codes, some of them at a time, freeing each as it is done."""
-    _leave_file(model)
+    for value in itertools.chain(model.parameters(), model.buffers()):
+        if value.device.type == "cpu" and value.nbytes <= _SMALL:
+            value.data = value.data.clone()  # what stays in the loader's memory map keeps all of it resident
     jobs = []
     for names, modules in groups_of(model):
         owner = next((module for module in modules if module.stream is not None), None)
         if owner is None:
             raise ValueError(f"The checkpoint has no coded weight for {names[0]}; it does not fit this architecture.")
         jobs.append((names[0], modules, owner))
-    streams = ((name, _take_stream(owner), owner.weight_shape) for name, _, owner in jobs)
+    streams = ((name, owner.take_stream(), owner.weight_shape) for name, _, owner in jobs)
     for position, weight in decode_weights(streams):
         _, modules, owner = jobs[position]
         owner.set_quantized(weight)
@@ -553,3 +519,8 @@ def use_this_quantizer() -> None:
 # models of other families have no copy of their own: the first one serves
 if _METHOD not in AUTO_QUANTIZER_MAPPING:
     use_this_quantizer()
+
+
+def __getattr__(name: str) -> type:
+    """Model classes of transformers by name, which the `auto_map` of coded checkpoints asks this module for."""
+    return coded_class(name, __name__)

@@ -39,9 +39,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from modeling_flashlite import quantization_flashlite
 from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, join
-from modeling_flashlite.ecq_stream_flashlite import QuantizedWeight
 from modeling_flashlite.int4_flashlite import int8_codes
 from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers, quantizable_layers
 from modeling_flashlite.training.calibration import merge_adapters, quantize
@@ -226,30 +224,6 @@ def test_a_loaded_model_holds_nothing_of_its_file(tmp_path):
     assert all(torch.equal(a.codes, b.codes) for a, b in zip(weights, expected, strict=True))
 
 
-def test_a_place_is_used_only_for_the_stream_that_stands_there(monkeypatch, tmp_path):
-    """Streams of equal length whose places are taken for one another are still loaded as the library named them."""
-    model = quantize(build("llama-untied"), EcqConfig(target_bits=5))
-    generator = torch.Generator().manual_seed(0)
-    names = [f"model.layers.0.mlp.{kind}_proj" for kind in ("gate", "up")]
-    for name in names:
-        codes = torch.randint(-8, 8, (96, 64), generator=generator, dtype=torch.int8)
-        weight = QuantizedWeight(codes, 1 / 64, torch.zeros(96, dtype=torch.int8))
-        model.get_submodule(name).set_quantized(weight)
-    model.save_pretrained(tmp_path)
-    real, (gate, up) = quantization_flashlite._coded_places, (f"{name}.weight" for name in names)
-
-    def swapped(files):
-        places = real(files)
-        assert places[gate][2] == places[up][2]
-        return {**places, gate: places[up], up: places[gate]}
-
-    monkeypatch.setattr(quantization_flashlite, "_coded_places", swapped)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for name in names:
-        codes = (other.get_submodule(name).quantized().codes for other in (loaded, model))
-        assert torch.equal(*codes)
-
-
 def test_sharded_checkpoint(tmp_path):
     model = quantize(build("llama"), EcqConfig(target_bits=4))
     model.save_pretrained(tmp_path, max_shard_size="10KB")
@@ -283,6 +257,65 @@ def test_loading_without_the_quantizer_raises(tmp_path):
     code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.returncode and "ignore_mismatched_sizes" in done.stderr
+
+
+FOREIGN = """
+import sys
+
+HIDDEN = {"modeling_flashlite", "datasets", "peft", "accelerate", "evaluate", "sacrebleu"}
+
+class Finder:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in HIDDEN else self.finder.find_spec(name, path, target)
+
+    def find_distributions(self, context):
+        return self.finder.find_distributions(context) if hasattr(self.finder, "find_distributions") else ()
+
+sys.meta_path[:] = map(Finder, sys.meta_path)
+import torch, transformers
+folder, auto, again = sys.argv[1:]
+model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+assert not HIDDEN & set(sys.modules) and type(model).__name__ == model.config.architectures[0]
+inputs = torch.load(folder + "/inputs.pt")
+with torch.no_grad():
+    torch.save(model(**inputs).logits, folder + "/logits.pt")
+model.generate(inputs["input_ids"], max_new_tokens=2)
+model.save_pretrained(again)
+"""
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bart"])
+def test_coded_models_of_other_families_load_elsewhere(kind, tmp_path):
+    """Where only transformers, PyTorch and NumPy are, by the code that travels with them, and save that code again."""
+    model = quantize(build(kind), EcqConfig(target_bits=4))
+    assert isinstance(model, MODELS[kind][0]._model_mapping[type(model.config)])
+    model.save_pretrained(tmp_path / "a")
+    torch.save(inputs_of(model), tmp_path / "a" / "inputs.pt")
+    command = [sys.executable, "-c", FOREIGN, *map(str, (tmp_path / "a", MODELS[kind][0].__name__, tmp_path / "b"))]
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "a" / "logits.pt"), logits_of(model))
+    assert {path.name for path in (tmp_path / "a").glob("*.py")} == {
+        path.name for path in (tmp_path / "b").glob("*.py")
+    }
+    for name in ("model.safetensors", "quantization_flashlite.py"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_float_model_again_takes_no_code_along(tmp_path):
+    """Neither does a float model of the same family in the same process."""
+    model = quantize(build("llama"), EcqConfig(target_bits=4))
+    model.save_pretrained(tmp_path / "coded")
+    assert "AutoModelForCausalLM" in json.loads((tmp_path / "coded" / "config.json").read_text())["auto_map"]
+    model.dequantize()
+    for name, floating in (("same", model), ("other", build("llama"))):
+        floating.save_pretrained(tmp_path / name)
+        assert not list((tmp_path / name).glob("*.py"))
+        assert "auto_map" not in json.loads((tmp_path / name / "config.json").read_text())
 
 
 def test_two_copies_of_the_quantizer_live_together():
