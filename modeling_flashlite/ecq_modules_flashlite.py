@@ -24,7 +24,6 @@ from .int4_flashlite import (
     is_few_rows,
     is_plain,
     kernel_weight,
-    spread,
 )
 from .linear_flashlite import Linear
 
@@ -198,9 +197,9 @@ class EcqLinear(EcqModule, nn.Linear):
         if plain and is_few_rows(input):
             output = int4_few_rows(input, self.kernel or self.prepared(), self.out_features)
             return output if bias is None else (output + bias).to(input.dtype)
-        states = spread(input, self.numbers, self.factors)
-        # inputs of second digits are 16 times the others, so that int8 would leave these too few levels
-        return int4_linear(states, self.tiles, self.step, states.shape[-1], bias, self.numbers is None)
+        return int4_linear(
+            input, self.tiles, self.step, self.in_features, bias, numbers=self.numbers, factors=self.factors
+        )
 
     @torch.inference_mode(False)  # tensors made in inference mode cannot be used in training
     def prepared(self) -> KernelWeight:

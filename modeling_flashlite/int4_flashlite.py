@@ -432,6 +432,46 @@ def _(grad, tiles, in_features):
 int4_matmul.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _unpacked_matmul(x, tiles, step, numbers, digits) -> torch.Tensor:
+    """x `[M, K]` times the weights, unpacked once to bfloat16 with their steps: bfloat16 `[M, N]`.
+
+    Few passes over the weights and none over the output, so that oneDNN's product is most of the time.
+    """
+    x, columns, steps = x.to(torch.bfloat16), x.shape[1], step.to(torch.bfloat16)
+    steps = F.pad(steps, (0, len(tiles) * TILE_ROWS - len(step)))
+    group, parts = _group(TILE_ROWS * tiles.shape[1], x.device), []
+    with _no_autocast(x):
+        for part, own in zip(tiles.split(group), steps.split(group * TILE_ROWS)):
+            weight = _codes(part).to(torch.bfloat16)
+            if numbers is not None:
+                weight[:columns].index_add_(0, numbers[columns:], weight[columns:].mul_(digits))
+            parts.append(x @ weight[:columns].mul_(own))
+    return _join(parts)
+
+
+def _plain_linear(x, tiles, step, numbers, factors, int8: bool) -> torch.Tensor:
+    """[`int4_linear`] of x `[M, K]` without gradient, in eager mode: `[M, N]`, float32 or bfloat16."""
+    held, columns = _int8_held.get(), x.shape[1]
+    if x.device.type != "cpu" or len(x) <= (_KERNEL_ROWS if int8 else _KERNEL_ROWS_EXACT):
+        return _matmul(spread(x, numbers, factors), tiles, len(step), False) * step
+    digits, out = None, None
+    if factors is not None:
+        scale = factors[:columns]
+        x = x * scale.to(x.dtype)
+        if numbers is not None:
+            digits = (factors[columns:] / scale[numbers[columns:]]).to(torch.bfloat16)[:, None]
+    if int8 and numbers is None:
+        if held is not None and not step.requires_grad:
+            out = _held_linear(x, tiles, step, held)
+        if out is None:
+            padded = F.pad(x, (0, tiles.shape[1] - columns)) if tiles.shape[1] != columns else x
+            out = _int8_matmul(padded.to(torch.bfloat16), tiles)
+            out = None if out is None else out[:, : len(step)] * step
+    if out is None:
+        out = _unpacked_matmul(x, tiles, step, numbers, digits)[:, : len(step)]
+    return out
+
+
 def int4_linear(
     x: torch.Tensor,
     tiles: torch.Tensor,
@@ -439,6 +479,8 @@ def int4_linear(
     in_features: int,
     bias: torch.Tensor | None = None,
     int8_activations: bool = True,
+    numbers: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x @ (code * step).T + bias` on packed codes, differentiable in x, step and bias.
 
@@ -449,27 +491,25 @@ def int4_linear(
         in_features (`int`): K.
         bias (`torch.Tensor` `[N]`, *optional*).
         int8_activations (`bool`): many rows without a gradient may be rounded to int8, one scale per row, as long as
-            that costs at most 1.5% of the output's root mean square; False keeps bfloat16.
+            that costs at most 1.5% of the output's root mean square; False keeps bfloat16. Weights with `numbers`
+            always keep it.
+        numbers, factors (`torch.Tensor`, *optional*): what the columns of the tiles multiply, see [`spread`].
 
     Returns:
         `torch.Tensor` `[..., N]` in x's dtype, of bfloat16 precision.
     """
-    if x.shape[-1] != in_features or not in_features <= tiles.shape[1] < in_features + 256:
+    if x.shape[-1] != in_features or not in_features <= tiles.shape[1]:
         raise ValueError(
             f"Activations have {x.shape[-1]} features and the tiles {tiles.shape[1]}, "
-            f"but in_features is {in_features} (tiles {_padded(in_features)}); check the weight's shape."
+            f"but in_features is {in_features}; check the weight's shape."
         )
     rows, out_features = x.reshape(-1, in_features), step.numel()
-    needs_grad = torch.is_grad_enabled() and x.requires_grad
-    int8, out = int8_activations and not needs_grad, None
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or step.requires_grad)
     if needs_grad or torch.compiler.is_compiling() or type(rows) is not torch.Tensor:
-        out = int4_matmul(rows, tiles, out_features, int8) * step
+        int8 = int8_activations and not needs_grad and numbers is None
+        out = int4_matmul(spread(rows, numbers, factors), tiles, out_features, int8) * step
     else:  # in eager inference the custom op's wrapper costs as much as a small product
-        held = _int8_held.get()
-        if held is not None and int8 and x.is_cpu and len(rows) > _KERNEL_ROWS and not step.requires_grad:
-            out = _held_linear(rows, tiles, step, held)
-        if out is None:
-            out = _matmul(rows, tiles, out_features, int8) * step
+        out = _plain_linear(rows, tiles, step, numbers, factors, int8_activations)
     if bias is not None:
         out = out + bias
     return out.to(x.dtype).view(*x.shape[:-1], out_features)

@@ -39,6 +39,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from modeling_flashlite import quantization_flashlite
 from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, join
 from modeling_flashlite.int4_flashlite import int8_codes
 from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers, quantizable_layers
