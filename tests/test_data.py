@@ -16,6 +16,7 @@ from modeling_flashlite.data.loading import (
     PaddingCollator,
     _pack_batch,
     column_names,
+    join_rows,
     load_data,
     pack,
     pick_split,
@@ -382,3 +383,10 @@ def test_segments_through_the_memory_equal_one_pass(tiny_config, tokenizer):
         whole = model(input_ids=torch.tensor([text]), labels=torch.tensor([text])).loss
     assert count == 39
     assert total / count == pytest.approx(float(whole), rel=1e-4)
+
+
+def test_neighbouring_rows_of_one_document_are_joined():
+    rows = Dataset.from_dict({"book": ["a", "a", "b", "a"], "text": ["one", "two", None, "three"]})
+    assert join_rows(rows, "text", "book")["text"] == ["one\ntwo", "", "three"]
+    with pytest.raises(ValueError, match="stream"):
+        join_rows(rows.to_iterable_dataset(), "text", "book")

@@ -93,8 +93,24 @@ def _variables(rng: random.Random, depth: float):
     return needles, question, tuple(names[1:_CHAIN])
 
 
+def _words(rng: random.Random, depth: float):
+    common = rng.sample(_WORDS.split(), _COMMON)
+    return [], f"The {_COMMON} most common words of this list are", tuple(common)
+
+
+def _list_item(rng: random.Random, answers: Sequence[str]) -> str:
+    """Three words, of which one is a common one."""
+    rare = [word for word in _WORDS.split() if word not in answers]
+    return " ".join([rng.choice(answers), *rng.sample(rare, 2)]) + ","
+
+
 # what hides in a text: needles with their depths, the question that ends the prompt, and the expected words
-KINDS: dict[str, Callable | None] = {"passkey": _passkey, "needle": _needle, "variables": _variables, "words": None}
+KINDS: dict[str, Callable[[random.Random, float], tuple]] = {
+    "passkey": _passkey,
+    "needle": _needle,
+    "variables": _variables,
+    "words": _words,
+}
 
 
 def make_example(
@@ -121,20 +137,11 @@ def make_example(
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    hide = KINDS[kind]
-    if hide is None:
-        common, rare = (words := rng.sample(_WORDS.split(), len(_WORDS.split())))[:_COMMON], words[_COMMON:]
-        question = f"The {_COMMON} most common words of this list are"
-        needles, answers = [], tuple(common)
-        # every third word is a common one
-        draw = lambda: " ".join([rng.choice(common), *rng.sample(rare, 2)]) + ","  # noqa: E731
-    else:
-        needles, question, answers = hide(rng, depth)
-        draw = lambda: _sentence(rng)  # noqa: E731
+    needles, question, answers = KINDS[kind](rng, depth)
     room = length - _ROOM - count(" ".join([*(needle for _, needle in needles), "\n" + question]))
     filler: list[str] = []
     while room > 0:
-        filler.append(draw())
+        filler.append(_list_item(rng, answers) if kind == "words" else _sentence(rng))
         room -= count(" " + filler[-1])
     if len(filler) < 2:
         raise ValueError(f"{length} tokens are too few for {kind}; choose at least {length - room + 64}.")

@@ -1,15 +1,14 @@
 """Which past blocks should a pre-trained model read? Selectors compared on a dense checkpoint, without training.
 
 python scripts/studies/selection.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset test=books.jsonl \
-    --mode mass --variants box:64:16:8,share:32:16:16,oracle:32:16:16
-python scripts/studies/selection.py ... --mode perplexity --length 8192 --texts 2 --variants dense,share:32:16:16
+    --mode mass --variants box:64:16:8,cshare:32:8:16,oracle:32:8:16
+python scripts/studies/selection.py ... --mode perplexity --length 8192 --texts 2 --variants dense,cshare:16:8:43
 
 A variant is selector:block:sub-block:blocks. `mass` runs the dense model once and reports which part of the true
 softmax each variant would have read; `perplexity` runs the model once for each variant, with that attention.
 """
 
 import math
-import time
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_flashlite.cli import finish, parse_args
+from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import load_data, pick_split
 from modeling_flashlite.measure.results import write_results
 
@@ -190,30 +189,7 @@ def loss_of(model, ids) -> list[float]:
     return torch.cat(losses).tolist()
 
 
-@torch.inference_mode()
-def main(args: StudyArgs) -> dict:
-    variants = {text: Variant.of(text) for text in args.variants.split(",")}
-    attention = SparseAttention()
-    ALL_ATTENTION_FUNCTIONS.register("study", attention)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
-    model.config._attn_implementation = "study"
-    texts, metrics = take_texts(args, tokenizer), {}
-    started = time.time()
-    if args.mode == "mass":
-        attention.masses = {v: [] for v in variants.values() if v is not None}
-        for ids in tqdm(texts, desc="dense"):
-            model.model(input_ids=ids, use_cache=False)
-        for text, v in variants.items():
-            if v is not None:
-                masses = attention.masses[v]
-                metrics[f"lost mass {text}"] = 1 - sum(masses) / len(masses)
-                print(text, metrics[f"lost mass {text}"], flush=True)
-    else:
-        for text, attention.variant in tqdm(variants.items(), desc="variants"):
-            losses = [loss for ids in texts for loss in loss_of(model, ids)]
-            metrics[f"perplexity {text}"] = math.exp(sum(losses) / len(losses))
-            print(text, metrics[f"perplexity {text}"], f"{time.time() - started:.0f}s", flush=True)
+def save(args: StudyArgs, metrics: dict) -> None:
     write_results(
         args.output,
         metrics,
@@ -224,8 +200,32 @@ def main(args: StudyArgs) -> dict:
         config=asdict(args),
         dtype="bfloat16",
     )
+
+
+@torch.inference_mode()
+def main(args: StudyArgs) -> dict:
+    variants = {text: Variant.of(text) for text in args.variants.split(",")}
+    attention = SparseAttention()
+    ALL_ATTENTION_FUNCTIONS.register("study", attention)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    model.config._attn_implementation = "study"
+    texts, metrics = take_texts(args, tokenizer), {}
+    if args.mode == "mass":
+        attention.masses = {v: [] for v in variants.values() if v is not None}
+        for ids in tqdm(texts, desc="dense"):
+            model.model(input_ids=ids, use_cache=False)
+        for text, v in variants.items():
+            if v is not None:
+                metrics[f"lost mass {text}"] = 1 - sum(attention.masses[v]) / len(attention.masses[v])
+        save(args, metrics)
+    else:
+        for text, attention.variant in tqdm(variants.items(), desc="variants"):
+            losses = [loss for ids in texts for loss in loss_of(model, ids)]
+            metrics[f"perplexity {text}"] = math.exp(sum(losses) / len(losses))
+            save(args, metrics)  # a run that is stopped keeps what it has measured
     return finish({"output": args.output, **metrics})
 
 
 if __name__ == "__main__":
-    main(*parse_args((StudyArgs,), description=__doc__))
+    start(main, (StudyArgs,), __doc__)
