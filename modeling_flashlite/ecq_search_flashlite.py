@@ -93,6 +93,14 @@ class Layer:
         self.input_factor, self.input_moment = factor.float(), moment
         return spread.mean().item()
 
+    def follow_power(self, power: torch.Tensor, share: float, most: float) -> None:
+        """Column scales for rounding to nearest, from the mean square `[columns]` of the inputs."""
+        if not torch.isfinite(power).all() or power.sum() <= 0 or len(self.weight) < _SCALE_ROWS:
+            return
+        spread = -0.5 * torch.log2(power + 1e-3 * power.mean())
+        scales = (share * (spread - spread.mean())).clamp(-most, most)
+        self.log_scales = scales - scales.mean()
+
     def price_of(self, curvature: torch.Tensor) -> torch.Tensor:
         """Nats that rounding a row with feedback costs, over its squared step, for `g_r` of the module's docstring."""
         scale = torch.exp2(self.column_exponents().float() / GRID)

@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .coded_flashlite import auto_map, coded_class, with_code, without_code
 from .ecq_modules_flashlite import EcqModule, FakeQuantModule, to_float, to_quantized, to_twin
 from .ecq_parents_flashlite import read_by_parents
+from .ecq_probe_flashlite import scale_columns
 from .ecq_search_flashlite import GRID, Layer, data_free_steps, search
 from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weight
 from .linear_flashlite import Linear
@@ -314,6 +315,7 @@ def quantize_data_free(model, config: EcqConfig) -> None:
     fresh = _not_loaded(model)
     layers = [layer for layer in collect_layers(model, config) if fresh.isdisjoint(layer.names)]
     budget = config.budget(sum(p.numel() for p in model.parameters()))
+    scale_columns(model, layers)
     install(model, layers, search(layers, budget, overhead_bytes(model, ids_of(layers))))
 
 

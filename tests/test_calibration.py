@@ -1,12 +1,20 @@
 """Post-training quantization with data."""
 
+import copy
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_quantization import MODELS, build, inputs_of, logits_of
-from transformers import AlbertConfig, AlbertForMaskedLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForConditionalGeneration
 from modeling_flashlite.ecq_search_flashlite import (
@@ -20,6 +28,7 @@ from modeling_flashlite.ecq_search_flashlite import (
 )
 from modeling_flashlite.ecq_stream_flashlite import encode_weight, stream_bytes
 from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers, groups_of
+from modeling_flashlite.training import calibration as rounding
 from modeling_flashlite.training.blocks import BlockQuantizer, runner
 from modeling_flashlite.training.calibration import batches_of, mean_loss, quantize
 from modeling_flashlite.training.moments import InputMoments, collect_moments, second_moment, watch
@@ -204,6 +213,36 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     (tmp_path / "steps.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="is damaged .* start again"):
         quantize(build("llama"), EcqConfig(target_bits=5.0), data, resume=tmp_path)
+
+
+def test_columns_that_read_large_inputs_are_finer_without_data(monkeypatch):
+    """A pass over random tokens finds them: the error of the logits falls at equal size."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=4)
+    config.intermediate_size, config.num_key_value_heads = 192, 4
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.input_layernorm.weight[:6] *= 20
+            block.post_attention_layernorm.weight[:6] *= 20
+    batch, errors = {"input_ids": torch.randint(3, 512, (2, 16))}, {}
+    want = model(**batch).logits
+    for name in ("scaled", "plain"):
+        coded = quantize(copy.deepcopy(model), EcqConfig(target_bits=4.5))
+        errors[name] = (coded(**batch).logits - want).square().mean().item()
+        monkeypatch.setattr(rounding, "scale_columns", lambda model, layers: None)
+    assert errors["scaled"] < 0.6 * errors["plain"]
+
+
+def test_a_model_that_cannot_read_random_tokens_is_quantized_without_scales(monkeypatch, caplog):
+    model = build("llama")
+
+    def refuse(*args, **kwargs):
+        raise ValueError("no image")
+
+    monkeypatch.setattr(type(model), "forward", refuse)
+    assert quantize(model, EcqConfig(target_bits=4.0)).is_quantized
+    assert "no image" in caplog.records[-1].getMessage()
 
 
 def _trained(steps: int = 60):

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..ecq_probe_flashlite import scale_columns
 from ..ecq_search_flashlite import Layer, room_of, search
 from ..quantization_flashlite import (
     EcqConfig,
@@ -41,7 +42,7 @@ LADDER = (2.0, 2.33, 2.67, 3.0, 3.33, 3.67, 4.0, 4.5, 5.0, 6.0)  # bits per weig
 
 
 def _batches(calibration, model, batch_size: int, data_collator: Callable | None) -> Iterable[dict]:
-    """Batches of tensors from a loader, a list of batches, or a dataset of examples, collated or padded here."""
+    """Batches of tensors from a loader, a list of batches, or a dataset of examples, which is padded here."""
     examples = iter(calibration)
     first = next(examples)
     examples, ids = itertools.chain([first], examples), first.get("input_ids")
@@ -160,6 +161,7 @@ def quantize(
     if calibration is None:
         if config.max_loss_increase is not None:
             raise ValueError("max_loss_increase needs data to measure the loss on; pass calibration=dataset.")
+        scale_columns(model, layers)
         install(model, layers, search(layers, budget, overhead))
     else:
         batches = batches_of(calibration, model, data_collator, batch_size, max_batches)

@@ -1,0 +1,66 @@
+"""Column scales without data: what a model's layers read when it reads random tokens.
+
+Trained models have columns whose inputs are many times larger than others, whatever the text. Rounding to nearest
+costs `sum_c step[c]^2 E[x_c^2]` in the outputs, so at equal rates the best steps of columns are proportional to
+`E[x_c^2]^(-1/2)`; they follow it most of the way.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from .ecq_search_flashlite import Layer
+
+logger = logging.getLogger(__name__)
+_ROWS, _TOKENS = 2, 128
+_SHARE, _MOST = 0.8, 2.0  # how far scales follow the inputs, and at most, in octaves
+
+
+def _probe(model) -> dict[str, torch.Tensor]:
+    table = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, table.weight.shape[0], (_ROWS, _TOKENS), generator=generator).to(table.weight.device)
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": ids}
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+
+
+@torch.no_grad()
+def scale_columns(model, layers: list[Layer]) -> None:
+    """Set the column scales of `layers` from one forward pass over random tokens, where the model reads tokens.
+
+    Other models, and layers that this pass does not reach, keep scales of 1.
+    """
+    if not model.can_generate() or model.main_input_name != "input_ids":
+        return
+    powers: dict[int, torch.Tensor] = {}
+
+    def record(index: int, columns: int):
+        def hook(module, args):
+            if args and isinstance(args[0], torch.Tensor) and args[0].shape[-1] == columns:
+                power = args[0].float().reshape(-1, columns).square().mean(0)
+                powers[index] = powers.get(index, 0) + power
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(record(index, layer.weight.shape[1]))
+        for index, layer in enumerate(layers)
+        for module in layer.modules
+        if not isinstance(module, nn.Embedding)
+    ]
+    training = model.training
+    try:
+        model.eval()(**_probe(model), use_cache=False)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        logger.warning("Random tokens cannot be read by %s (%s): columns have no scales.", type(model).__name__, error)
+        return
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    for index, power in powers.items():
+        layers[index].follow_power(power, _SHARE, _MOST)
