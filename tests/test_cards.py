@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from checkpoints import RESULTS, WRITTEN, describe, make_model, save_checkpoint
+from checkpoints import RESULTS, WRITTEN, describe, make_model, make_tokenizer, save_checkpoint
 from huggingface_hub import ModelCard
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_flashlite.measure.results import read_results
 from modeling_flashlite.publish import cards, repository
 from modeling_flashlite.publish.repository import PublishError, list_files, stage
+from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.saving_flashlite import AUTO_MAP
+from modeling_flashlite.training.calibration import quantize
 
 ROOT = Path(__file__).parents[1]
 
@@ -193,6 +196,19 @@ def test_snippet_runs_without_the_package(kind, tmp_path):
     example = "Who grants it? The Licensor." if kind == "reader" else "You may not"
     folder = stage(run, tmp_path / "staged")
     card = cards.collect_card(folder, "you/model", [RESULTS], {**WRITTEN, "example": example})
+    assert cards.run_snippet(card, folder)
+
+
+def test_snippet_of_a_coded_model_of_another_family_runs_without_the_package(tmp_path):
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96
+    )
+    quantize(LlamaForCausalLM(config), EcqConfig(target_bits=5)).save_pretrained(tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    folder = stage(tmp_path / "run", tmp_path / "staged")
+    assert (folder / "codec_flashlite.py").is_file() and not (folder / "modeling_flashlite.py").exists()
+    card = cards.collect_card(folder, "you/model", [RESULTS], {**WRITTEN, "example": "You may not"})
     assert cards.run_snippet(card, folder)
 
 

@@ -9,6 +9,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.dynamic_module_utils import get_relative_import_files
+
 from ..data.tasks import TASKS
 from ..saving_flashlite import fitting_auto_map
 
@@ -99,9 +101,16 @@ def stage(run: str | Path, target: str | Path, *, task: str | None = None, base_
 
 
 def _complete_config(folder: Path, task: str | None) -> None:
-    """Add code, `auto_map` and `custom_pipelines` to a staged Flash-Lite checkpoint; leave other models alone."""
+    """Add code, `auto_map` and `custom_pipelines` to a staged Flash-Lite checkpoint.
+
+    A coded model of another family has its `auto_map` since it was saved, and gets the files of the quantizer.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "flashlite":
+        if (config.get("quantization_config") or {}).get("quant_method") == "ecq" and "auto_map" in config:
+            quantizer = PACKAGE / "quantization_flashlite.py"
+            for source in map(Path, [quantizer, *get_relative_import_files(quantizer)]):
+                shutil.copyfile(source, folder / source.name)
         return
     for source in PACKAGE.glob("*_flashlite.py"):
         shutil.copyfile(source, folder / source.name)
