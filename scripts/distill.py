@@ -81,7 +81,12 @@ def cached_rows(distill: DistillArgs, args: TrainArgs, teacher, tokenizer, rows)
         raise ValueError("streamed rows cannot be cached; load them without streaming, or distil --live.")
     with args.main_process_first(desc="annotate"):
         cache = TeacherCache(
-            teacher.to(args.device), tokenizer, distill.k, mode=distill.mode, temperature=distill.temperature
+            teacher.to(args.device),
+            tokenizer,
+            distill.k,
+            mode=distill.mode,
+            temperature=distill.temperature,
+            dtype="uint8" if distill.mode == "topk" else "float16",
         )
         try:
             other = cache.difference(load_from_disk(folder), rows)

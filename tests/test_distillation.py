@@ -42,7 +42,7 @@ from modeling_flashlite.training.distillation import (
     student_from_teacher,
     teacher_logits,
 )
-from modeling_flashlite.training.divergence import _ForwardKL
+from modeling_flashlite.training.divergence import _ForwardKL, pack_weights, unpack_weights
 
 V = 97
 OFF = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -806,3 +806,35 @@ def CAUSAL(layers):  # noqa: N802
     from modeling_flashlite import FlashLiteConfig
 
     return FlashLiteConfig(**{**TINY, "is_encoder_decoder": False, "num_hidden_layers": layers})
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0, 30.0])
+def test_probabilities_in_a_byte_keep_their_odds(spread):
+    p = (torch.randn(200, 300) * spread).softmax(-1)
+    kept = p.topk(32).values
+    again = unpack_weights(pack_weights(kept))
+    assert pack_weights(kept).dtype == torch.uint8 and float(again.sum(-1).max()) < 1 + 1e-5
+    whole, ours = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1).clamp_min(1e-7) for x in (kept, again))
+    assert float((whole * (whole / ours).log()).sum(-1).abs().max()) < 2e-3
+    assert torch.equal(unpack_weights(pack_weights(torch.zeros(2, 4))), torch.zeros(2, 4))
+
+
+def test_a_cache_of_bytes_is_small_and_teaches_the_same(tmp_path):
+    vocabulary = 1000
+    rows = Dataset.from_list([{"input_ids": torch.randint(0, vocabulary, (200,)).tolist()} for _ in range(20)])
+    teacher, tokenizer = llama(vocab_size=vocabulary), make_tokenizer(vocabulary)
+    losses = {}
+    for dtype in ("float32", "uint8"):
+        cached = TeacherCache(teacher, tokenizer, k=32, mode="topk", temperature=1.0, dtype=dtype).annotate(rows)
+        cached.select_columns(["teacher_ids", "teacher_weights", "teacher_info"]).save_to_disk(tmp_path / dtype)
+        batch = PaddingCollator(tokenizer)([cached[0], cached[1]])
+        student = llama(vocab_size=vocabulary, seed=2)
+        student.loss_function = KDLoss("forward", alpha=0.0, temperature=1.0)
+        student.train()
+        batch["labels"] = batch["input_ids"]
+        losses[dtype] = student(**batch).loss.item()
+    assert losses["uint8"] == pytest.approx(losses["float32"], rel=0.01)
+    size = sum(path.stat().st_size for path in (tmp_path / "uint8").glob("*.arrow"))
+    assert size / (200 * 20) <= 120
+    with pytest.raises(ValueError, match="uint8 in mode topk"):
+        TeacherCache(teacher, tokenizer, dtype="uint8")

@@ -122,7 +122,7 @@ WORKSHOP_EDGES = {
     "training.qat": {"training.calibration"},
     "training.replay": set(),
     "spelling": set(),
-    "training.teacher": {"checkpoint", "data.loading"},
+    "training.teacher": {"checkpoint", "data.loading", "training.divergence"},
     "training.trainers": {"data.loading"},
 }
 # huggingface_hub gives configurations their `strict` decorator; transformers itself cannot be installed without it

@@ -136,6 +136,29 @@ def bucket_log_probs(
     return torch.cat([log_p, rest_p], -1), torch.cat([log_q, rest_q], -1)
 
 
+# steps of the logit of a share in one byte: odds are kept to 4%
+_SHARE_STEPS = 12.0
+
+
+def pack_weights(weights: torch.Tensor) -> torch.Tensor:
+    """Top-k probabilities `[*, K]`, largest first, as one byte each.
+
+    Each byte is the logit of the share that an entry has of what the ones before it left, so that the sum of the
+    entries never passes 1 and a bucket for the rest keeps its size. [`unpack_weights`] is the way back.
+    """
+    left = 1 - weights.cumsum(-1) + weights
+    share = (weights / left.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1 - 1e-6)
+    code = (_SHARE_STEPS * torch.logit(share)).round().add(128).clamp(1, 255)
+    return torch.where(weights > 0, code, 0).to(torch.uint8)
+
+
+def unpack_weights(codes: torch.Tensor) -> torch.Tensor:
+    """Probabilities `[*, K]` of [`pack_weights`], in float32."""
+    share = torch.sigmoid((codes.float() - 128) / _SHARE_STEPS) * (codes > 0)
+    left = torch.cumprod(1 - share, -1)
+    return share * torch.nn.functional.pad(left[..., :-1], (1, 0), value=1.0)
+
+
 @dataclass(frozen=True)
 class KDLoss:
     r"""Distillation as a loss hook: `model.loss_function = KDLoss("forward", alpha=0.5, temperature=2.0)`.
@@ -206,6 +229,8 @@ class KDLoss:
             columns: tuple[torch.Tensor, ...] = (teacher_logits,)
             signal: Callable | None = self._dense
         elif teacher_ids is not None and teacher_weights is not None:
+            if not teacher_weights.is_floating_point():  # bytes, which a collator may have widened
+                teacher_weights = unpack_weights(teacher_weights)
             columns = (teacher_ids, teacher_weights)
             signal = self._sampled if bool((teacher_weights[..., -1] < 0).any()) else self._topk
             if signal == self._sampled and self.state["kind"] != "forward":

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..checkpoint import load_language_model
 from ..data.loading import PaddingCollator, require_columns
+from .divergence import pack_weights
 
 __all__ = [
     "TeacherCache",
@@ -200,7 +201,8 @@ class TeacherCache:
         k (`int`, *optional*, defaults to 64): entries per token.
         mode (`str`, *optional*, defaults to `"sample"`): see above.
         temperature (`float`, *optional*, defaults to 2.0): of the teacher's softmax; must equal the loss's.
-        dtype (`str`, *optional*, defaults to `"float16"`): type of the stored weights, `float16` or `float32`.
+        dtype (`str`, *optional*, defaults to `"float16"`): type of the stored weights, `float16` or `float32`; in mode
+            `topk` also `uint8`, which keeps odds to 4% (see [`divergence.pack_weights`]).
         seed (`int`, *optional*, defaults to 0): of the samples.
     """
 
@@ -217,6 +219,10 @@ class TeacherCache:
             raise ValueError(f"mode is {self.mode!r}, but must be one of {', '.join(MODES)}.")
         if self.k < 1 or self.temperature <= 0:
             raise ValueError(f"k is {self.k} and temperature {self.temperature}, but both must be positive.")
+        if self.dtype not in ("float16", "float32", "uint8") or (self.dtype == "uint8" and self.mode != "topk"):
+            raise ValueError(
+                f"dtype is {self.dtype!r} in mode {self.mode!r}, but must be float16, float32, or uint8 in mode topk."
+            )
         if isinstance(self.teacher, str):
             self.teacher = load_language_model(self.teacher, device="cpu")
         self.teacher.eval()
@@ -314,10 +320,11 @@ class TeacherCache:
             generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + indices[0])
             ids, weights = self._select(logits[labels != -100], generator)
             lengths = [len(item.get("labels", item["input_ids"])) for item in items]
-            mask, dtype = labels != -100, getattr(torch, self.dtype)
+            mask = labels != -100
+            weights = pack_weights(weights) if self.dtype == "uint8" else weights.to(getattr(torch, self.dtype))
             return {
                 "teacher_ids": self._rows(mask, ids, lengths),
-                "teacher_weights": self._rows(mask, weights.to(dtype), lengths),
+                "teacher_weights": self._rows(mask, weights, lengths),
                 "teacher_info": [info] * len(lengths),
             }
 
