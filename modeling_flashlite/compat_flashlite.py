@@ -5,6 +5,7 @@ No other file asks for a version. Published checkpoints carry this file for year
 rather than how old it is.
 """
 
+import copy
 import functools
 import inspect
 import re
@@ -43,12 +44,11 @@ def check_version(version: str) -> None:
 check_version(transformers.__version__)
 
 # the rest needs a recent library
-from transformers import configuration_utils  # noqa: E402
+from transformers import GenerationConfig, Pipeline, configuration_utils  # noqa: E402
 from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: E402
 from transformers.utils import TransformersKwargs  # noqa: E402
 
-# 5.24 renamed `past_key_values` to `cache`, in what `generate` passes and in the outputs (transformers #43949 and
-# after); it deprecates the old name
+# 5.24 renamed `past_key_values` to `cache`, in what `generate` passes and in the outputs; it deprecates the old name
 _NAMES = ("cache", "past_key_values")
 CACHE = next(name for name in _NAMES if name in BaseModelOutputWithPast.__dataclass_fields__)
 _OTHER_NAME = next(name for name in _NAMES if name != CACHE)
@@ -110,6 +110,27 @@ def sub_config_specs(classes: Mapping[str, type], optional: str) -> dict:
     if spec is None:
         return {}
     return {name: spec(config_class=part, optional=name == optional) for name, part in classes.items()}
+
+
+class GenerationArguments:
+    """Gives a pipeline of 5.16 what later ones have: generation arguments apart, and put together for each call.
+
+    Mixed in before the pipeline's own class; where that has `_prepare_generate_kwargs`, nothing is added.
+    """
+
+    if not hasattr(Pipeline, "_prepare_generate_kwargs"):
+
+        def __init__(self, *args, **kwargs):
+            names = {name for name in vars(GenerationConfig()) if not name.startswith("_")} | {"generation_config"}
+            self._generate_kwargs = {name: value for name, value in kwargs.items() if name in names}
+            super().__init__(*args, **kwargs)
+
+        def _prepare_generate_kwargs(self, generate_kwargs: dict, **overrides) -> dict:
+            config = copy.deepcopy(generate_kwargs.get("generation_config") or self.generation_config)
+            known = {name: value for name, value in generate_kwargs.items() if hasattr(config, name)}
+            config.update(**{**known, **overrides})
+            rest = {name: value for name, value in generate_kwargs.items() if name not in known}
+            return {**rest, "generation_config": config}
 
 
 # keyword arguments that a `forward` accepts beyond its own, and what reads them

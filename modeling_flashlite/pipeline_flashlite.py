@@ -15,6 +15,8 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSeq2SeqLM, G
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 
+from .compat_flashlite import GenerationArguments
+
 # task -> key of the result
 RESULT_KEYS = {
     "text2text-generation": "generated_text",
@@ -48,7 +50,7 @@ def fill_template(template: str, fields: dict[str, str]) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
 
 
-class FlashLitePipeline(ChunkPipeline):
+class FlashLitePipeline(GenerationArguments, ChunkPipeline):
     r"""Text to text with an encoder-decoder: generation, translation, summarization, question answering.
 
     Inputs longer than `max_input_tokens` are cut at sentence ends; the pieces are generated in batches and their

@@ -28,17 +28,16 @@ if [ -z "$newest" ]; then
 fi
 versions="$(printf '%s\n' "$oldest" 5.23.0 "$(lock transformers)" "$newest" | sort --version-sort --unique)"
 
-# An environment holds transformers alone and borrows everything else from .venv: seconds instead of gigabytes.
+# An environment holds transformers and what it wants otherwise than the lock; it borrows the rest from .venv, PyTorch
+# first of all: seconds instead of gigabytes.
 environment() {
     local folder=".venv-transformers-$1"
     if [ "$("$folder/bin/python" -c 'import transformers; print(transformers.__version__)' 2>/dev/null)" != "$1" ]; then
         .venv/bin/python -m venv --clear "$folder"
         .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
             >"$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
-        "$folder/bin/python" -m pip install -qq --disable-pip-version-check --no-deps "transformers==$1"
+        "$folder/bin/python" -m pip install -qq --disable-pip-version-check "transformers==$1" >&2
     fi
-    # what this version asks of the others
-    "$folder/bin/python" -c 'import transformers'
     echo "$folder"
 }
 

@@ -32,7 +32,7 @@ EDGES = {
     "linear": {"compat"},
     "ecq_parents": set(),
     "lora_targets": set(),
-    "pipeline": set(),
+    "pipeline": {"compat"},
     "saving": set(),
     "attention": {"attention_tiles"},
     "ecq_stream": {"codec", "int4"},

@@ -24,7 +24,6 @@ from transformers import (
     BertConfig,
     DebertaConfig,
     DebertaV2Config,
-    DistributedConfig,
     FalconMambaConfig,
     Gemma3TextConfig,
     GPT2Config,
@@ -244,6 +243,7 @@ def test_offloading_to_disk_is_refused(places, tmp_path):
 
 
 def test_splitting_over_processes_is_refused(tmp_path):
+    DistributedConfig = pytest.importorskip("transformers", minversion="5.23").DistributedConfig
     quantize(build("llama"), EcqConfig(target_bits=4)).save_pretrained(tmp_path / "model")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
