@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -78,6 +79,8 @@ MODELS = {
 
 
 def build(kind: str, seed: int = 0):
+    if kind == "t5gemma" and transformers.__version__.startswith("5.16."):
+        pytest.skip("transformers 5.16 does not load its own T5Gemma as it saved it, quantized or not")
     auto, config = MODELS[kind]
     torch.manual_seed(seed)
     return auto.from_config(copy.deepcopy(config)).eval()
