@@ -30,8 +30,8 @@ from transformers.cache_utils import Cache
 from .attention_flashlite import WorkingSet, fits_working_set, joint_weights, multi_axis_attention
 from .cache_flashlite import EncoderCacheLayer, FlashLiteCacheLayer, axis_spec, own_cache
 from .compat_flashlite import CACHE
-from .ecq_modules_flashlite import join
-from .int4_flashlite import TILE_ROWS
+from .ecq_modules_flashlite import EcqLinear, join
+from .int4_flashlite import TILE_ROWS, int4_few_rows, is_few_rows
 from .layers_flashlite import (
     LENGTH_ROPES,
     FlashLiteDecoderAttention,
@@ -42,7 +42,6 @@ from .layers_flashlite import (
     nearer,
     position_angles,
     product_dtype,
-    rotate,
     shift_angles,
 )
 from .linear_flashlite import Linear, is_hooked, linear
@@ -86,13 +85,15 @@ def decoding(decoder: FlashLiteDecoder) -> "FlashLiteDecoder | DecodeSession":
 
 
 class Angles(NamedTuple):
-    """Cosines and sines of one position `[H / 2]`, both in a row, and each twice, `[H]`; or tables of them."""
+    """Cosines and sines of one position as a token needs them; or tables of them.
+
+    For rotary positions `cos` and `sin` are `[N + M, H]`, for queries and keys together: sines have the sign of their
+    half, and the rows of queries are scaled. Else they are `[H]`, each twice, and `both` `[H]` has them in a row.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
     both: torch.Tensor
-    cos_twice: torch.Tensor
-    sin_twice: torch.Tensor
 
 
 class DecodeSession:
@@ -190,7 +191,8 @@ class DecodeSession:
             positions = torch.arange(first, first + self.positions, device=like.device)[None]
             dtype = torch.promote_types(like.dtype, torch.float32)
             config, kinds = self.decoder.config, set(self.kinds)
-            tables = {kind: _table_of(*position_angles(config, positions, dtype, kind)) for kind in kinds}
+            attention = self.decoder.layers[0].self_attn
+            tables = {kind: _table_of(attention, *position_angles(config, positions, dtype, kind)) for kind in kinds}
             self._tables = first, tables
         return {kind: Angles(*(table[index] for table in tables)) for kind, tables in self._tables[1].items()}
 
@@ -210,10 +212,15 @@ class DecodeSession:
         return self._shift[1] if shift else None
 
 
-def _table_of(cos: torch.Tensor, sin: torch.Tensor) -> Angles:
+def _table_of(attention: FlashLiteDecoderAttention, cos: torch.Tensor, sin: torch.Tensor) -> Angles:
     cos, sin = cos[0, 0], sin[0, 0]
-    pairs = (cos, sin), (cos, cos), (sin, sin)
-    return Angles(cos, sin, *(torch.cat(pair, dim=1) for pair in pairs))
+    both, twice = torch.cat([cos, sin], dim=1), torch.cat([cos, cos], dim=1)
+    if not attention.is_rotary:
+        return Angles(twice, torch.cat([sin, sin], dim=1), both)
+    config = attention.config
+    scales = cos.new_ones(config.num_attention_heads + config.num_key_value_heads, 1)
+    scales[: config.num_attention_heads] = attention.scaling
+    return Angles(twice[:, None] * scales, torch.cat([-sin, sin], dim=1)[:, None] * scales, both)
 
 
 def is_plain(decoder: FlashLiteDecoder) -> bool:
@@ -249,7 +256,64 @@ def _call(module: nn.Module):
         return module
     if type(module) in (nn.Linear, Linear):
         return functools.partial(linear, weight=module.weight, bias=module.bias)
+    if _is_coded(module):
+        kernel, size = module.prepared(), module.out_features
+        return lambda states: int4_few_rows(states, kernel, size) if is_few_rows(states) else module.forward(states)
     return module.forward
+
+
+def _is_coded(module: nn.Module) -> bool:
+    """Whether a layer is nothing but a product with codes on the CPU."""
+    coded = type(module) is EcqLinear and module.tiles is not None and module.tiles.is_cpu
+    return coded and module.bias is None and not module.step.requires_grad
+
+
+def _together(norm: nn.Module, layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    """The outputs of several layers that read the same norm of `[B, D]`: by one product, where they are codes.
+
+    The weight of the norm is folded into what coded layers multiply their inputs by.
+    """
+    normalize = _norm_of(norm)
+    joint = None if any(map(is_hooked, layers)) else join(layers)
+    if joint is None:
+        calls = list(map(_call, layers))
+
+        def apart(states: torch.Tensor) -> list[torch.Tensor]:
+            states = normalize(states)
+            return [call(states) for call in calls]
+
+        return apart
+    starts = itertools.accumulate((len(layer.tiles) * TILE_ROWS for layer in layers), initial=0)
+    places = [(1, start, layer.out_features) for start, layer in zip(starts, layers)]
+    few = _few_normed_rows(norm, joint) if _is_coded(joint) and isinstance(norm, nn.RMSNorm) else None
+
+    def product(states: torch.Tensor) -> list[torch.Tensor]:
+        if few is not None and is_few_rows(states):
+            output = few(states)
+        else:
+            output = joint.forward(normalize(states))
+        return [output.narrow(*place) for place in places]
+
+    return product
+
+
+def _few_normed_rows(norm: nn.RMSNorm, layer: EcqLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`layer(norm(x))` of few rows `[B, D]`, the norm's weight and the layer's factors being multiplied as one."""
+    packed, group, scales, numbers, factors = layer.prepared()
+    weight, floor = _norm_weight(norm)
+    weight = weight if numbers is None else weight.index_select(0, numbers)
+    weight = weight if factors is None else weight * factors
+    spare = 2 * packed.shape[1] - len(weight)
+
+    def product(states: torch.Tensor) -> torch.Tensor:
+        rows, dtype = states.to(weight.dtype), states.dtype
+        length = torch.hypot(torch.linalg.vector_norm(rows, 2, -1, True), floor)
+        rows = (rows if numbers is None else rows.index_select(1, numbers)) * weight
+        rows = rows.div_(length).to(torch.bfloat16)
+        rows = nn.functional.pad(rows, (0, spare)) if spare else rows
+        return torch.ops.aten._weight_int4pack_mm_for_cpu.default(rows, packed, group, scales).to(dtype)
+
+    return product
 
 
 class LayerStep:
@@ -259,11 +323,12 @@ class LayerStep:
         attention = layer.self_attn
         self.attention, self.spec = attention, attention.spec
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
-        self.query_key_value = self._together([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.gate_up = self._together([layer.mlp.gate_proj, layer.mlp.up_proj])
+        before, after, before_mlp, after_mlp = _norms(layer)
+        self.query_key_value = _together(before, [attention.q_proj, attention.k_proj, attention.v_proj])
+        self.gate_up = _together(before_mlp, [layer.mlp.gate_proj, layer.mlp.up_proj])
         self.o, self.down = _call(attention.o_proj), _call(layer.mlp.down_proj)
         self.act = _call(layer.mlp.act_fn)
-        self.norms = list(map(_norm_of, _norms(layer)))
+        self.after, self.after_mlp = _norm_of(after), _norm_of(after_mlp)
         self.head_norms = _call(attention.q_norm), _call(attention.k_norm)
         self.multiplier = layer.residual_multiplier
         self.groups, self.is_rotary = attention.num_key_value_groups, attention.is_rotary
@@ -271,22 +336,6 @@ class LayerStep:
         self._encoder: EncoderKeys | None = None
         self._working: WorkingSet | None = None
         self._version: int | None = None
-
-    @staticmethod
-    def _together(layers: list[nn.Module]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
-        """The outputs of several layers of the same input as one function: one product, where they are codes."""
-        joint = None if any(map(is_hooked, layers)) else join(layers)
-        if joint is None:
-            calls = list(map(_call, layers))
-            return lambda states: [call(states) for call in calls]
-        starts = itertools.accumulate((len(layer.tiles) * TILE_ROWS for layer in layers), initial=0)
-        places = [(1, start, layer.out_features) for start, layer in zip(starts, layers)]
-
-        def product(states: torch.Tensor) -> list[torch.Tensor]:
-            output = joint.forward(states)
-            return [output.narrow(*place) for place in places]
-
-        return product
 
     @torch.no_grad()
     def _query_map(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -325,35 +374,37 @@ class LayerStep:
 
         `shift` are the angles of how much nearer the first block seems, where it does.
         """
-        before, after, before_mlp, after_mlp = self.norms
-        query, key, value = self.query_key_value(before(states))
-        query = self._query(self.head_norms[0](query), angles)
+        query, key, value = self.query_key_value(states)
         batch = states.shape[0]
-        key = self.head_norms[1](key).view(batch, -1, 1, self.head_dim)
-        value = value.view(key.shape)
-        if self.is_rotary:
-            key = rotate(key, angles.cos, angles.sin)
-        else:
-            key = torch.cat([key, angles.both.to(key.dtype).expand(key.shape)], dim=-1)
-        keys, values = cache.update(key, value)
+        query, key = self._place(self.head_norms[0](query), self.head_norms[1](key), angles)
+        keys, values = cache.update(key, value.view(batch, -1, 1, self.head_dim))
         first = None if shift is None else nearer(query[None], *shift)[0]
         attended = self._attend(query, keys, values, cache, encoder, first).reshape(batch, -1)
-        states = torch.add(states, after(self.o(attended.to(states.dtype))), alpha=self.multiplier)
-        gate, up = self.gate_up(before_mlp(states))
-        return torch.add(states, after_mlp(self.down(self.act(gate) * up)), alpha=self.multiplier)
+        states = torch.add(states, self.after(self.o(attended.to(states.dtype))), alpha=self.multiplier)
+        gate, up = self.gate_up(states)
+        return torch.add(states, self.after_mlp(self.down(self.act(gate) * up)), alpha=self.multiplier)
 
-    def _query(self, projected: torch.Tensor, angles: Angles) -> torch.Tensor:
-        """Scaled queries with their positions, `[B, N H]` -> `[B M, G, H or 2 H]`."""
-        size, batch = self.head_dim, projected.shape[0]
+    def _place(self, query: torch.Tensor, key: torch.Tensor, angles: Angles) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled queries `[B M, G, H or 2 H]` and keys `[B, M, 1, H or 2 H]` with their positions.
+
+        From queries `[B, N H]` and keys `[B, M H]`; queries are of the type of the computation.
+        """
+        size, batch = self.head_dim, query.shape[0]
         if self.query_map is None:
-            query = rotate(projected.view(batch, -1, 1, size), angles.cos, angles.sin) * self.scaling
-            return query.view(-1, self.groups, size).to(torch.promote_types(query.dtype, torch.float32))
+            # the pairs of queries and keys turn together: x [cos, cos] + [second, first] [-sin, sin]
+            heads = torch.cat([query, key], dim=1).to(angles.cos.dtype).view(batch, -1, size)
+            heads = torch.addcmul(heads * angles.cos, heads.roll(size // 2, 2), angles.sin)
+            count = query.shape[1] // size
+            query, key = heads.narrow(1, 0, count), heads.narrow(1, count, heads.shape[1] - count)
+            return query.reshape(-1, self.groups, size), key.unsqueeze(2)
+        key = key.view(batch, -1, 1, size)
+        key = torch.cat([key, angles.both.to(key.dtype).expand(key.shape)], dim=-1)
         bias, matrix = self.query_map
         # the heads are the batch of the product
-        rows = projected.view(batch, -1, size).transpose(0, 1).to(matrix.dtype)
+        rows = query.view(batch, -1, size).transpose(0, 1).to(matrix.dtype)
         query = torch.baddbmm(bias, rows, matrix)
-        query.narrow(2, size, size).mul_(angles.cos_twice).addcmul_(query.narrow(2, 2 * size, size), angles.sin_twice)
-        return query.narrow(2, 0, 2 * size).transpose(0, 1).reshape(-1, self.groups, 2 * size)
+        query.narrow(2, size, size).mul_(angles.cos).addcmul_(query.narrow(2, 2 * size, size), angles.sin)
+        return query.narrow(2, 0, 2 * size).transpose(0, 1).reshape(-1, self.groups, 2 * size), key
 
     def _attend(self, query, keys, values, cache, encoder, first) -> torch.Tensor:
         """Scaled queries `[B M, G, H or 2 H]` over the slots of cache and encoder: `[B M, G, H]` or `[B, N, 1, H]`.
@@ -424,14 +475,21 @@ def _norm_of(norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     if type(norm) is nn.Identity:
         return norm.forward
+    weight, floor = _norm_weight(norm)
+
+    def normalize(states: torch.Tensor) -> torch.Tensor:
+        # cast once: operators with two types make a copy each
+        states, dtype = states.to(weight.dtype), states.dtype
+        length = torch.linalg.vector_norm(states, 2, -1, True)
+        return (states * weight).div_(torch.hypot(length, floor)).to(dtype)
+
+    return normalize
+
+
+def _norm_weight(norm: nn.RMSNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sqrt(D) w` and `sqrt(D eps)` of a norm, see [`_norm_of`]."""
     wide = torch.promote_types(norm.weight.dtype, torch.float32)
     size = norm.normalized_shape[0]
     eps = torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
     weight = (norm.weight.detach().to(wide) + getattr(norm, "offset", 0.0)) * size**0.5
-    floor = norm.weight.new_tensor((size * eps) ** 0.5, dtype=wide)
-
-    def normalize(states: torch.Tensor) -> torch.Tensor:
-        length = torch.linalg.vector_norm(states, 2, -1, True, dtype=wide)
-        return (states * weight).div_(torch.hypot(length, floor)).to(states.dtype)
-
-    return normalize
+    return weight, norm.weight.new_tensor((size * eps) ** 0.5, dtype=wide)

@@ -204,6 +204,21 @@ def test_adapters_and_codes_count(steps):
     assert (short - without).norm() > 0.1 * long.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
+def test_coded_layers_with_a_norm_folded_in(encoding, rows, dtype, steps):
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "position_encoding": encoding}
+    model = causal_model(dtype=torch.float32, **sizes)
+    quantize_data_free(model, EcqConfig())
+    model, ids = model.to(dtype), tokens(rows, 16)
+    short, _ = one_by_one(model, ids)
+    long, _ = one_by_one(model, ids, session=False)
+    assert any(steps)
+    # products with codes are of bfloat16 precision
+    assert (short - long).norm() < (0.02 if dtype == torch.float32 else 0.06) * long.norm()
+
+
 def test_large_batches_hold_their_codes_for_one_generation(steps):
     torch.manual_seed(0)
     model = causal_model(dtype=torch.float32, hidden_size=64, num_attention_heads=2, head_dim=32)
