@@ -3,8 +3,16 @@
 import pytest
 import torch
 
+from modeling_flashlite.attention_flashlite import AxisSpec
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
-from modeling_flashlite.layers_flashlite import FlashLiteDecoderAttention, position_angles, rotate
+from modeling_flashlite.layers_flashlite import (
+    FlashLiteDecoderAttention,
+    first_block_shift,
+    nearer,
+    position_angles,
+    rotate,
+    shift_angles,
+)
 
 
 def attention_of(config, encoding):
@@ -94,3 +102,21 @@ def test_scaled_rotary_embeddings_of_the_library_work(tiny_config):
     cos, _ = position_angles(plain.decoder, torch.arange(4)[None], torch.float64)
     halved, _ = position_angles(scaled.decoder, torch.arange(0, 8, 2)[None], torch.float64)
     torch.testing.assert_close(cos, halved, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
+def test_the_first_block_seems_no_further_than_the_window_reaches(tiny_config, encoding):
+    config = tiny_config(block_size=4, memory_blocks=3)
+    attention, spec = attention_of(config, encoding), AxisSpec(4, 2, 1, 3)
+    positions = torch.arange(60)[None]
+    shift = first_block_shift(positions, spec)
+    assert [first_block_shift(t, spec) for t in range(60)] == shift[0].tolist()
+    assert int((positions - shift).max()) == (spec.memory_blocks + 2) * spec.block_size - 1
+    assert not shift[:, : (spec.memory_blocks + 2) * spec.block_size].any()
+    hidden = torch.randn(1, 60, config.hidden_size, dtype=torch.float64)
+    far, near = (
+        attention.queries(hidden, position_angles(config.decoder, x, hidden.dtype))
+        for x in (positions, positions - shift)
+    )
+    angles = shift_angles(config.decoder, positions, spec, hidden.dtype)[0]
+    torch.testing.assert_close(nearer(far, *angles), near, rtol=0, atol=1e-11)
