@@ -7,8 +7,8 @@ import threading
 
 import pytest
 import torch
+from models import causal_model, one_by_one, tokens
 from peft import LoraConfig, get_peft_model
-from test_modeling import causal_model, tokens
 
 from modeling_flashlite import FlashLiteCache
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
@@ -29,18 +29,6 @@ def open_sessions():
     """Where a test opens the sessions that last until its end."""
     with contextlib.ExitStack() as stack:
         yield stack
-
-
-@torch.no_grad()
-def one_by_one(model, ids, past=None, session=True, **inputs):
-    """Logits `[B, T, V]` of tokens that come one at a time, and the cache."""
-    name, logits = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids", []
-    with decode_session(model) if session else contextlib.nullcontext():
-        for token in ids.split(1, dim=1):
-            out = model(**{name: token}, past_key_values=past, use_cache=True, **inputs)
-            past = out.past_key_values
-            logits.append(out.logits)
-    return torch.cat(logits, dim=1), past
 
 
 def bytes_of_tensors() -> int:

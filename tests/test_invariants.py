@@ -12,8 +12,8 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
+from training_runs import V, arguments, ragged_rows, streams
 from transformers import (
     DataCollatorForSeq2Seq,
     Seq2SeqTrainer,
@@ -28,7 +28,7 @@ from modeling_flashlite import (
     FlashLiteForConditionalGeneration,
     FlashLiteForQuestionAnswering,
 )
-from modeling_flashlite.data.loading import PaddingCollator, segment_streams
+from modeling_flashlite.data.loading import PaddingCollator
 from modeling_flashlite.measure.plots import plot_losses
 from modeling_flashlite.training.distillation import KDLoss, set_loss_function
 from modeling_flashlite.training.lora import add_lora
@@ -43,39 +43,6 @@ from modeling_flashlite.training.trainers import (
 
 # peft 0.21 itself asks for an attribute that transformers 5.23 renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-V = 97
-
-
-def arguments(path, **options):
-    defaults = {
-        "max_steps": 3,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return {"output_dir": str(path), **defaults, **options}
-
-
-def ragged_rows(causal, teacher=False, count=16):
-    """Rows of equal width with different numbers of labels, so that a mean of means would be wrong."""
-    draw = np.random.default_rng(0)
-    rows = []
-    for index in range(count):
-        ids, labels = draw.integers(3, V, 10), draw.integers(3, V, 10)
-        labels = ids.copy() if causal else labels
-        labels[: 1 + index % 9] = -100
-        row = {"input_ids": ids.tolist(), "labels": labels.tolist()}
-        if teacher:
-            weights = draw.dirichlet(np.ones(5), 10)
-            row |= {"teacher_ids": draw.permuted(np.tile(np.arange(5), (10, 1)), axis=1).tolist()}
-            row |= {"teacher_weights": (0.9 * weights).astype(np.float32).tolist()}
-        rows.append(row)
-    return Dataset.from_list(rows)
 
 
 def losses_and_norms(trainer):
@@ -227,7 +194,7 @@ import json, sys, time, torch
 import numpy as np
 sys.path.insert(0, {tests!r})
 from conftest import TINY
-from test_invariants import arguments, ragged_rows, streams
+from training_runs import arguments, ragged_rows, streams
 from transformers import Seq2SeqTrainingArguments
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
 from modeling_flashlite.training.trainers import CarefulTrainer, SegmentTrainer, last_checkpoint
@@ -247,12 +214,6 @@ trainer.train(resume_from_checkpoint=last_checkpoint(folder))
 logs = [log for log in trainer.state.log_history if "grad_norm" in log]
 print(json.dumps([(log["step"], log["loss"], log["grad_norm"]) for log in logs]))
 """
-
-
-def streams(batch, documents=4, seed=0):
-    draw = np.random.default_rng(seed)
-    rows = [{"input_ids": draw.integers(3, V, draw.integers(50, 90)).tolist(), "title": i} for i in range(documents)]
-    return segment_streams(Dataset.from_list(rows), 20, batch, document_column="title")
 
 
 @pytest.mark.parametrize("kind", ["plain", "segments"])

@@ -7,12 +7,12 @@ import torch
 from checkpoints import checkpoint_layers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from models import causal_model, tokens
 
 from modeling_flashlite import (
     FlashLiteCache,
     FlashLiteConfig,
     FlashLiteForCausalLM,
-    FlashLiteForConditionalGeneration,
 )
 from modeling_flashlite.attention_flashlite import (
     AxisSpec,
@@ -23,36 +23,6 @@ from modeling_flashlite.attention_flashlite import (
 )
 from modeling_flashlite.cache_flashlite import FlashLiteCacheLayer
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
-
-
-def randomized(model, dtype=torch.float64):
-    """Weights large enough that attention is far from uniform."""
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype).eval()
-
-
-def causal_model(seed=0, dtype=torch.float64, **overrides):
-    torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": 61,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "block_size": 4,
-        "sub_block_size": 2,
-        "relevance_top_k": 1,
-        "memory_blocks": 5,
-        "is_encoder_decoder": False,
-    }
-    config = FlashLiteConfig(**{**sizes, **overrides})
-    cls = FlashLiteForConditionalGeneration if config.is_encoder_decoder else FlashLiteForCausalLM
-    return randomized(cls(config), dtype)
-
-
-def tokens(rows, columns, seed=1):
-    return torch.randint(3, 61, (rows, columns), generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite

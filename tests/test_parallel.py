@@ -16,7 +16,7 @@ import json, os, sys
 sys.path.insert(0, {TESTS!r})
 import torch
 from conftest import TINY
-from test_invariants import arguments, ragged_rows, streams
+from training_runs import arguments, ragged_rows, streams
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Seq2SeqTrainingArguments
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 from modeling_flashlite.training.distillation import KDLoss, set_loss_function

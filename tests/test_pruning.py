@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_conversion import close, make_parent, some_ids
+from parents import close, make_parent, some_ids
 
 from modeling_flashlite import FlashLiteForCausalLM, convert
 from modeling_flashlite.training.distillation import student_from_teacher

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from test_decode import one_by_one
-from test_modeling import causal_model, tokens
+from models import causal_model, one_by_one, tokens
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
 from modeling_flashlite.layers_flashlite import FlashLiteRMSNorm
