@@ -241,8 +241,8 @@ def flashlite_config(config: PreTrainedConfig, max_length: int | None = None, **
 def default_axes(length: int, block_size: int = 16) -> dict[str, int]:
     """Axes for a model that was trained with full attention over `length` tokens.
 
-    At equal keys small blocks lose least, and means of 8 tokens choose well (`scripts/studies/selection.py`); blocks of
-    64 tokens read a prompt more than twice as fast.
+    At equal keys small blocks lose least, and means of 8 tokens choose well (`scripts/studies/selection.py`).
+    Blocks of 64 tokens read a prompt more than twice as fast.
     `relevance_top_k` makes a token read 9% of the trained length with its own, the previous and the first block, at
     least 512 tokens and at most 4096 beside these. `memory_blocks` is the most for which no distance reaches
     `length`: once the first block has left the window it seems to stand right before it, at most
