@@ -117,6 +117,7 @@ class EcqModule(_Layer):
         self.__dict__["stream"] = None
         return stream
 
+    @torch.inference_mode(False)  # a model that is quantized in inference mode can be trained later
     def set_quantized(self, weight: QuantizedWeight | TiledWeight, device=None) -> None:
         """Take over codes and steps."""
         device = device or self.weight.device
@@ -127,7 +128,8 @@ class EcqModule(_Layer):
         tiled = TiledWeight.of(weight) if isinstance(weight, QuantizedWeight) else weight
         for name, value in zip(_HELD[1:], (tiled.tiles, tiled.step(), *tiled.inputs())):
             if value is not None:
-                value = nn.Parameter(value.to(device), requires_grad=False)
+                value = value.to(device)
+                value = nn.Parameter(value.clone() if value.is_inference() else value, requires_grad=False)
                 value._is_hf_initialized = True
             self._parameters[name] = value
         # past __setattr__, as the parameters: a model has hundreds of layers
@@ -201,13 +203,14 @@ class EcqLinear(EcqModule, nn.Linear):
             input, self.tiles, self.step, self.in_features, bias, numbers=self.numbers, factors=self.factors
         )
 
-    @torch.inference_mode(False)  # tensors made in inference mode cannot be used in training
     def prepared(self) -> KernelWeight:
         """The codes and steps for [`int4_few_rows`]; no bias."""
         if self.kernel is None:
-            step = self.step.detach()
-            # bypasses nn.Module.__setattr__, which searches parameters, buffers and modules first
-            self.__dict__["kernel"] = kernel_weight(self.tiles.detach(), step, self.numbers, self.factors)
+            # tensors made in inference mode cannot be used in training, unlike the codes, if these were made outside
+            with torch.inference_mode(self.tiles.is_inference()):
+                step = self.step.detach()
+                # bypasses nn.Module.__setattr__, which searches parameters, buffers and modules first
+                self.__dict__["kernel"] = kernel_weight(self.tiles.detach(), step, self.numbers, self.factors)
         return self.kernel
 
 
@@ -257,6 +260,9 @@ def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
         for layer in coded
     ):
         return None
+    for layer in coded:
+        if layer.tiles.is_inference():  # of a model that was copied in inference mode
+            layer.set_quantized(layer.tiled())
     weights = [layer.tiled() for layer in coded]
     scales = [[] if w.column_exponents is None else w.column_exponents.tolist() for w in weights]
     if any(scale != scales[0] for scale in scales):

@@ -166,7 +166,7 @@ def _derived(held: WeakIdKeyDictionary, tiles: torch.Tensor, make: Callable[[tor
     version = None if tiles.is_inference() else tiles._version
     entry = held.get(tiles)
     if entry is None or entry[0] != version:
-        with torch.inference_mode(False):  # it may be used in training later
+        with torch.inference_mode(tiles.is_inference()):  # else it may be used in training later
             entry = held[tiles] = version, make(tiles)
     return entry[1]
 

@@ -1,5 +1,7 @@
 """State created under `torch.inference_mode` does not break later training or generation."""
 
+import copy
+
 import pytest
 import torch
 
@@ -63,3 +65,20 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside(causal_config, coded):
         with torch.no_grad():
             model(ids[:, 146:149], past_key_values=past)
         torch.testing.assert_close(model.generate(ids, **{**settings, CACHE: past}), whole, rtol=0, atol=0)
+
+
+def test_models_quantized_or_copied_in_inference_mode_generate_and_train(tiny_config):
+    config = tiny_config(hidden_size=64, intermediate_size=64)
+    ids = torch.randint(3, 97, (1, 70))
+    settings = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+    expected = make(config).generate(ids, **settings)
+    with torch.inference_mode():
+        quantized = make(config)
+        copied = copy.deepcopy(quantized)
+        for model in (quantized, copied, copy.deepcopy(quantized).to(torch.bfloat16)):
+            for _ in range(2):
+                written = model.generate(ids, **settings)
+                assert model.dtype != torch.float32 or torch.equal(written, expected)
+            model(torch.randint(3, 97, (4, 40)))
+    for model in (quantized, copied):
+        assert torch.equal(model.generate(ids, **settings), expected)
