@@ -19,6 +19,9 @@ from modeling_flashlite.training import conversion
 from modeling_flashlite.training.conversion import convert_back, dense_length, open_source, to_encoder_decoder
 from modeling_flashlite.training.families import FAMILIES, ConversionError, flashlite_config
 
+# from 5.24 on the argument of the parents is called `cache`
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
