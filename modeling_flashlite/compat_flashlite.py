@@ -126,7 +126,7 @@ class GenerationArguments:
             super().__init__(*args, **kwargs)
 
         def _prepare_generate_kwargs(self, generate_kwargs: dict, **overrides) -> dict:
-            config = copy.deepcopy(generate_kwargs.get("generation_config") or self.generation_config)
+            config = copy.deepcopy(generate_kwargs.get("generation_config") or self.generation_config)  # type: ignore[attr-defined]
             known = {name: value for name, value in generate_kwargs.items() if hasattr(config, name)}
             config.update(**{**known, **overrides})
             rest = {name: value for name, value in generate_kwargs.items() if name not in known}
