@@ -105,7 +105,7 @@ def test_visits_formula_is_near_the_count(top, memory, length):
     config = tiny(block_size=4, sub_block_size=2, relevance_top_k=top, memory_blocks=memory)
     spec = AxisSpec(4, 2, top, memory)
     q, k, v = (torch.randn(1, 1, length, 8) for _ in range(3))
-    tokens, grid = _axis_masks(q, length, summarize_blocks(k, v, spec), spec, 0)
+    tokens, grid = _axis_masks(q, length, summarize_blocks(k, v, spec), spec, 0, 1.0)
     count = (tokens.sum() + grid.sum()).item() / length
     assert attention_visits(config, length) == pytest.approx(count, rel=0.06)
 

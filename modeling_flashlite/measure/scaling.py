@@ -50,12 +50,13 @@ def attention_visits(config: FlashLiteConfig, length: int) -> float:
     """Mean number of keys per query in a text of `length` tokens."""
     c = config.get_text_config(decoder=True)
     b, top = c.block_size, c.relevance_top_k
-    dense = length if top is None else min(length, (top + 2) * b)
+    dense = length if top is None else min(length, (top + 3) * b)
     total = dense * (dense + 1) / 2
     for block in range(dense // b, -(-length // b)):
         queries = min((block + 1) * b, length) - max(block * b, dense)
-        older = block - 1 if c.memory_blocks is None else min(block - 1, c.memory_blocks - 1)
-        total += max(queries, 0) * (1.5 * b + (top or 0) * b + max(older - (top or 0), 0))
+        # candidates are neither the first block, which every query reads, nor the own and the previous one
+        older = block - 2 if c.memory_blocks is None else min(block - 2, c.memory_blocks - 1)
+        total += max(queries, 0) * (2.5 * b + min(top or 0, older) * b + max(older - (top or 0), 0))
     return total / length
 
 
