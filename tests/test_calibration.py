@@ -225,13 +225,14 @@ def test_columns_that_read_large_inputs_are_finer_without_data(monkeypatch):
         for block in model.model.layers:
             block.input_layernorm.weight[:6] *= 20
             block.post_attention_layernorm.weight[:6] *= 20
-    batch, errors = {"input_ids": torch.randint(3, 512, (2, 16))}, {}
+    batch, errors = {"input_ids": torch.randint(3, 512, (16, 32))}, {}
     want = model(**batch).logits
     for name in ("scaled", "plain"):
-        coded = quantize(copy.deepcopy(model), EcqConfig(target_bits=4.5))
+        coded = quantize(copy.deepcopy(model), EcqConfig(target_bits=4.0))
+        coded.dequantize()  # products in float32, so that only the codes count
         errors[name] = (coded(**batch).logits - want).square().mean().item()
         monkeypatch.setattr(rounding, "scale_columns", lambda model, layers: None)
-    assert errors["scaled"] < 0.6 * errors["plain"]
+    assert errors["scaled"] < 0.8 * errors["plain"]
 
 
 def test_a_model_that_cannot_read_random_tokens_is_quantized_without_scales(monkeypatch, caplog):
