@@ -40,6 +40,7 @@ __version__ = "0.1.0"
 # imported on first use: importing the package must not import datasets, accelerate or peft
 _LAZY = {
     "CarefulTrainer": "training.trainers",
+    "DistillationCallback": "training.distillation",
     "DistillationTrainer": "training.distillation",
     "EcqCallback": "training.qat",
     "EcqConfig": "quantization_flashlite",
@@ -54,6 +55,7 @@ _LAZY = {
     "pack": "data.loading",
     "prepare_qat": "training.qat",
     "quantize": "training.calibration",
+    "student_from_teacher": "training.distillation",
     "tokenize_texts": "data.loading",
     "train_tokenizer": "data.tokenization",
 }
@@ -91,6 +93,7 @@ register_pipelines()
 
 __all__ = [
     "CarefulTrainer",
+    "DistillationCallback",
     "DistillationTrainer",
     "EcqCallback",
     "EcqConfig",
@@ -118,6 +121,7 @@ __all__ = [
     "pack",
     "prepare_qat",
     "quantize",
+    "student_from_teacher",
     "tokenize_texts",
     "train_tokenizer",
 ]

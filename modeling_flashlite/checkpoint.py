@@ -6,12 +6,23 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, find_adapter_config_file
 
 from .data.tasks import LANGUAGE_MODELS
 
-__all__ = ["CheckpointArgs", "load_language_model", "read_config", "read_tokenizer"]
+__all__ = ["BASE_CONFIG", "CheckpointArgs", "load_language_model", "read_config", "read_tokenizer"]
+
+# beside the adapter of a classifier: the config of its base, with the classes of the adapter's head. Its usual name
+# would make the folder a model
+BASE_CONFIG = "base_config.json"
 
 
 @dataclass
@@ -52,19 +63,25 @@ def base_of(model: str, **hub) -> tuple[str, dict]:
 
 
 def read_config(model: str, **hub) -> PretrainedConfig:
-    """Configuration of a model, or of the base of an adapter."""
-    base, hub = base_of(model, **hub)
+    """Configuration of a model, or of the base of an adapter, with the classes of the adapter's own head."""
+    base, base_hub = base_of(model, **hub)
+    if base != model and _has(model, BASE_CONFIG, hub):
+        return AutoConfig.from_pretrained(model, _configuration_file=BASE_CONFIG, **hub)
+    hub = base_hub
     return AutoConfig.from_pretrained(base, **hub)
 
 
 def read_tokenizer(model: str, **hub) -> PreTrainedTokenizerBase:
     """Tokenizer of a checkpoint; an adapter without one uses its base's."""
     base, base_hub = base_of(model, **hub)
-    if base != model:
-        missing_ok = {"_raise_exceptions_for_missing_entries": False, "revision": hub.get("revision")}
-        if cached_file(model, "tokenizer_config.json", **missing_ok) is None:
-            model, hub = base, base_hub
+    if base != model and not _has(model, "tokenizer_config.json", hub):
+        model, hub = base, base_hub
     return AutoTokenizer.from_pretrained(model, **hub)
+
+
+def _has(model: str, name: str, hub: dict) -> bool:
+    missing_ok = {"_raise_exceptions_for_missing_entries": False, "revision": hub.get("revision")}
+    return cached_file(model, name, **missing_ok) is not None
 
 
 def load_language_model(model: str, *, device: str | None = None, **options) -> PreTrainedModel:
@@ -78,5 +95,8 @@ def load_language_model(model: str, *, device: str | None = None, **options) -> 
     hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
     auto = getattr(transformers, LANGUAGE_MODELS[bool(read_config(model, **hub).is_encoder_decoder)])
     loaded = auto.from_pretrained(model, **options)
+    if base_of(model, **hub)[0] != model and _has(model, GENERATION_CONFIG_NAME, hub):
+        # beside an adapter stand the end tokens that it was trained with
+        loaded.generation_config = GenerationConfig.from_pretrained(model, revision=hub.get("revision"))
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return loaded.to(device or accelerator or "cpu").eval()

@@ -1,5 +1,6 @@
 """README is true: its Python runs, the files and commands it names exist, its tables equal the results files."""
 
+import ast
 import json
 import re
 import subprocess
@@ -110,3 +111,14 @@ def test_first_screen_installs_and_runs():
     assert len(lines) < 220
     assert lines.index("```python") < 15 and any(line.startswith("pip install") for line in lines[:10])
     assert lines.index("<!-- results: made by scripts/studies/readme_table.py -->") < 25
+
+
+def test_names_that_it_imports_are_at_the_root():
+    """A reader need not know the folders; and what is promised there exists."""
+    import modeling_flashlite
+
+    nodes = [node for block in BLOCKS for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in nodes if node.module.partition(".")[0] == "modeling_flashlite"]
+    assert ours and {node.module for node in ours} == {"modeling_flashlite"}
+    for name in {alias.name for node in ours for alias in node.names} | set(modeling_flashlite.__all__):
+        assert callable(getattr(modeling_flashlite, name)) and name in dir(modeling_flashlite)

@@ -297,6 +297,25 @@ def test_adapters_merge_into_a_coded_base(ground, tmp_path):
     assert torch.isfinite(merged(ids).logits).all()
 
 
+def test_adapters_of_a_classifier_keep_its_classes(ground, tmp_path):
+    folder, _ = ground
+    names = ["c", "a", "b"]
+    rows = [{"text": f"number {i}", "label": i % 3} for i in range(12)]
+    data = Dataset.from_list(rows).cast_column("label", ClassLabel(names=names))
+    data.to_parquet(tmp_path / "train.parquet")
+    overrides = [f"--model={folder / 'causal'}", "--lora_r=2", "--columns=text=text"]
+    run_verb("lora_classification", f"train={tmp_path}/train.parquet", tmp_path / "adapter", overrides)
+    script = load_script("evaluate")
+    argv = [f"--model={tmp_path / 'adapter'}", "--task=classification", f"--dataset=test={tmp_path}/train.parquet"]
+    argv += [f"--output={tmp_path / 'out.json'}", "--resamples=0", f"--predictions={tmp_path / 'found.json'}"]
+    metrics = script.main(*parse_args(argument_classes(script), argv))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["references"] for row in found] == [row["label"] for row in rows]
+    right = sum(row["prediction"] == row["references"] for row in found)
+    assert metrics["accuracy"] == pytest.approx(100 * right / len(rows))
+    assert "labels" not in json.loads((tmp_path / "out.json").read_text())["details"]
+
+
 def test_recipes_of_a_float_model_train_a_llama(ground, tmp_path):
     folder, dataset = ground
     tokenizer = AutoTokenizer.from_pretrained(folder / "causal")

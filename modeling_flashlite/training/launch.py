@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..checkpoint import read_config, read_tokenizer
+from ..checkpoint import BASE_CONFIG, read_config, read_tokenizer
 from ..cli import banner
 from ..configuration_flashlite import FlashLiteConfig
 from ..data.loading import PaddingCollator, column_names, load_data, pick_split, segment_streams, tokenize_texts
@@ -171,14 +171,14 @@ def label_tables(classes: list[str]) -> dict:
 
 
 def head_changes(config, classes: list[str]) -> dict:
-    """What must be changed of a checkpoint so that its head has `classes`; nothing where it has learned them before.
+    """What must be changed of a checkpoint so that its head has `classes`; its own where it has learned them before.
 
     A trained head keeps its own order of the classes: the rows find their ids by name.
     """
     known = [str(config.id2label[number]) for number in sorted(config.id2label)]
     ids = ids_by_name(known)
     if all(class_id(name, ids) is not None for name in classes):
-        return {}
+        return label_tables(known)  # an adapter's base may have others
     trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     if trained and len(known) != len(classes):
         return {
@@ -351,8 +351,11 @@ def run(trainer: CarefulTrainer, name: str) -> dict:
     checkpoint = args.resume_from_checkpoint or (last_checkpoint(args.output_dir) if args.resume else None)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    if hasattr(trainer.model, "peft_config") and trainer.model.can_generate() and trainer.is_world_process_zero():
-        trainer.model.generation_config.save_pretrained(args.output_dir)
+    if hasattr(trainer.model, "peft_config") and trainer.is_world_process_zero():
+        if trainer.model.can_generate():
+            trainer.model.generation_config.save_pretrained(args.output_dir)
+        else:
+            trainer.model.config.to_json_file(Path(args.output_dir) / BASE_CONFIG)
     metrics = {**result.metrics, "output_dir": args.output_dir, "resumed_from": checkpoint}
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
