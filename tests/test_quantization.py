@@ -462,7 +462,7 @@ def projections(model) -> list[nn.Module]:
 def tile_filling(seed: int = 0, wide: bool = False):
     """A Llama whose attention layers fill their tiles; some have wide columns, each others."""
     torch.manual_seed(seed)
-    config = LlamaConfig(**{**SMALL, "hidden_size": 128}, intermediate_size=96, num_key_value_heads=2)
+    config = LlamaConfig(**{**SMALL, "hidden_size": 128}, intermediate_size=96, num_key_value_heads=4)
     model = AutoModelForCausalLM.from_config(config).eval()
     for column, layer in enumerate(projections(model) * wide):
         layer.weight.data[:, column : 3 * column + 1] *= 12
