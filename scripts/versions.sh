@@ -34,7 +34,8 @@ environment() {
     local folder=".venv-transformers-$1"
     if [ "$("$folder/bin/python" -c 'import transformers; print(transformers.__version__)' 2>/dev/null)" != "$1" ]; then
         .venv/bin/python -m venv --clear "$folder"
-        .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+        # the second line stands for the editable install, whose own .pth file a borrowed folder does not run
+        { .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' && pwd; } \
             >"$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
         "$folder/bin/python" -m pip install -qq --disable-pip-version-check "transformers==$1" >&2
     fi
