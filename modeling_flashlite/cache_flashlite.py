@@ -295,7 +295,7 @@ class FlashLiteCacheLayer(DynamicLayer):
             self.version += 1
             self._drop_between(keep)
             self._summaries = summarize_blocks(self._keys, self._values, self.spec)
-            self._closed, self.summarized = (None, 0, None), self._used // self.spec.block_size
+            self.summarized = self._used // self.spec.block_size
 
     def _drop_between(self, keep: int) -> None:
         """Leave the first block, `keep` blocks before the newest one of each row, and that one."""
