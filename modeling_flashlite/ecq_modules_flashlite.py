@@ -84,9 +84,27 @@ class EcqModule(_Layer):
     def __getstate__(self):
         return {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         self._forget()
-        super()._load_from_state_dict(*args, **kwargs)
+        given = {name: state_dict.get(prefix + name) for name in _HELD[1:]}
+        if given["tiles"] is not None and self._parameters["tiles"] is not None:
+            self._make_room(given)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _make_room(self, given: dict[str, torch.Tensor | None]) -> None:
+        """Hold the same parameters as `given`: how many columns are wide differs from one quantization to the next."""
+        for name, value in given.items():
+            held = self._parameters[name]
+            if value is None:
+                self._parameters[name] = None
+            elif held is None:
+                self._parameters[name] = nn.Parameter(value.detach().to(self.tiles.device, copy=True), False)
+            elif held.shape != value.shape and len(held) == len(value) or name in ("numbers", "factors"):
+                held.data = held.data.new_empty(value.shape)  # the parameter stays: tied layers share it
+        if (step := given["step"]) is not None:
+            exponents = torch.log2(step.detach().double() / self.base) * self.grid
+            if (exponents - exponents.round()).abs().max() > 1e-3 or exponents.abs().max() > 127:
+                self.base = float(step[0])  # the other quantization had another base; any of its steps will do
 
     def _open(self, dtype: torch.dtype, device, size_only: bool = False) -> None:
         """Replace the float weight by a place for codes; with `size_only` it has their bytes, for device maps."""

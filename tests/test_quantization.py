@@ -532,15 +532,17 @@ def test_layers_that_cannot_be_joined():
 
 
 @torch.no_grad()
-def test_a_layer_follows_its_codes():
+@pytest.mark.parametrize("wide", [(False, False), (False, True), (True, False)])
+def test_a_layer_follows_its_codes(wide):
     """What was prepared for the kernel is forgotten when codes or steps are set, loaded, shared or moved."""
-    first, second = (projections(tile_filling(seed))[1] for seed in (0, 1))
+    first, second = (projections(tile_filling(seed, wide[seed]))[1] for seed in (0, 1))
     x = torch.randn(1, 128)
     wanted = second(x)
     assert not torch.equal(first(x), wanted)
     before = copy.deepcopy(first)
     first.load_state_dict(second.state_dict())
     assert torch.equal(first(x), wanted)
+    assert torch.allclose(first.dequantize(), second.dequantize(), rtol=1e-6)
     before(x)
     before.set_quantized(second.quantized())
     assert torch.equal(before(x), wanted)

@@ -106,7 +106,7 @@ def test_saved_as_codes_and_back(name, tmp_path):
     past = again(tokens(1, 9), use_cache=True).past_key_values
     step = again(tokens(1, 1, seed=3), past_key_values=past).logits
     whole = again(torch.cat([tokens(1, 9), tokens(1, 1, seed=3)], 1)).logits[:, -1:]
-    torch.testing.assert_close(step, whole, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(step, whole, rtol=1e-3, atol=5e-3)
 
 
 def test_fresh_norms_with_an_offset_change_nothing():

@@ -41,8 +41,9 @@ def measure(args: BenchArgs) -> list[dict]:
 
 def contenders(args: BenchArgs, length: int) -> dict:
     """Steps that cycle through the tokens of the block before `length`; the first one lays out the working set."""
-    q, k, v = attention_inputs(1, length, **args.inputs)
     b = SPEC.block_size
+    length -= length % b  # a working set serves one block
+    q, k, v = attention_inputs(1, length, **args.inputs)
     whole = summarize_blocks(k[:, :, : length - b], v[:, :, : length - b], SPEC)
     grouped = q.view(1, KEY_VALUE_HEADS, HEADS // KEY_VALUE_HEADS, HEAD_DIM)
     pasts = [(start, k[:, :, : start + 1], v[:, :, : start + 1]) for start in range(length - b, length)]
