@@ -73,8 +73,13 @@ def decode_session(model) -> Iterator["DecodeSession"]:
     with contextlib.ExitStack() as stack:
         if outer is None:
             stack.callback(_SESSIONS.reset, _SESSIONS.set(sessions))
-            stack.callback(lambda: [opened.forget() for opened in sessions.values()])
+            stack.callback(_forget_all, sessions)
         yield session
+
+
+def _forget_all(sessions: "dict[FlashLiteDecoder, DecodeSession]") -> None:
+    for session in sessions.values():
+        session.forget()
 
 
 def decoding(decoder: FlashLiteDecoder) -> "FlashLiteDecoder | DecodeSession":
@@ -105,7 +110,7 @@ class DecodeSession:
         self.int8_codes = WeakIdKeyDictionary()
         self.kinds = config.rope_kinds
         # positions whose angles are computed together; some angles depend on the length at hand
-        self.positions = 1 if config.rope_parameters["rope_type"] in LENGTH_ROPES else _ANGLES
+        self.positions = 1 if (config.rope_parameters or {}).get("rope_type") in LENGTH_ROPES else _ANGLES
         self.forget()
 
     def forget(self) -> None:
@@ -437,7 +442,7 @@ class LayerStep:
         self._version = cache.version
         if changed or (self._working is not None and self._working.block != block):
             self._working = None
-        if changed or not fits_working_set(keys, values, self.spec, cache.start):
+        if changed or cache.summaries is None or not fits_working_set(keys, values, self.spec, cache.start):
             return None
         if self._working is None:
             self._working = WorkingSet(keys, values, self.spec, block, cache.summaries, cross)

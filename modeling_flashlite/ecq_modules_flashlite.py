@@ -74,6 +74,8 @@ class EcqModule(_Layer):
     forgotten whenever codes or steps are set, loaded or moved; so these must not be written to in other ways.
     """
 
+    base: float
+    grid: int
     kernel: KernelWeight | None = None
     joint: EcqLinear | None = None
 
@@ -223,13 +225,15 @@ class EcqLinear(EcqModule, nn.Linear):
 
     def prepared(self) -> KernelWeight:
         """The codes and steps for [`int4_few_rows`]; no bias."""
-        if self.kernel is None:
+        kernel = self.kernel
+        if kernel is None:
             # tensors made in inference mode cannot be used in training, unlike the codes, if these were made outside
             with torch.inference_mode(self.tiles.is_inference()):
                 step = self.step.detach()
                 # bypasses nn.Module.__setattr__, which searches parameters, buffers and modules first
-                self.__dict__["kernel"] = kernel_weight(self.tiles.detach(), step, self.numbers, self.factors)
-        return self.kernel
+                kernel = kernel_weight(self.tiles.detach(), step, self.numbers, self.factors)
+                self.__dict__["kernel"] = kernel
+        return kernel
 
 
 def _neighbours(parts: Sequence[nn.Parameter]) -> torch.Tensor:

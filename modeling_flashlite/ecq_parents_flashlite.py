@@ -5,11 +5,10 @@
 the weight itself; codes could not take its place. Only its dtype and device are known of codes as well.
 """
 
-import dis
+import ast
 import functools
 import inspect
-from collections.abc import Iterator
-from types import CodeType
+from types import CodeType, FunctionType
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,18 +17,18 @@ from transformers import PreTrainedModel
 _BUILDING = ("__init__", "_init_weights", "reset_parameters", "_initialize", "initialize", "extra_repr")
 _BUILDING_PREFIXES = ("tie_", "_tie", "resize_", "_resize", "set_", "prune_", "_prune", "_load", "load_", "from_")
 _KNOWN_OF_CODES = {"dtype", "device"}
-_READS = ("LOAD_ATTR", "weight")
 
 
 def read_by_parents(model: nn.Module) -> set[str]:
     """Names of the modules below `model` whose weight a module above them reads as a tensor.
 
-    Decided from the compiled methods of the classes: an attribute `weight` that is read off a child's name, in any
-    method that takes part in a forward pass. A name counts for every module of that name below the reading one.
+    Decided from the source of the classes: `weight` is read off a child's name in any method that takes part in a
+    forward pass. A name counts for every module of that name below the reading one. Of a class without source, as one
+    typed into an interpreter, nothing is known; its forward pass then fails with the error of `CodedWeight`.
     """
     found: set[str] = set()
     for place, parent in model.named_modules():
-        names = _weights_read_in(type(parent))
+        names = _weights_read_in(type(parent))  # type: ignore[arg-type]
         # Bloom cuts weights in pieces only to repeat a training over several devices to the last bit
         if names and getattr(parent, "slow_but_exact", None) is not False:
             below = ((f"{place}.{name}" if place else name, name) for name, _ in parent.named_modules() if name)
@@ -45,30 +44,33 @@ def _weights_read_in(kind: type) -> frozenset[str]:
             continue
         for name, method in vars(base).items():
             method = inspect.unwrap(getattr(method, "__func__", method)) if callable(method) else method
-            code = getattr(method, "__code__", None)
-            if code is not None and name not in _BUILDING and not name.startswith(_BUILDING_PREFIXES):
-                for part in _with_nested(code):
-                    names |= _weights_read(part)
+            if name in _BUILDING or name.startswith(_BUILDING_PREFIXES) or not isinstance(method, FunctionType):
+                continue
+            if _mentions_weight(method.__code__):  # few do, and parsing takes long
+                names |= _weights_read(method)
     return frozenset(names)
 
 
-def _with_nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _with_nested(constant)
+def _mentions_weight(code: CodeType) -> bool:
+    return "weight" in code.co_names or any(isinstance(x, CodeType) and _mentions_weight(x) for x in code.co_consts)
 
 
-def _weights_read(code: CodeType) -> set[str]:
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "NOP")]
-    found = set()
-    for place, step in enumerate(steps[:-1]):
-        if (
-            step.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            and (steps[place + 1].opname, steps[place + 1].argval) == _READS
-        ):
-            after = [following.argval for following in steps[place + 2 : place + 4]]
-            # its dtype or device, or `isinstance(weight, torch.Tensor)`
-            if not (after and after[0] in _KNOWN_OF_CODES) and after != ["torch", "Tensor"]:
-                found.add(step.argval)
-    return found
+def _weights_read(function: FunctionType) -> set[str]:
+    """The names `x` of all `y.x.weight` that the function reads for more than what codes know, too."""
+    try:
+        source = inspect.getsource(function)
+        tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
+    except (OSError, SyntaxError):  # no source; or a lambda amid an expression
+        return set()
+    known = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in _KNOWN_OF_CODES:
+            known.add(node.value)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            known.add(node.args[0])
+    return {
+        node.value.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)
+        if isinstance(node.value, ast.Attribute) and node not in known
+    }

@@ -88,7 +88,7 @@ class Layer:
         scales -= scales.mean()
         worth = len(self.weight) >= _SCALE_ROWS
         self.log_scales = scales.float() if worth else torch.zeros_like(scales, dtype=torch.float32)
-        scale = torch.exp2(self.column_exponents().double() / GRID)
+        scale = self._column_scales().double()
         self.noise = ((scale / factor.diagonal())[:, None] * factor.triu(1)).square().sum(0).float() / 12
         self.input_factor, self.input_moment = factor.float(), moment
         return spread.mean().item()
@@ -103,12 +103,18 @@ class Layer:
 
     def price_of(self, curvature: torch.Tensor) -> torch.Tensor:
         """Nats that rounding a row with feedback costs, over its squared step, for `g_r` of the module's docstring."""
-        scale = torch.exp2(self.column_exponents().float() / GRID)
-        return curvature.to(self.sigma) * (scale / self.input_factor.diagonal()).square().sum() / 24
+        assert self.input_factor is not None, "`follow` comes first"
+        return curvature.to(self.sigma) * (self._column_scales() / self.input_factor.diagonal()).square().sum() / 24
 
     def forget(self) -> None:
         """Let go of the matrices, which are the largest part; steps, scales and noise stay."""
         self.input_factor = self.input_moment = None
+
+    def _column_scales(self) -> torch.Tensor:
+        """Column scales as they are stored, float32 `[columns]`."""
+        if (exponents := self.column_exponents()) is None:
+            return self.weight.new_ones(self.weight.shape[1], dtype=torch.float32)
+        return torch.exp2(exponents.float() / GRID)
 
     def column_exponents(self) -> torch.Tensor | None:
         """Exponents of the column scales, int8 `[columns]`."""

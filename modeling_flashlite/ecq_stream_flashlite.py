@@ -69,8 +69,25 @@ _MOST_CODES = 4096  # in a byte of a stream; deflate reaches 2064
 _AHEAD = 1 << 22  # bytes of streams decoded or queued, per worker
 
 
+class _Scaled:
+    """Steps and column scales from their exponents."""
+
+    base: float
+    exponents: torch.Tensor
+    grid: int
+    column_exponents: torch.Tensor | None
+
+    def step(self) -> torch.Tensor:
+        """Steps, float32 `[rows]`."""
+        return _powers(self.base, self.exponents, self.grid)
+
+    def column_scale(self) -> torch.Tensor | None:
+        """Scales, float32 `[columns]`, or `None` where all are 1."""
+        return None if self.column_exponents is None else _powers(1.0, self.column_exponents, self.grid)
+
+
 @dataclass
-class QuantizedWeight:
+class QuantizedWeight(_Scaled):
     """A quantized matrix as it is searched: `w[r, c] = codes[r, c] * step()[r] * column_scale()[c]`.
 
     Attributes:
@@ -93,14 +110,6 @@ class QuantizedWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
-
-    def step(self) -> torch.Tensor:
-        """Steps, float32 `[rows]`."""
-        return _powers(self.base, self.exponents, self.grid)
-
-    def column_scale(self) -> torch.Tensor | None:
-        """Scales, float32 `[columns]`, or `None` where all are 1."""
-        return None if self.column_exponents is None else _powers(1.0, self.column_exponents, self.grid)
 
     def dequantize(self) -> torch.Tensor:
         """The weight, float32 `[rows, columns]`."""
@@ -128,7 +137,7 @@ def wide_columns(ratio: torch.Tensor, share: float = 0.02) -> torch.Tensor:
 
 
 @dataclass
-class TiledWeight:
+class TiledWeight(_Scaled):
     """A quantized matrix in its memory layout.
 
     Attributes:
@@ -146,8 +155,6 @@ class TiledWeight:
     exponents: torch.Tensor
     grid: int = GRID
     column_exponents: torch.Tensor | None = None
-
-    step, column_scale = QuantizedWeight.step, QuantizedWeight.column_scale
 
     @classmethod
     def of(cls, weight: QuantizedWeight) -> TiledWeight:
@@ -293,7 +300,8 @@ def _layout(weight: QuantizedWeight) -> tuple[_Layout, np.ndarray]:
     spread = torch.from_numpy(codes).abs().sum(0, dtype=torch.int64).numpy()
     kinds = np.ones(codes.shape[1], dtype=np.int64)
     kinds[second], kinds[third] = 2, 3
-    numbers, digits, size, bands = np.zeros(codes.shape[1], dtype=np.uint8), [], 0, _bands(*codes.shape)
+    numbers, size, bands = np.zeros(codes.shape[1], dtype=np.uint8), 0, _bands(*codes.shape)
+    digits: list[int] = []
     for kind in np.unique(kinds):
         own = np.flatnonzero(kinds == kind)
         own = own[np.argsort(spread[own], kind="stable")]
@@ -436,7 +444,7 @@ class _Stream:
         starts = 0, self.shape[1], self.shape[1] + len(wide[0])
         # of the first, second and third digits in the tiles
         self.places = [
-            [start + (np.searchsorted(order, columns) if start else columns) for columns in self.columns]
+            [start + (np.searchsorted(order, columns) if order is not None else columns) for columns in self.columns]
             for start, order in zip(starts, (None, *wide))
         ]
         numbers = torch.from_numpy(wide[0]), torch.from_numpy(wide[1])

@@ -5,7 +5,7 @@ Shapes: B batch, R rows, T target columns, S source columns or key slots, N quer
 size, D hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -338,7 +338,7 @@ class DecoderContext:
     memory: FlashLiteCache | None = None
     next_memory: FlashLiteCache | None = None
     shift_angles: list[tuple[torch.Tensor, torch.Tensor]] | None = None
-    encoder_angles: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+    encoder_angles: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
     encoder_mask: torch.Tensor | None = None
     sources: torch.Tensor | None = None
 
@@ -355,7 +355,9 @@ class DecoderContext:
         if self.past_key_values is not None:
             key, value = self.past.update(key, value, layer_idx, self.rows)
             return key, value, layer.start, layer.summaries
-        key, value, self.next_memory.layers[layer_idx] = layer.extend(key, value, self.rows)
+        key, value, extended = layer.extend(key, value, self.rows)
+        if self.next_memory is not None:
+            self.next_memory.layers[layer_idx] = extended
         return key, value, layer.fill, None
 
 

@@ -155,7 +155,7 @@ class ContinuousBatch:
             return
         self.answers = [self.answers[row] for row in keep]
         self.newest = [self.newest[row] for row in keep]
-        if not keep:
+        if not keep or self.cache is None:
             self.cache = None
             return
         self.cache.batch_select_indices(torch.tensor(keep, device=self.model.device))

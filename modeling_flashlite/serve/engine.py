@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ class Engine:
         self._ends = self._end_tokens()
         self._waiting: queue.Queue[Job | None] = queue.Queue()
         self.batch = self._continuous_batch()
-        target = self._work_in_batches if self.batch is None else self._work_continuously
+        target = self._work_in_batches if self.batch is None else partial(self._work_continuously, self.batch)
         self._worker = threading.Thread(target=target, name="generate", daemon=True)
         self._worker.start()
 
@@ -149,8 +150,8 @@ class Engine:
             if (job := self._waiting.get()) is not None:
                 job.finish("cancelled", "the server is stopping")
 
-    def _work_continuously(self) -> None:
-        batch, held, closing = self.batch, None, False
+    def _work_continuously(self, batch: ContinuousBatch) -> None:
+        held, closing = None, False
         session = getattr(self.model, "_optimize_model_for_decode", contextlib.nullcontext)
         while not (closing and batch.is_idle):
             if batch.is_idle and held is None:
@@ -158,13 +159,13 @@ class Engine:
                 closing = closing or held is None
             with session():
                 while not batch.is_idle or held is not None:
-                    held, closing = self._admit(held, closing)
-                    self._step_safely()
+                    held, closing = self._admit(batch, held, closing)
+                    self._step_safely(batch)
         if held is not None:
             held.finish("cancelled", "the server is stopping")
         self._cancel_waiting()
 
-    def _admit(self, held: Job | None, closing: bool) -> tuple[Job | None, bool]:
+    def _admit(self, batch: ContinuousBatch, held: Job | None, closing: bool) -> tuple[Job | None, bool]:
         """Start jobs in their order while there is room; returns the first that has to wait, and the wish to close."""
         while True:
             if held is None and not closing:
@@ -177,17 +178,17 @@ class Engine:
                 return None, closing
             if not held.is_wanted():
                 held = None
-            elif self.batch.admits(held):
-                self.batch.admit(held)
+            elif batch.admits(held):
+                batch.admit(held)
                 held = None
             else:
                 return held, closing
 
-    def _step_safely(self) -> None:
+    def _step_safely(self, batch: ContinuousBatch) -> None:
         try:
-            self.batch.step()
+            batch.step()
         except Exception:
-            jobs = self.batch.abandon()
+            jobs = batch.abandon()
             logger.exception("a batch of %d answers failed", len(jobs))
             self.counters["failed_batches"] += 1
             for job in jobs:

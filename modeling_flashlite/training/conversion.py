@@ -440,7 +440,7 @@ Licence: {license}. It is the parent's, whose card says what the model was train
 def parent_facts(source: Source) -> dict[str, Any]:
     """Name, licence, languages of a parent, from its card or from its GGUF file; `unknown` where it says nothing."""
     facts: dict[str, Any] = {"name": source.name, "license": "unknown", "language": None}
-    if source.gguf:
+    if source.folder and source.gguf:
         facts |= _gguf_facts(source.folder / source.gguf)
     elif source.folder and (source.folder / "README.md").is_file():
         with contextlib.suppress(Exception):  # a card that cannot be read says nothing
