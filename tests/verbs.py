@@ -10,6 +10,8 @@ from modeling_flashlite.cli import parse_args
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 RECIPES = {path.stem: path for path in sorted((SCRIPTS / "recipes").glob("*.yaml"))}
 VERBS = {"train": "train", "distill": "distill", "lora": "finetune", "adapt": "distill"}
+# recipes of tasks for a converted model are named <task>_smol, the others <verb>_<what>
+VERB_OF = {name: "finetune" if name.endswith("_smol") else VERBS.get(name.partition("_")[0]) for name in RECIPES}
 TINY_SHAPE = [
     "--hidden_size=32",
     "--num_hidden_layers=2",
@@ -61,6 +63,7 @@ def write_corpus(folder):
             "sentence": f"the number {i} is {'odd' if i % 2 else 'even'}",
             # the validation rows know one class only
             "label": ("odd" if i % 2 else "even") if i < 18 else "odd",
+            "coarse_label": "odd" if i % 2 else "even",
             "question": "What is small?",
             "context": f"the number {i} is small",
             "answers": {"text": [f"number {i}"], "answer_start": [4]},
@@ -78,6 +81,6 @@ def write_corpus(folder):
 
 def run_verb(recipe, dataset, output, overrides):
     """Run the verb of a recipe on a data set with a few overrides, in this process; return its metrics."""
-    script = load_script(VERBS[recipe.partition("_")[0]])
+    script = load_script(VERB_OF[recipe])
     argv = [f"--config={RECIPES[recipe]}", f"--dataset={dataset}", f"--output_dir={output}", *TINY_RUN, *overrides]
     return script.main(*parse_args(argument_classes(script), argv))

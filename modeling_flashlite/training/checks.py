@@ -91,17 +91,18 @@ def task_measures(
     """What a `Trainer` measures of a task at every evaluation, as its keyword arguments.
 
     Accuracy of classes; the metrics of generated text with `predict_with_generate`, greedy unless
-    `generation_num_beams` says otherwise. A decoder-only model generates no text here: its rows hold their answers.
+    `generation_num_beams` says otherwise. Conversations and plain text have no single answer to generate.
 
     Raises:
-        `ValueError`: `predict_with_generate` of such a model, or `metric_for_best_model` that nothing measures.
+        `ValueError`: `predict_with_generate` of such a task, or `metric_for_best_model` that nothing measures.
     """
     measures: dict[str, Callable] = {}
     names: tuple[str, ...] = ()
-    if args.predict_with_generate and not (task.generates and model.config.is_encoder_decoder):
+    one_answer = task.generates and (model.config.is_encoder_decoder or task.name not in ("chat", "text-generation"))
+    if args.predict_with_generate and not one_answer:
         raise ValueError(
-            f"predict_with_generate is set, but it needs an encoder-decoder and a task that generates text, not "
-            f"{type(model).__name__} and {task.name}; leave it out, and use evaluate.py after the training."
+            f"predict_with_generate is set, but the rows of {task.name} have no single answer that "
+            f"{type(model).__name__} could generate; leave it out, and use evaluate.py after the training."
         )
     if args.predict_with_generate and task.metrics != ("perplexity",):
         if args.generation_max_length is None:

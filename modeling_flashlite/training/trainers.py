@@ -80,6 +80,18 @@ class CarefulTrainer(Seq2SeqTrainer):
             )
         return (loss, outputs) if return_outputs else loss
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
+        """As in `Seq2SeqTrainer`; a decoder-only model generates from what stands before the first label of a row."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        if prediction_loss_only or not self.args.predict_with_generate or unwrapped.config.is_encoder_decoder:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        ids, mask = prompts_of(inputs["input_ids"], inputs["labels"], self.processing_class.pad_token_id or 0)
+        options = {"max_new_tokens": self.args.generation_max_length, "num_beams": self.args.generation_num_beams or 1}
+        found = unwrapped.generate(input_ids=ids, attention_mask=mask, do_sample=False, **options)
+        return loss, found[:, ids.shape[1] :], inputs["labels"]
+
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
@@ -169,6 +181,15 @@ class SegmentTrainer(CarefulTrainer):
 
     def _memory_file(self, folder: str | Path) -> Path:
         return Path(folder) / f"memory_{self.args.process_index}.safetensors"
+
+
+def prompts_of(input_ids: torch.Tensor, labels: torch.Tensor, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stands before the first label of each row `[B, T]`, padded on the left, and its attention mask."""
+    lengths = (labels != -100).int().argmax(1)
+    width = int(lengths.max())
+    places = torch.arange(width, device=labels.device) + lengths[:, None] - width
+    mask = places >= 0
+    return input_ids.gather(1, places.clamp(min=0)).masked_fill(~mask, pad_token_id), mask.long()
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
