@@ -9,7 +9,7 @@ import copy
 import functools
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import transformers
@@ -99,6 +99,15 @@ def private_operator(namespace: str, name: str):
             f"PyTorch {torch.__version__} has no operator {namespace}.{name}; slower public operators take its place."
         )
     return operator
+
+
+def named_module(name: str, patterns: Iterable[str] | None) -> bool:
+    """Whether one of `patterns`, as in `modules_to_not_convert`, names the module `name` or one around it.
+
+    A pattern is a beginning or a regular expression that ends where a part of the name does, or an end of the name.
+    In 5.16 `layers.1` names `layers.11` too; a checkpoint means the same modules on every version.
+    """
+    return any(re.match(rf"(?:{key})(?:\.|$|(?<=\.))", name) or name.endswith(key) for key in patterns or ())
 
 
 def sub_config_specs(classes: Mapping[str, type], optional: str) -> dict:

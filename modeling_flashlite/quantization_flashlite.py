@@ -22,10 +22,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .coded_flashlite import auto_map, coded_class, with_code, without_code
+from .compat_flashlite import named_module
 from .ecq_modules_flashlite import EcqModule, FakeQuantModule, to_float, to_quantized, to_twin
 from .ecq_parents_flashlite import read_by_parents
 from .ecq_probe_flashlite import scale_columns
@@ -62,7 +62,8 @@ class EcqConfig(QuantizationConfigMixin):
         target_bytes (`int` or `str`, *optional*): the same budget as a size, "3MB".
         max_loss_increase (`float`, *optional*): the smallest file whose perplexity on the calibration data rises by at
             most this fraction; needs `calibration.quantize`.
-        modules_to_not_convert (`list[str]`, *optional*): module names, or parts of them, that stay float.
+        modules_to_not_convert (`list[str]`, *optional*): modules that stay float, by beginnings, ends or regular
+            expressions of their names; `layers.1` does not mean `layers.11`.
         stage (`str`, *optional*, defaults to `"coded"`): `"qat"` in checkpoints of quantization-aware training.
     """
 
@@ -148,12 +149,12 @@ def quantizable_layers(model: nn.Module, config: EcqConfig) -> dict[str, nn.Modu
     Raises:
         ValueError: the model keeps weights in stacked (3-D) parameters, as mixtures of experts do.
     """
-    skip = config.modules_to_not_convert or []
+    skip = config.modules_to_not_convert
     parameters = ((name, value) for name, value in model.named_parameters() if value.is_floating_point())
     stacked = [
         name for name, value in parameters if value.dim() == 3 and len(value) > 1 and "conv" not in name.lower()
     ]
-    stacked = [name for name in stacked if should_convert_module(name.rpartition(".")[0], skip)]
+    stacked = [name for name in stacked if not named_module(name.rpartition(".")[0], skip)]
     if stacked:
         raise ValueError(
             f"{type(model).__name__} keeps weights in stacked parameters ({stacked[0]}, {len(stacked)} in all),"
@@ -161,7 +162,7 @@ def quantizable_layers(model: nn.Module, config: EcqConfig) -> dict[str, nn.Modu
             " in modules_to_not_convert to leave them in bfloat16."
         )
     modules = dict(model.named_modules())
-    layers = {n: m for n, m in modules.items() if _is_quantizable(m) and should_convert_module(n, skip)}
+    layers = {n: m for n, m in modules.items() if _is_quantizable(m) and not named_module(n, skip)}
     needed = read_by_parents(model)
     layers = {n: m for n, m in layers.items() if f"{n}.weight" not in _left_out(model) and n not in needed}
     floats = {id(value) for n, m in modules.items() if n not in layers for value in m._parameters.values()}
@@ -335,6 +336,8 @@ def _not_loaded(model) -> set[str]:
 class EcqQuantizer(HfQuantizer):
     """Behind [`EcqConfig`]: loads coded checkpoints, quantizes float ones after loading, saves coded ones."""
 
+    # `serialized_names` and `get_load_operations` of newer versions keep their defaults: a stream has the name of its
+    # weight, and streams are decoded together after loading, since several weights may share one
     requires_calibration = False
 
     def validate_environment(self, *args, device_map=None, **kwargs):
@@ -348,11 +351,15 @@ class EcqQuantizer(HfQuantizer):
             )
 
     def update_parallel_plan(self, model, plan):
-        if getattr(model.config, "distributed_config", None) is not None:
+        self.update_tp_plan(model.config)
+
+    def update_tp_plan(self, config):  # what 5.16 calls instead
+        if getattr(config, "distributed_config", None) is not None:
             raise ValueError(
                 "Entropy-coded weights cannot be split over processes; load without distributed_config and tp_plan, or"
                 " load on one process, call dequantize(), save, and load that folder."
             )
+        return config
 
     def param_needs_quantization(self, model, param_name, **kwargs) -> bool:
         """Whether a checkpoint tensor may have another shape than the parameter: the stream of a coded weight has."""

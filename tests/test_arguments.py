@@ -18,7 +18,7 @@ from modeling_flashlite import (
     FlashLiteForTokenClassification,
     FlashLiteModel,
 )
-from modeling_flashlite.compat_flashlite import CACHE, NEWEST, OLDEST, check_version, private_operator
+from modeling_flashlite.compat_flashlite import CACHE, NEWEST, OLDEST, check_version, named_module, private_operator
 
 FORMS = [
     (FlashLiteModel, False),
@@ -265,6 +265,23 @@ def test_versions_that_are_too_old_or_unknown_are_named(caplog):
         transformers.utils.logging.disable_propagation()
     assert len(caplog.records) == 1 and "5.25.0.dev0 is newer than" in caplog.text
     assert CACHE in ("cache", "past_key_values")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        ("model.layers.1", "model.layers.1 model.layers.1.mlp"),
+        (r"model\.layers\.1\.", "model.layers.1.mlp"),
+        (r"model\.layers\..*", "model.layers.1 model.layers.1.mlp model.layers.11.mlp"),
+        ("mlp", "model.layers.1.mlp model.layers.11.mlp"),
+        ("lm_head|model.layers.1", "model.layers.1 model.layers.1.mlp lm_head"),
+        ("lm", ""),
+    ],
+)
+def test_patterns_of_modules_end_where_names_do(pattern, named):
+    names = ["model.layers.1", "model.layers.1.mlp", "model.layers.11.mlp", "lm_head", "lm_head_proj"]
+    assert [name for name in names if named_module(name, [pattern])] == named.split()
+    assert not any(named_module(name, None) for name in names)
 
 
 @pytest.mark.parametrize("version", ["4.40.0", "99.0.0"])

@@ -246,7 +246,8 @@ def test_offloading_to_disk_is_refused(places, tmp_path):
 
 
 def test_splitting_over_processes_is_refused(tmp_path):
-    DistributedConfig = pytest.importorskip("transformers", minversion="5.23").DistributedConfig
+    from transformers.distributed import DistributedConfig
+
     quantize(build("llama"), EcqConfig(target_bits=4)).save_pretrained(tmp_path / "model")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
