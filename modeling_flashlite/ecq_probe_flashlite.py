@@ -37,12 +37,14 @@ def scale_columns(model, layers: list[Layer]) -> None:
     if not model.can_generate() or model.main_input_name != "input_ids":
         return
     powers: dict[int, torch.Tensor] = {}
+    readers: dict[int, tuple[torch.Tensor, set[int]]] = {}  # of each input, which is kept: its id stays its own
 
     def record(index: int, columns: int):
         def hook(module, args):
             if args and isinstance(args[0], torch.Tensor) and args[0].shape[-1] == columns:
                 power = args[0].float().reshape(-1, columns).square().mean(0)
                 powers[index] = powers.get(index, 0) + power
+                readers.setdefault(id(args[0]), (args[0], set()))[1].add(index)
 
         return hook
 
@@ -63,4 +65,6 @@ def scale_columns(model, layers: list[Layer]) -> None:
         for hook in hooks:
             hook.remove()
     for index, power in powers.items():
-        layers[index].follow_power(power, _SHARE, _MOST)
+        sisters = set().union(*(own for _, own in readers.values() if index in own))
+        rows = sum(len(layers[sister].weight) for sister in sisters)
+        layers[index].follow_power(power, _SHARE, _MOST, rows)

@@ -27,7 +27,7 @@ GRID = 8  # step sizes per octave
 _MIN_STEP, _MAX_STEP = 0.004, 3.0  # in standard deviations of the row
 _SCALE_SHARE = 0.8  # how far column scales follow diag(U)
 _MAX_SCALE = 1.0  # octaves: a column whose step exceeds its weights has no bits left to give
-_SCALE_ROWS = 128  # that a column needs to be worth a scale of its own: in small weights they did harm
+_SCALE_ROWS = 128  # of all weights that read an input, for a column to be worth a scale: with fewer it did harm
 _TABLE_STEP = -1.0  # log2 of a table's steps over those of other layers, without data
 _BLOCK = 64  # columns between two updates of the rest
 _ROWS = 8192  # rows at a time, so that a block of their columns stays in the cache
@@ -80,22 +80,28 @@ class Layer:
         exponents = torch.round((wanted - centre) * GRID).clamp(-127, 127).to(torch.int8)
         return base, exponents
 
-    def follow(self, moment: torch.Tensor) -> float:
-        """Take over the second moment of the inputs: feedback and column scales; the mean of log2 of diag(U)."""
+    def follow(self, moment: torch.Tensor, rows: int | None = None) -> float:
+        """Take over the second moment of the inputs: feedback and column scales; the mean of log2 of diag(U).
+
+        Args:
+            moment (`torch.Tensor` `[columns, columns]`): H.
+            rows (`int`, *optional*): of all weights that read this input, which need the same scales to be multiplied
+                together; this weight's own if unset.
+        """
         factor = inverse_factor(moment)
         spread = factor.diagonal().log2()
         scales = (_SCALE_SHARE * (spread - spread.mean())).clamp(-_MAX_SCALE, _MAX_SCALE)
         scales -= scales.mean()
-        worth = len(self.weight) >= _SCALE_ROWS
+        worth = (rows or len(self.weight)) >= _SCALE_ROWS
         self.log_scales = scales.float() if worth else torch.zeros_like(scales, dtype=torch.float32)
         scale = self._column_scales().double()
         self.noise = ((scale / factor.diagonal())[:, None] * factor.triu(1)).square().sum(0).float() / 12
         self.input_factor, self.input_moment = factor.float(), moment
         return spread.mean().item()
 
-    def follow_power(self, power: torch.Tensor, share: float, most: float) -> None:
-        """Column scales for rounding to nearest, from the mean square `[columns]` of the inputs."""
-        if not torch.isfinite(power).all() or power.sum() <= 0 or len(self.weight) < _SCALE_ROWS:
+    def follow_power(self, power: torch.Tensor, share: float, most: float, rows: int | None = None) -> None:
+        """Column scales for rounding to nearest, from the mean square `[columns]` of the inputs; `rows` as above."""
+        if not torch.isfinite(power).all() or power.sum() <= 0 or (rows or len(self.weight)) < _SCALE_ROWS:
             return
         spread = -0.5 * torch.log2(power + 1e-3 * power.mean())
         scales = (share * (spread - spread.mean())).clamp(-most, most)

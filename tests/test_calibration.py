@@ -28,6 +28,7 @@ from modeling_flashlite.ecq_search_flashlite import (
 )
 from modeling_flashlite.ecq_stream_flashlite import encode_weight, stream_bytes
 from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers, groups_of
+from modeling_flashlite.training import blocks
 from modeling_flashlite.training import calibration as rounding
 from modeling_flashlite.training.blocks import BlockQuantizer, runner
 from modeling_flashlite.training.calibration import batches_of, mean_loss, quantize
@@ -207,9 +208,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     resumed = quantize(build("llama"), config, data, resume=tmp_path)
     assert rounded == [0, 1, 2]
     assert torch.equal(logits_of(resumed), logits_of(whole))
-    # another budget is another run
-    quantize(build("llama"), EcqConfig(target_bits=5.0), data, resume=tmp_path)
+    # another budget is another run, but with the same steps
+    monkeypatch.setattr(blocks, "collect_moments", None)
+    other = quantize(build("llama"), EcqConfig(target_bits=5.0), data, resume=tmp_path)
     assert rounded == [0, 1, 2, 0, 1, 2]
+    monkeypatch.undo()
+    fresh = quantize(build("llama"), EcqConfig(target_bits=5.0), data)
+    assert torch.equal(logits_of(other), logits_of(fresh))
     (tmp_path / "steps.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="is damaged .* start again"):
         quantize(build("llama"), EcqConfig(target_bits=5.0), data, resume=tmp_path)
@@ -233,6 +238,22 @@ def test_columns_that_read_large_inputs_are_finer_without_data(monkeypatch):
         errors[name] = (coded(**batch).logits - want).square().mean().item()
         monkeypatch.setattr(rounding, "scale_columns", lambda model, layers: None)
     assert errors["scaled"] < 0.8 * errors["plain"]
+
+
+@pytest.mark.parametrize("data", [None, "tokens"])
+def test_sisters_of_any_number_of_rows_have_the_same_column_scales(data):
+    """So that q, k and v stay one product: keys and values of few heads follow their queries."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=512, hidden_size=128, num_hidden_layers=1, num_attention_heads=4)
+    config.intermediate_size, config.num_key_value_heads = 64, 1
+    data = data and [{"input_ids": torch.randint(3, 512, (8, 64))}]
+    model = quantize(LlamaForCausalLM(config), EcqConfig(target_bits=4.0), data)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    assert (attention.q_proj.factors[:128] != 1).any()
+    for first, other in [("q_proj", "k_proj"), ("q_proj", "v_proj")]:
+        pair = (getattr(attention, name).tiled().column_exponents for name in (first, other))
+        assert torch.equal(*pair)
+    assert torch.equal(mlp.gate_proj.tiled().column_exponents, mlp.up_proj.tiled().column_exponents)
 
 
 def test_a_model_that_cannot_read_random_tokens_is_quantized_without_scales(monkeypatch, caplog):

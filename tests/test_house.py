@@ -130,6 +130,7 @@ WORKSHOP_EDGES = {
     "training.moments": set(),
     "training.qat": {"training.calibration"},
     "training.replay": set(),
+    "training.sampling": {"data.tokenization"},
     "spelling": set(),
     "training.teacher": {"checkpoint", "data.loading", "training.divergence"},
     "training.trainers": {"data.loading"},

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +23,14 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..ecq_search_flashlite import Layer, find_multiplier, fit, predicted_divergence, quantize_layer
+from ..ecq_search_flashlite import (
+    Layer,
+    find_multiplier,
+    fit,
+    inverse_factor,
+    predicted_divergence,
+    quantize_layer,
+)
 from ..ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weight, stream_bytes
 from ..quantization_flashlite import install_layer
 from .moments import TOKENS, InputMoments, collect_moments, slices_of
@@ -74,6 +82,16 @@ class _Spending:
         octaves = self.multiplier - multiplier
         self.expected += self.predicted.pop(id(layer)) + octaves * self.elements.pop(id(layer)) / 8
         self.spent += stream_bytes(weight)
+
+
+def _check(batches: list[dict]) -> int:
+    """Checksum of calibration data."""
+    check = 0
+    for batch in batches:
+        for name in sorted(batch):
+            if isinstance(batch[name], torch.Tensor):
+                check = zlib.crc32(batch[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), check)
+    return check
 
 
 class _Resume:
@@ -147,8 +165,9 @@ class BlockQuantizer:
         self.last = max(number for number, (_, _, own) in enumerate(self.groups) if own)
         self.elements = sum(layer.weight.numel() for layer in layers)
         tokens = sum(next(iter(batch.values())).numel() for batch in batches)
-        shapes = {layer.names[0]: list(layer.weight.shape) for layer in layers}
-        self.resume = _Resume(resume, {"room": room, "tokens": tokens, "layers": shapes})
+        known = {"layers": {layer.names[0]: list(layer.weight.shape) for layer in layers}, "data": _check(batches)}
+        self.resume = _Resume(resume, {**known, "room": room})
+        self.steps = _Resume(resume, known)  # the same for every room
         self.replay = Replay(self.stacks, self.call, batches)
         self.done = self.noise = 0.0
         self._announce(probe, tokens)
@@ -177,16 +196,21 @@ class BlockQuantizer:
         return True
 
     def _find_steps(self) -> None:
-        held = self.resume.load("steps") if self.resume.load("group-0") else None
-        if held is not None:
-            for layer in self.layers:
-                for name in _FIELDS:
-                    setattr(layer, name, held.get(f"{layer.names[0]}.{name}"))
+        """Steps of all layers, and feedback of those outside of blocks; kept for other rooms."""
+        outside = [layer for stack, _, own in self.groups for layer in own if stack < 0]
+        fields = [(layer, name) for layer in self.layers for name in _FIELDS]
+        fields += [(layer, "input_moment") for layer in outside]
+        held = self.steps.load("steps")
+        if held is None:
+            collect_moments(self.model, self.layers, self.call, self.batches, keep={id(layer) for layer in outside})
+            values = {f"{layer.names[0]}.{name}": getattr(layer, name) for layer, name in fields}
+            self.steps.save("steps", {name: value for name, value in values.items() if value is not None})
             return
-        outside = {id(layer) for stack, _, own in self.groups for layer in own if stack < 0}
-        collect_moments(self.model, self.layers, self.call, self.batches, keep=outside)
-        values = {f"{layer.names[0]}.{name}": getattr(layer, name) for layer in self.layers for name in _FIELDS}
-        self.resume.save("steps", {name: value for name, value in values.items() if value is not None})
+        for layer, name in fields:
+            setattr(layer, name, held.get(f"{layer.names[0]}.{name}"))
+        for layer in outside:
+            if layer.input_moment is not None:
+                layer.input_factor = inverse_factor(layer.input_moment).float()
 
     def _quantize_group(self, number: int, stack: int, index: int, own: list[Layer], bar) -> None:
         multiplier, weights = self.spending.next() if own else 0.0, self._kept(number, own)
@@ -249,7 +273,7 @@ class BlockQuantizer:
         for number, layer in enumerate(layers):
             moment = moments.of(number)
             if moment is not None:
-                layer.follow(moment)
+                layer.follow(moment, moments.rows(number))
 
     def _announce(self, probe: dict, tokens: int) -> None:
         """Time and memory that the run is going to take, from one small slice of data."""

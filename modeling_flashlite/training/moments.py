@@ -86,7 +86,13 @@ class InputMoments:
         """Forget which tensors were seen; call it between two batches."""
         self.live.clear()
 
+    def rows(self, index: int) -> int:
+        """Rows of all weights that read the input of layer `index`."""
+        owner = self.owner.get(index, index)
+        return sum(len(layer.weight) for i, layer in enumerate(self.layers) if self.owner.get(i, i) == owner)
+
     def of(self, index: int) -> torch.Tensor | None:
+        """Second moment of the inputs of layer `index`; `None` where nothing of use was seen."""
         moment = self.sums.get(self.owner.get(index, index))
         return moment if moment is not None and torch.isfinite(moment).all() and moment.trace() > 0 else None
 
@@ -186,7 +192,8 @@ def collect_moments(
                 moments = _forward_only(run, parts, group, bar)
             for index, curvature in enumerate(group):
                 layer = curvature.layer
-                curvature.known = _set_steps(layer, *curvature.finish(moments.of(index), tokens))
+                found = curvature.finish(moments.of(index), tokens)
+                curvature.known = _set_steps(layer, *found, moments.rows(index))
                 if keep is not None and id(layer) not in keep:
                     layer.forget()
     _centre([curvature.layer for curvature in curvatures if curvature.known])
@@ -252,11 +259,11 @@ def _forward_backward(model, run, parts, curvatures, group, bar) -> tuple[int, I
     return tokens, moments
 
 
-def _set_steps(layer: Layer, moment: torch.Tensor | None, rows: torch.Tensor | None) -> bool:
+def _set_steps(layer: Layer, moment: torch.Tensor | None, rows: torch.Tensor | None, readers: int) -> bool:
     """Steps and column scales that equalise what one more bit buys, as far as moments are trusted."""
     if moment is None:
         return False
-    spread = layer.follow(moment)
+    spread = layer.follow(moment, readers)
     if rows is None or not torch.isfinite(rows).all() or rows.sum() <= 0:
         return False
     layer.price = layer.price_of(rows)

@@ -1,14 +1,16 @@
-"""Perplexity of a language model over the bits of its whole file, and what it answers at each of them.
+"""Perplexity of a language model over the bits of its whole file, and which of ten questions it answers.
 
 python scripts/studies/compression.py --model HuggingFaceTB/SmolLM2-135M-Instruct \
     --dataset train=wikitext2/train.txt.xz,test=wikitext2/test.txt.xz --rates 5 4 3.5 3 2.5 \
     --output model_cards/results/compression_smollm2.json
 
-Calibrated on lines from the beginning of `train`, measured on lines of `test` in windows, a newline behind every line.
-A run that is stopped keeps the rates that it has measured.
+Calibrated on lines from the beginning of `train` and, where the model has a chat template, on as many tokens that it
+writes itself; measured on lines of `test` in windows, a newline behind every line. `--tokens 0` is data-free, in
+`from_pretrained`. Points join those that the results file has, so a run that is stopped goes on.
 """
 
 import math
+import resource
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -19,23 +21,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import load_data, pick_split
+from modeling_flashlite.measure.benchmark import fresh_cost
 from modeling_flashlite.measure.perplexity import text_likelihood
-from modeling_flashlite.measure.results import write_results
+from modeling_flashlite.measure.results import command_line, git_commit, read_results, write_results
 from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.training.calibration import quantize
+from modeling_flashlite.training.sampling import with_conversations
 
-QUESTIONS = (
-    "What is the capital of France?",
-    "What is the largest planet of the solar system?",
-    "Who wrote Romeo and Juliet?",
-    "What is two plus three?",
-    "What colour is the sky on a clear day?",
-    "How many days does a week have?",
-    "What is the opposite of hot?",
-    "Which animal says meow?",
-    "What is water made of?",
-    "Name three fruits.",
-)
+# the first ten of a list of forty that SmolLM2-135M-Instruct answers in float; the answer holds one of the words
+QUESTIONS = {
+    "What is the capital of France?": ("paris",),
+    "What is the capital of Germany?": ("berlin",),
+    "What is the capital of Japan?": ("tokyo",),
+    "What is the capital of China?": ("beijing",),
+    "Who wrote Romeo and Juliet?": ("shakespeare",),
+    "Which animal says meow?": ("cat",),
+    "What is the opposite of hot?": ("cold",),
+    "Which ocean is the largest?": ("pacific",),
+    "What is the chemical formula of water?": ("h2o",),
+    "How many days are in a week?": ("7", "seven"),
+}
 
 
 @dataclass
@@ -43,19 +48,21 @@ class StudyArgs:
     model: str = field(metadata={"help": "directory or Hub id of a causal language model"})
     dataset: str = field(metadata={"help": "local files (train=..., test=...) or a Hub id, rows of a `text` column"})
     rates: list[float] = field(default_factory=lambda: [5, 4, 3.5, 3, 2.5], metadata={"help": "bits of the file"})
-    tokens: int = field(default=8192, metadata={"help": "tokens to calibrate on; 0 is data-free"})
+    tokens: int = field(default=16384, metadata={"help": "tokens to calibrate on; 0 is data-free"})
+    chat_share: float | None = field(
+        default=None, metadata={"help": "of these tokens in conversations that the model writes; half if it can"}
+    )
     limit: int = field(default=400, metadata={"help": "lines to measure on"})
     length: int = field(default=512, metadata={"help": "tokens read at once"})
     answers: bool = field(default=True, metadata={"help": "ask the ten questions"})
+    work: str = field(default="runs/compression", metadata={"help": "keeps conversations, steps and finished blocks"})
     output: str = field(default="runs/results/compression.json", metadata={"help": "results file"})
     label: str | None = field(default=None, metadata={"help": "name of the data set in tables"})
     note: str | None = field(default=None, metadata={"help": "about the checkpoint, for the results file"})
 
 
-def calibration_batches(tokenizer, lines: list[str], args: StudyArgs) -> list[dict] | None:
-    """Windows of consecutive lines, four in a batch."""
-    if not args.tokens:
-        return None
+def calibration_batches(model, tokenizer, lines: list[str], args: StudyArgs) -> list[dict]:
+    """Windows of consecutive lines, four in a batch, and conversations."""
     ids: list[int] = []
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     for line in lines:
@@ -63,13 +70,14 @@ def calibration_batches(tokenizer, lines: list[str], args: StudyArgs) -> list[di
         if len(ids) >= args.tokens:
             break
     rows = torch.tensor(ids[: min(len(ids), args.tokens) // args.length * args.length]).view(-1, args.length)
-    return [{"input_ids": part} for part in rows.split(4)]
+    batches = [{"input_ids": part} for part in rows.split(4)]
+    return with_conversations(batches, model, tokenizer, args.chat_share, args.work)
 
 
 def answers_of(model, tokenizer) -> list[dict]:
     """Greedy answers to the questions, by the chat template where there is one."""
     answers = []
-    for question in QUESTIONS:
+    for question, words in QUESTIONS.items():
         if tokenizer.chat_template:
             turns = [{"role": "user", "content": question}]
             given = tokenizer.apply_chat_template(
@@ -77,9 +85,10 @@ def answers_of(model, tokenizer) -> list[dict]:
             )
         else:
             given = tokenizer(f"Question: {question}\nAnswer:", return_tensors="pt")
-        out = model.generate(**given, max_new_tokens=32, do_sample=False)
-        text = tokenizer.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers.append({"question": question, "answer": text.strip()})
+        out = model.generate(**given, max_new_tokens=24, do_sample=False)
+        text = tokenizer.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        right = any(word in text.lower() for word in words)
+        answers.append({"question": question, "answer": text, "right": right})
     return answers
 
 
@@ -88,52 +97,97 @@ def measure(model, tokenizer, lines: list[str], args: StudyArgs) -> dict:
         model, tokenizer, lines, segment_length=args.length, memory=False, end="\n", resamples=0
     )
     point = {"perplexity": metrics["token_perplexity"]}
-    return {**point, "answers": answers_of(model, tokenizer)} if args.answers else point
+    if not args.answers:
+        return point
+    answers = answers_of(model, tokenizer)
+    return {**point, "right": sum(answer["right"] for answer in answers), "answers": answers}
 
 
-def measure_rate(rate: float, args: StudyArgs, tokenizer, batches: list[dict] | None, lines: list[str]) -> dict:
-    """Quantize, write, load again and measure, so that what is measured is what a user downloads."""
+def load_coarse(model: str, rate: float):
+    """What a user writes to quantize without data; for a fresh process."""
+    AutoTokenizer.from_pretrained(model)  # imports are not counted
+    config = EcqConfig(target_bits=rate)
+    return lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, quantization_config=config)
+
+
+def quantized(rate: float, args: StudyArgs, batches: list[dict] | None) -> tuple[torch.nn.Module, dict]:
+    """The model at a rate, and what that took."""
+    if batches is None:
+        peak, seconds = fresh_cost(load_coarse, args.model, rate)
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=torch.float32, quantization_config=EcqConfig(target_bits=rate)
+        )
+        return model, {"seconds": round(seconds, 1), "peak_bytes": peak}
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    parameters, begin = sum(p.numel() for p in model.parameters()), time.perf_counter()
-    quantize(model, EcqConfig(target_bits=rate), batches)
-    seconds = time.perf_counter() - begin
+    begin, processor = time.perf_counter(), time.process_time()
+    quantize(model, EcqConfig(target_bits=rate), batches, resume=args.work)
+    cost = {"seconds": time.perf_counter() - begin, "processor_seconds": time.process_time() - processor}
+    cost = {name: round(value, 1) for name, value in cost.items()}
+    return model, {**cost, "process_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+def measure_rate(
+    rate: float, args: StudyArgs, tokenizer, batches: list[dict] | None, lines: list[str], parameters: int
+) -> dict:
+    """Quantize, write, load again and measure, so that what is measured is what a user downloads."""
+    model, cost = quantized(rate, args, batches)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         del model
         loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
         point = measure(loaded, tokenizer, lines, args)
-    return {"target": rate, "bits": 8 * size / parameters, "bytes": size, "seconds": round(seconds, 1), **point}
+    return {"target": rate, "bits": 8 * size / parameters, "bytes": size, **cost, **point}
+
+
+def key(point: dict) -> tuple:
+    return point.get("method", "calibrated"), point["target"]
+
+
+def write(args: StudyArgs, points: list[dict]) -> None:
+    """Write the results file anew, points in the order of method and rate."""
+    points.sort(key=lambda point: (key(point)[0] != "float", key(point)[0], -(point["target"] or 0)))
+    metrics = {
+        f"perplexity {' '.join(str(part) for part in key(point) if part)}": point["perplexity"] for point in points
+    }
+    write_results(
+        args.output,
+        {name: value for name, value in metrics.items() if math.isfinite(value)},
+        task="compression",
+        dataset=args.label or args.dataset,
+        split="test",
+        model=args.model,
+        config=asdict(args),
+        seed=0,
+        points=points,
+        protocol={
+            "perplexity": "a token, windows without memory, a newline behind every line",
+            "right": f"of {len(QUESTIONS)} questions that the float model answers, greedy, chat template",
+        },
+        note=args.note,
+    )
 
 
 def main(args: StudyArgs) -> dict:
     splits, tokenizer = load_data(args.dataset), AutoTokenizer.from_pretrained(args.model)
     lines = list(pick_split(splits, "test")["text"][: args.limit])
-    batches = calibration_batches(tokenizer, splits["train"]["text"], args) if args.tokens else None
+    points = read_results([Path(args.output)])[0]["points"] if Path(args.output).exists() else []
+    stamp = {"commit": git_commit(), "command": command_line()}
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    points = [{"target": None, "bits": 32.0, **measure(model, tokenizer, lines, args)}]
-    base, metrics = points[0]["perplexity"], {"perplexity float": points[0]["perplexity"]}
+    if not any(key(point)[0] == "float" for point in points):
+        points.append({"method": "float", "target": None, "bits": 32.0, **measure(model, tokenizer, lines, args)})
+    base = next(point["perplexity"] for point in points if point["method"] == "float")
+    batches = calibration_batches(model, tokenizer, splits["train"]["text"], args) if args.tokens else None
+    parameters = sum(p.numel() for p in model.parameters())
     del model
     for rate in args.rates:
-        points.append(measure_rate(rate, args, tokenizer, batches, lines))
-        point = points[-1]
+        point = {"method": "calibrated" if args.tokens else "data-free"}
+        point |= measure_rate(rate, args, tokenizer, batches, lines, parameters) | stamp
         point["increase"] = point["perplexity"] / base - 1
-        metrics[f"perplexity {rate:g} bits"] = point["perplexity"]
+        points = [other for other in points if key(other) != key(point)] + [point]
         print(f"{point['bits']:.3f} bits: perplexity {point['perplexity']:.2f} ({point['increase']:+.1%})")
-        write_results(
-            args.output,
-            {name: value for name, value in metrics.items() if math.isfinite(value)},
-            task="compression",
-            dataset=args.label or args.dataset,
-            split="test",
-            model=args.model,
-            config=asdict(args),
-            seed=0,
-            points=points,
-            protocol={"perplexity": "a token, windows without memory, a newline behind every line"},
-            note=args.note,
-        )
-    return finish({"output": args.output, **metrics})
+        write(args, points)
+    return finish({"output": args.output, "points": len(points)})
 
 
 if __name__ == "__main__":
