@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PreTrainedModel
 
+from .measure.cost import count_parameters
 from .spelling import did_you_mean
 
 __all__ = ["banner", "finish", "parse_args", "start"]
@@ -142,9 +143,9 @@ def _refuse(message: str) -> None:
     raise SystemExit(2)
 
 
-def banner(name: str, model: torch.nn.Module, training_args) -> str:
-    """One line about the run: parameters, precision, devices, seed."""
-    total = sum(p.numel() for p in model.parameters())
+def banner(name: str, model: PreTrainedModel, training_args) -> str:
+    """One line about the run: parameters (a coded weight counts as its elements), precision, devices, seed."""
+    total = count_parameters(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32"
     device = torch.cuda.get_device_name() if training_args.device.type == "cuda" else training_args.device.type

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import modeling_flashlite  # noqa: F401  (registers the architecture)
 from modeling_flashlite.checkpoint import CheckpointArgs
 from modeling_flashlite.cli import parse_args, start
+from modeling_flashlite.measure.cost import count_parameters
 from modeling_flashlite.publish.hub import DownloadError, download
 from modeling_flashlite.serve.engine import Engine
 from modeling_flashlite.serve.jobs import Limits, Settings
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (editing and history of the line)
-        print(f"{engine.name}: {engine.model.num_parameters() / 1e6:.1f}M parameters. /help lists the commands.")
+        print(f"{engine.name}: {count_parameters(engine.model) / 1e6:.1f}M parameters. /help lists the commands.")
     succeeded = converse(Chat(engine, settings, args.system), interactive)
     engine.close(timeout=5.0)
     return int(not succeeded and not interactive)

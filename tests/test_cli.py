@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 
+from modeling_flashlite import EcqConfig, FlashLiteForCausalLM
 from modeling_flashlite.cli import banner, finish, parse_args, start
 from modeling_flashlite.training.launch import TrainArgs
+from modeling_flashlite.training.lora import add_lora
 
 
 @dataclass
@@ -80,8 +81,17 @@ def test_values_that_the_trainer_refuses_are_one_line_too(tmp_path, capsys):
 def test_last_line_is_one_json_object(capsys, tmp_path):
     assert finish({"loss": 1.5}) == {"loss": 1.5}
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"loss": 1.5}
-    line = banner("train", torch.nn.Linear(10, 10), TrainArgs(str(tmp_path), use_cpu=True))
-    assert "trainable" in line and "1x cpu" in line
+
+
+def test_the_banner_counts_what_the_codes_stand_for(tmp_path, tiny_config):
+    model = FlashLiteForCausalLM(tiny_config(vocab_size=40_000, is_encoder_decoder=False))
+    model.save_pretrained(tmp_path)
+    rounded = FlashLiteForCausalLM.from_pretrained(tmp_path, quantization_config=EcqConfig(target_bits=4.5))
+    rounded.save_pretrained(tmp_path / "coded")
+    coded = FlashLiteForCausalLM.from_pretrained(tmp_path / "coded")
+    for kind in (model, coded, add_lora(coded, 2)):
+        line = banner("train", kind, TrainArgs(str(tmp_path), use_cpu=True))
+        assert line.startswith("train · 1.3M params (") and "trainable" in line and "1x cpu" in line
 
 
 def stopped(call, capsys):

@@ -59,7 +59,7 @@ EDGES = {
 # floor 2, the workshop, one folder per activity: it stands on everything that travels, and on these of its own floor
 WORKSHOP_EDGES = {
     "checkpoint": {"data.tasks"},
-    "cli": {"spelling"},
+    "cli": {"measure.cost", "spelling"},
     "data.corpus": set(),
     "data.loading": {"data.corpus", "spelling"},
     "data.preprocessing": {"data.loading", "data.tasks", "data.tokenization"},

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # weight files as the library names them; a run's folder holds other tensors too
@@ -54,8 +55,9 @@ def measure_generation(
             add_special_tokens=special_tokens,
         )
         inputs = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        first = _timed(functools.partial(_generate, model, inputs, 1), repeats, model.device)
-        whole = _timed(functools.partial(_generate, model, inputs, new_tokens), repeats, model.device)
+        with tqdm(total=2 * (repeats + 1), desc=f"time generation, batch {size}", unit="run") as bar:
+            first = _timed(functools.partial(_generate, model, inputs, 1), repeats, model.device, bar)
+            whole = _timed(functools.partial(_generate, model, inputs, new_tokens), repeats, model.device, bar)
         later = [(b - a) / (new_tokens - 1) for a, b in zip(sorted(first), sorted(whole))]
         batch = f"greedy, batch {size}"
         rows += [
@@ -116,7 +118,7 @@ def _generate(model: PreTrainedModel, inputs: dict, tokens: int) -> torch.Tensor
     return model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, num_beams=1)
 
 
-def _timed(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+def _timed(run: Callable[[], object], repeats: int, device: torch.device, bar: tqdm) -> list[float]:
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -124,6 +126,7 @@ def _timed(run: Callable[[], object], repeats: int, device: torch.device) -> lis
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
+        bar.update()
     return times[1:]
 
 
