@@ -1,5 +1,6 @@
 """How scripts name and load a checkpoint: a model or an adapter, from a folder or the Hub, with its tokenizer."""
 
+import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file, find_adapter
 
 from .data.tasks import LANGUAGE_MODELS
 
-__all__ = ["BASE_CONFIG", "CheckpointArgs", "load_language_model", "read_config", "read_tokenizer"]
+__all__ = ["BASE_CONFIG", "CheckpointArgs", "add_adapter", "load_language_model", "read_config", "read_tokenizer"]
 
 # beside the adapter of a classifier: the config of its base, with the classes of the adapter's head. Its usual name
 # would make the folder a model
@@ -95,8 +96,30 @@ def load_language_model(model: str, *, device: str | None = None, **options) -> 
     hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
     auto = getattr(transformers, LANGUAGE_MODELS[bool(read_config(model, **hub).is_encoder_decoder)])
     loaded = auto.from_pretrained(model, **options)
-    if base_of(model, **hub)[0] != model and _has(model, GENERATION_CONFIG_NAME, hub):
-        # beside an adapter stand the end tokens that it was trained with
-        loaded.generation_config = GenerationConfig.from_pretrained(model, revision=hub.get("revision"))
+    if base_of(model, **hub)[0] != model:
+        _read_generation(loaded, model, hub)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return loaded.to(device or accelerator or "cpu").eval()
+
+
+def add_adapter(base: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """A model with the adapter of a folder; its other weights are those of `base`, which stays as it is.
+
+    Raises:
+        ValueError: the folder holds no adapter, or one of another model.
+    """
+    tensors = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    model = copy.deepcopy(base, tensors)  # modules anew, tensors shared
+    try:
+        model.load_adapter(folder)
+    except (OSError, RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder} is no adapter of this model: {said}; name one that was trained on it.") from error
+    _read_generation(model, folder, {})
+    return model.eval()
+
+
+def _read_generation(loaded: PreTrainedModel, model: str, hub: dict) -> None:
+    """Beside an adapter stand the end tokens that it was trained with."""
+    if _has(model, GENERATION_CONFIG_NAME, hub):
+        loaded.generation_config = GenerationConfig.from_pretrained(model, revision=hub.get("revision"))

@@ -2,6 +2,7 @@
 
     python scripts/serve.py --model you/flash-lite-x --port 8000
     FLASHLITE_API_KEY=secret python scripts/serve.py --model runs/x --host 0.0.0.0 --web
+    python scripts/serve.py --model runs/smol --adapters sums=runs/dialogsum_smol,chat=runs/sgd_smol
 
     from openai import OpenAI
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").completions.create(model="x", prompt="Once")
@@ -14,7 +15,7 @@ import ipaddress
 import os
 import socket
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import uvicorn
 
@@ -29,6 +30,9 @@ from modeling_flashlite.serve.server import create_app
 
 @dataclass
 class ServeArgs:
+    adapters: str | None = field(
+        default=None, metadata={"help": "name=folder,name=folder: LoRA adapters of the model, chosen by `model`"}
+    )
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
     port: int = field(default=8000, metadata={"help": "port; 0 takes a free one"})
     web: bool = field(default=False, metadata={"help": "add a page to try the model"})
@@ -40,15 +44,23 @@ class ServeArgs:
     max_body: int = field(default=1 << 20, metadata={"help": "largest request, in bytes"})
     timeout: float = field(default=Limits.seconds, metadata={"help": "seconds one request may take"})
 
+    def named_adapters(self) -> dict[str, str]:
+        """Folder or Hub id of each adapter by its name."""
+        pairs = [pair.partition("=") for pair in (self.adapters or "").split(",") if pair]
+        if any(not (name and folder) for name, _, folder in pairs) or len({name for name, *_ in pairs}) < len(pairs):
+            raise ValueError(f"adapters is {self.adapters!r}, but must read name=folder,name=folder, no name twice.")
+        return {name: folder for name, _, folder in pairs}
+
     @property
     def limits(self) -> Limits:
+        """Limits of one engine; the memory for keys and values is shared by the model and its adapters."""
         return Limits(
             prompt_tokens=self.max_prompt_tokens,
             new_tokens=self.max_new_tokens,
             batch=self.max_batch,
             waiting=self.max_waiting,
             seconds=self.timeout,
-            cache_bytes=self.cache_bytes,
+            cache_bytes=self.cache_bytes // (1 + len(self.named_adapters())),
         )
 
 
@@ -72,13 +84,15 @@ def main(argv: list[str] | None = None) -> int:
             (args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET
         )
         folder = download(checkpoint.model, checkpoint.revision)
+        adapters = {called: str(download(place)) for called, place in args.named_adapters().items()}
     except (OSError, DownloadError) as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
     name = None if os.path.isdir(checkpoint.model) else checkpoint.model
     checkpoint.model = str(folder)
     engine = Engine(checkpoint, name, args.limits)
-    app = create_app(engine, key, args.max_body)
+    others = [Engine(replace(checkpoint, model=at), called, args.limits, engine) for called, at in adapters.items()]
+    app = create_app(engine, key, args.max_body, others)
     if args.web:
         from modeling_flashlite.serve.page import mount_page
 

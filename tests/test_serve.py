@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -21,11 +22,17 @@ openai = pytest.importorskip("openai", reason="the openai client is not installe
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
 import torch  # noqa: E402
-from transformers import RepetitionPenaltyLogitsProcessor  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from modeling_flashlite.checkpoint import CheckpointArgs  # noqa: E402
 from modeling_flashlite.serve.engine import Engine  # noqa: E402
 from modeling_flashlite.serve.jobs import Answer, Job, Limits, QueueFull, Settings, TextAssembler, pick  # noqa: E402
+from modeling_flashlite.serve.tools import split_calls  # noqa: E402
+from modeling_flashlite.training.lora import add_lora  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 LIMITS = ("--max-new-tokens=64", "--max-prompt-tokens=200", "--max-body=20000", "--max-waiting=30", "--timeout=60")
@@ -51,9 +58,33 @@ def folder(tmp_path_factory):
     return save_checkpoint("causal", tmp_path_factory.mktemp("serve") / "tiny-lm")
 
 
+# what the templates of Hermes and Qwen do, in short
+TOOL_TEMPLATE = (
+    "{% for tool in tools or [] %}<tool_call> may name {{ tool.function.name }}{% endfor %}"
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function.arguments.day }}</tool_call>{% endfor %}"
+    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
 @pytest.fixture(scope="module")
-def server(folder):
-    process, address = start(folder, *LIMITS)
+def adapter(folder, tmp_path_factory):
+    """An adapter far from zero, with a tokenizer whose chat template has tools."""
+    place = tmp_path_factory.mktemp("adapter")
+    model = add_lora(AutoModelForCausalLM.from_pretrained(folder), 2)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(place)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TOOL_TEMPLATE
+    tokenizer.save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def server(folder, adapter):
+    process, address = start(folder, *LIMITS, f"--adapters=caller={adapter}")
     yield address
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
@@ -74,7 +105,7 @@ def engine(folder):
 
 
 def test_models_are_listed(client):
-    assert [model.id for model in client.models.list()] == ["tiny-lm"]
+    assert [model.id for model in client.models.list()] == ["tiny-lm", "caller"]
     assert client.models.retrieve("tiny-lm").owned_by == "flashlite"
     with pytest.raises(openai.NotFoundError, match="does not exist") as caught:
         client.completions.create(model="gpt-4", prompt="x")
@@ -137,6 +168,110 @@ def test_chat_and_its_stream(client):
     parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "grants?"}]
     request["messages"][1]["content"] = parts
     assert client.chat.completions.create(**request).choices[0].message.content == answer.choices[0].message.content
+
+
+def test_an_adapter_is_chosen_by_its_name(client, folder, adapter):
+    request = {"prompt": "You may obtain a copy", "max_tokens": 12, "temperature": 0}
+    plain = client.completions.create(model="tiny-lm", **request)
+    adapted = client.completions.create(model="caller", **request)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(adapter)
+    inputs = tokenizer(request["prompt"], return_tensors="pt", return_token_type_ids=False)
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert adapted.model == "caller" and adapted.choices[0].text == tokenizer.decode(ids, skip_special_tokens=True)
+    assert adapted.choices[0].text != plain.choices[0].text
+    assert client.completions.create(model="tiny-lm", **request).choices[0].text == plain.choices[0].text
+
+
+@pytest.mark.parametrize("given", ["caller={folder}", "caller", "a={folder},a={folder}"])
+def test_adapters_that_do_not_fit_are_one_sentence(given, folder, monkeypatch, capsys):
+    argv = ["serve.py", f"--model={folder}", "--port=0", f"--adapters={given.format(folder=folder)}"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "scripts" / "serve.py"), run_name="__main__")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and re.search("is no adapter of this model|must read name=folder", said)
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"day": {"enum": [1, 2]}}, "required": ["day"]},
+    },
+}
+WEATHER["function"]["parameters"]["additionalProperties"] = False
+ASKED = [{"role": "user", "content": "Will it rain?"}]
+
+
+def test_tools_are_called_in_the_format_of_the_template(client):
+    request = {"model": "caller", "messages": ASKED, "tools": [WEATHER], "max_tokens": 64, "seed": 1}
+    free = client.chat.completions.create(**request)
+    assert free.choices[0].message.tool_calls is None  # noise
+    assert free.usage.prompt_tokens > client.chat.completions.create(**request, tool_choice="none").usage.prompt_tokens
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"day": 1}'}}
+    request["messages"] = [
+        *ASKED,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "rain"},
+    ]
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        answer = client.chat.completions.create(**request, tool_choice=choice).choices[0]
+        (called,) = answer.message.tool_calls
+        assert answer.finish_reason == "tool_calls" and answer.message.content is None
+        assert called.function.name == "weather" and json.loads(called.function.arguments)["day"] in (1, 2)
+    chunks = list(client.chat.completions.create(**request, tool_choice="required", stream=True))
+    (streamed,) = [chunk.choices[0].delta.tool_calls for chunk in chunks if chunk.choices[0].delta.tool_calls]
+    assert streamed[0].function.arguments and chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_json_answers_follow_their_schema(client):
+    request = {"model": "tiny-lm", "messages": ASKED, "max_tokens": 64}
+    schema = {"type": "object", "properties": {"a": {"enum": [10, 20]}, "b": {"type": "boolean"}}}
+    schema |= {"required": ["a", "b"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for seed in range(3):
+        answer = client.chat.completions.create(**request, seed=seed, response_format=form).choices[0]
+        found = json.loads(answer.message.content)
+        assert answer.finish_reason == "stop" and found["a"] in (10, 20) and isinstance(found["b"], bool)
+    any_object = client.chat.completions.create(**request, seed=1, response_format={"type": "json_object"}).choices[0]
+    assert any_object.message.content.startswith("{")
+    if any_object.finish_reason == "stop":
+        assert isinstance(json.loads(any_object.message.content), dict)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tools": [WEATHER]}, "The chat template of tiny-lm has no tools"),
+        ({"tools": [{"type": "function"}], "model": "caller"}, "function"),
+        ({"tool_choice": "required", "model": "caller"}, "demands a tool"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema is missing"),
+        ({"response_format": {"type": "xml"}}, "json_object"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objekt"}}}},
+            "The schema cannot be followed",
+        ),
+        ({"messages": [{"role": "assistant", "content": None}]}, "content is missing"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}]}, "arguments"),
+    ],
+)
+def test_tools_and_schemas_that_cannot_be_honoured_are_refused(server, changes, words):
+    body = {"messages": ASKED, "max_tokens": 4, **changes}
+    answer = httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 400 and words in answer.text
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.dictionaries(st.text(max_size=5), st.integers(), max_size=2), max_size=3), st.text(max_size=20))
+def test_calls_are_read_and_broken_ones_stay_text(calls, said):
+    said = said.replace("<", "")
+    marks = [f"<tool_call>\n{json.dumps({'name': 'f', 'arguments': call})}\n</tool_call>" for call in calls]
+    content, found = split_calls(said + "".join(marks))
+    assert [json.loads(call["function"]["arguments"]) for call in found] == calls
+    assert content == (said if not calls else said.strip() or None)
+    for broken in ('{"name": 1}', '{"name": "f", "arguments": "x"}', "[]", "{", '"f"'):
+        text = f"{said}<tool_call>{broken}</tool_call>"
+        assert split_calls(text) == (text, [])
 
 
 def test_log_probabilities_and_echo(client, engine):
@@ -268,7 +403,8 @@ FIELDS = {
     "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}),
     "model": st.just("tiny-lm") | st.text(max_size=5),
     "logit_bias": JSON,
-    "response_format": JSON,
+    "response_format": JSON | st.fixed_dictionaries({"type": st.just("json_schema"), "json_schema": JSON}),
+    "tools": JSON,
 }
 BODIES = st.fixed_dictionaries({}, optional={name: good | JSON for name, good in FIELDS.items()})
 LIKELY = st.fixed_dictionaries(

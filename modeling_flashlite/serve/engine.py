@@ -2,6 +2,7 @@
 """Generation for concurrent clients: one worker thread runs their jobs and streams the text."""
 
 import contextlib
+import functools
 import logging
 import queue
 import threading
@@ -13,9 +14,10 @@ from pathlib import Path
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ..checkpoint import CheckpointArgs, load_language_model, read_tokenizer
+from ..checkpoint import CheckpointArgs, add_adapter, load_language_model, read_tokenizer
 from ..data.tokenization import end_tokens
 from .continuous import ContinuousBatch
+from .grammar import Grammars
 from .jobs import Answer, Job, Limits, QueueFull, Settings
 
 logger = logging.getLogger(__name__)
@@ -56,16 +58,28 @@ class Engine:
         checkpoint (`CheckpointArgs`): what to load.
         name (`str`, *optional*): what readers call it; defaults to the id or the folder's name.
         limits (`Limits`, *optional*): what is accepted.
+        base (`Engine`, *optional*): of the model that `checkpoint`, an adapter, belongs to; its weights are shared.
     """
 
-    def __init__(self, checkpoint: CheckpointArgs, name: str | None = None, limits: Limits | None = None):
+    def __init__(
+        self,
+        checkpoint: CheckpointArgs,
+        name: str | None = None,
+        limits: Limits | None = None,
+        base: "Engine | None" = None,
+    ):
         self.limits = limits or Limits()
         folder = Path(checkpoint.model)
         self.name = name or (folder.resolve().name if folder.is_dir() else checkpoint.model)
-        self.tokenizer = read_tokenizer(checkpoint.model, **checkpoint.hub)
-        self.model = load_language_model(
-            checkpoint.model, device=checkpoint.device, dtype=checkpoint.dtype, **checkpoint.hub
-        )
+        if base is None:
+            self.tokenizer = read_tokenizer(checkpoint.model, **checkpoint.hub)
+            self.model = load_language_model(
+                checkpoint.model, device=checkpoint.device, dtype=checkpoint.dtype, **checkpoint.hub
+            )
+        else:
+            own = (folder / "tokenizer_config.json").is_file()
+            self.tokenizer = read_tokenizer(checkpoint.model, **checkpoint.hub) if own else base.tokenizer
+            self.model = add_adapter(base.model, checkpoint.model)
         self.is_encoder_decoder = self.model.config.is_encoder_decoder
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -93,19 +107,29 @@ class Engine:
         found |= set(end_tokens(self.tokenizer))
         return found - {None}
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of the model's logits."""
+        return self.model.config.get_text_config(decoder=True).vocab_size
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Compiles grammars of answers; raises `ImportError` without the `json` extra."""
+        return Grammars(self.tokenizer, self.vocabulary, self._ends)
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Turn texts into prompts."""
         return [self.tokenizer(text)["input_ids"] for text in texts]
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Turn a conversation into a prompt; an encoder-decoder reads the last message."""
+    def encode_chat(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+        """Turn a conversation, and descriptions of tools, into a prompt; an encoder-decoder reads the last message."""
         if self.is_encoder_decoder:
             return self.tokenizer(messages[-1]["content"])["input_ids"]
         if self.tokenizer.chat_template is None:
             text = "".join(f"{message['content']}\n" for message in messages)
             return self.tokenizer(text)["input_ids"]
         return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True
         )["input_ids"]
 
     def submit(self, prompt: list[int], settings: Settings) -> Job:
@@ -115,13 +139,12 @@ class Engine:
             QueueFull: too many are waiting.
             ValueError: the prompt is empty, too long, or has unknown tokens, or asks for what the model cannot give.
         """
-        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         if not prompt:
             raise ValueError("The prompt is empty; give at least one token.")
         if len(prompt) > self.limits.prompt_tokens:
             raise ValueError(f"The prompt has {len(prompt)} tokens, the limit is {self.limits.prompt_tokens}; cut it.")
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise ValueError(f"The prompt has a token outside 0..{vocabulary - 1}; use this model's tokenizer.")
+        if min(prompt) < 0 or max(prompt) >= self.vocabulary:
+            raise ValueError(f"The prompt has a token outside 0..{self.vocabulary - 1}; use this model's tokenizer.")
         job = Job(prompt, settings, time.monotonic() + self.limits.seconds)
         if self.batch is None and settings.logprobs is not None:
             raise ValueError("logprobs need a decoder-only model; leave them out.")

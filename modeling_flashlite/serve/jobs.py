@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from .grammar import Grammar, GrammarError
+
 __all__ = ["Answer", "Job", "Limits", "QueueFull", "Settings", "TextAssembler", "TokenLogprob", "pick"]
 
 
@@ -48,6 +50,7 @@ class Settings:
         seed (`int`, *optional*): the same seed gives the same answer, whatever else is in the batch.
         logprobs (`int`, *optional*): log-probabilities of each token and of this many of the likeliest ones.
         echo (`bool`): log-probabilities of the prompt's tokens too.
+        grammar (`Grammar`, *optional*): what the answer must follow, see `grammar.py`.
     """
 
     max_tokens: int = 256
@@ -62,6 +65,7 @@ class Settings:
     seed: int | None = None
     logprobs: int | None = None
     echo: bool = False
+    grammar: Grammar | None = None
 
 
 class TokenLogprob(NamedTuple):
@@ -204,6 +208,7 @@ class Answer:
         self.before = job.prompt if reads_prompt else []
         self.text = TextAssembler(tokenizer, job.settings.stop)
         self.tokens: list[int] = []
+        self.constraint = None if job.settings.grammar is None else job.settings.grammar.start()
         self.generator = torch.Generator()
         if job.settings.seed is None:
             self.generator.seed()
@@ -225,6 +230,11 @@ class Answer:
         if settings.frequency_penalty or settings.presence_penalty:
             counts = torch.bincount(torch.tensor(self.tokens, dtype=torch.long), minlength=logits.numel())
             logits = logits - settings.frequency_penalty * counts - settings.presence_penalty * (counts > 0)
+        if self.constraint is not None:
+            try:
+                logits = self.constraint.mask(logits)
+            except GrammarError as error:
+                self.job.finish("error", str(error))
         return pick(logits, settings, self.generator)
 
     def take(self, token: int, logits: torch.Tensor | None = None) -> None:
@@ -233,6 +243,8 @@ class Answer:
         if self.done or not job.is_wanted():
             return
         self.tokens.append(token)
+        if self.constraint is not None:
+            self.constraint.take(token)
         job.new_tokens += 1
         self.counters["generated_tokens"] += 1
         if logits is not None and job.settings.logprobs is not None:

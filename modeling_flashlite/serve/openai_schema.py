@@ -3,11 +3,11 @@
 
 import itertools
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError, model_validator
 
 from .jobs import TokenLogprob
 
@@ -83,16 +83,90 @@ class TextPart(BaseModel):
     text: str
 
 
+class CalledFunction(BaseModel):
+    """Name and arguments of a call, as a JSON object in a string."""
+
+    name: str
+    arguments: Json[dict[str, Any]]
+
+
+class ToolCall(BaseModel):
+    """A call that the assistant made in an earlier turn."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(BaseModel):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
-    def plain(self) -> dict[str, str]:
-        """The message with its parts joined; `developer` is the newer name of `system`."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    @model_validator(mode="after")
+    def _says_something(self):
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        return self
+
+    def plain(self) -> dict:
+        """The message for a chat template, with its parts joined; `developer` is the newer name of `system`."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        message: dict = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        message |= {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name)) is not None}
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
+        return message
+
+
+class Function(BaseModel):
+    """A function that the assistant may call; `parameters` is a JSON schema."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: str | None = None
+    parameters: dict | None = None
+
+
+class Tool(BaseModel):
+    """A tool that the assistant may use."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class ToolChoice(BaseModel):
+    """The one function that the answer must call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class JsonSchema(BaseModel):
+    """The schema that an answer must follow."""
+
+    model_config = ConfigDict(extra="allow")
+
+    schema_: Annotated[dict, Field(alias="schema")]
+
+
+class ResponseFormat(BaseModel):
+    """Form of the answer: any text, any JSON object, or JSON that follows a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_a_schema(self):
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is missing")
+        return self
 
 
 class ChatRequest(Sampling):
@@ -102,9 +176,27 @@ class ChatRequest(Sampling):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     functions: list | None = None
-    response_format: dict | None = None
+    response_format: ResponseFormat | None = None
+
+    def offered(self) -> list[dict] | None:
+        """Descriptions of the tools that the answer may call."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+    def demanded(self) -> list[dict]:
+        """Descriptions of the tools of which the answer must call one; none if it is free."""
+        if self.tool_choice in (None, "none", "auto"):
+            return []
+        name = None if isinstance(self.tool_choice, str) else self.tool_choice.function.name
+        tools = [tool for tool in self.offered() or () if name in (None, tool["function"]["name"])]
+        if not tools:
+            wanted = "a tool" if name is None else f"the tool {name}"
+            raise ApiError(400, f"tool_choice demands {wanted}, but tools does not have it.", "tool_choice")
+        return tools
 
     def likeliest(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None

@@ -10,7 +10,7 @@ import hmac
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 
 from .engine import Engine
+from .grammar import Grammar, GrammarError
 from .jobs import Job, QueueFull, Settings
 from .openai_schema import (
     ApiError,
@@ -32,6 +33,7 @@ from .openai_schema import (
     render_error,
     usage,
 )
+from .tools import marks_calls, split_calls, takes_tools
 
 STATUS_OF_REASON = {"timeout": 408, "cancelled": 408, "error": 500}
 
@@ -70,16 +72,23 @@ class BodyLimit:
         return await self.app(scope, replay, send)
 
 
+def delta_of(text: str) -> tuple[dict, bool]:
+    """A whole answer as one piece of a stream, and whether it calls tools."""
+    content, calls = split_calls(text)
+    called = [{"index": place, **call} for place, call in enumerate(calls)]
+    return {"content": content, **({"tool_calls": called} if called else {})}, bool(called)
+
+
 class Server:
-    """The endpoints over one engine.
+    """The endpoints over the engines of a model and of its adapters.
 
     Args:
-        engine (`Engine`): the model.
+        engines (sequence of `Engine`): the first answers requests that name no model.
         api_key (`str`, *optional*): if given, `/v1/*` and `/metrics` ask for it as a bearer token.
     """
 
-    def __init__(self, engine: Engine, api_key: str | None = None):
-        self.engine, self.api_key = engine, api_key
+    def __init__(self, engines: Sequence[Engine], api_key: str | None = None):
+        self.engines, self.api_key = {engine.name: engine for engine in engines}, api_key
         self.started = int(time.time())
         self.responses: Counter = Counter()
         self.seconds = 0.0
@@ -92,16 +101,17 @@ class Server:
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self.api_key.encode()):
             raise ApiError(401, "Incorrect API key provided; send it as a bearer token.", code="invalid_api_key")
 
+    def find(self, name: str | None) -> Engine:
+        """The engine of that name, the first one without a name."""
+        known = list(self.engines)
+        if (engine := self.engines.get(known[0] if name is None else name)) is None:
+            message = f"The model '{(name or '')[:100]}' does not exist; this is {' or '.join(known)}."
+            raise ApiError(404, message, "model", "model_not_found")
+        return engine
+
     def check(self, body: Sampling) -> None:
-        """Refuse another model, and fields whose values this server cannot honour."""
-        if body.model not in (None, self.engine.name):
-            raise ApiError(
-                404,
-                f"The model '{body.model[:100]}' does not exist; this is {self.engine.name}.",
-                "model",
-                "model_not_found",
-            )
-        unread = [name for name in ("logit_bias", "suffix", "tools", "functions") if getattr(body, name, None)]
+        """Refuse fields whose values this server cannot honour."""
+        unread = [name for name in ("logit_bias", "suffix", "functions") if getattr(body, name, None)]
         for name in (*unread, *body.unread()):
             message = f"{name[:100]} is not supported by this server; leave it out."
             raise ApiError(400, message, name[:100], "unsupported_value")
@@ -112,15 +122,28 @@ class Server:
             raise ApiError(400, "top_logprobs needs logprobs to be true.", "top_logprobs")
         if (getattr(body, "best_of", None) or 1) > (body.n or 1):
             raise ApiError(400, "best_of above n is not supported by this server.", "best_of", "unsupported_value")
-        if (getattr(body, "response_format", None) or {"type": "text"}).get("type") != "text":
-            raise ApiError(400, "response_format must be text.", "response_format", "unsupported_value")
 
-    def settings(self, body: Sampling) -> Settings:
+    def grammar(self, engine: Engine, body: Sampling) -> Grammar | None:
+        """What the answer must follow by `response_format` or `tool_choice`; `None` for any text."""
+        if not isinstance(body, ChatRequest):
+            return None
+        form, demanded = body.response_format, body.demanded()
+        try:
+            if demanded:
+                return engine.grammars.compile_call(demanded)
+            if form is None or form.type == "text":
+                return None
+            return engine.grammars.compile(form.json_schema.schema_ if form.json_schema else None)
+        except (GrammarError, ImportError) as error:
+            field = "tool_choice" if demanded else "response_format"
+            raise ApiError(400, str(error), field, "unsupported_value") from None
+
+    def settings(self, engine: Engine, body: Sampling) -> Settings:
         """Settings of the request's first choice; `None` means OpenAI's default."""
         stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
         if len(stop) > 4 or not all(0 < len(text) <= 200 for text in stop):
             raise ApiError(400, "stop takes at most 4 texts of 1 to 200 characters.", "stop")
-        limit = self.engine.limits.new_tokens
+        limit = engine.limits.new_tokens
         asked = getattr(body, "max_completion_tokens", None) or body.max_tokens or min(256, limit)
         if asked > limit:
             raise ApiError(400, f"max_tokens is {asked}, the limit is {limit}; ask for less.", "max_tokens")
@@ -132,14 +155,15 @@ class Server:
             seed=body.seed,
             logprobs=body.likeliest(),
             echo=bool(getattr(body, "echo", None)),
+            grammar=self.grammar(engine, body),
             **{k: v for k, v in given.items() if v is not None},
         )
 
-    def submit(self, prompts: list[list[int]], body: Sampling, param: str) -> list[Job]:
+    def submit(self, engine: Engine, prompts: list[list[int]], body: Sampling, param: str) -> list[Job]:
         """Queue `n` answers to each prompt, or none at all."""
-        base, count = self.settings(body), body.n or 1
-        if len(prompts) * count > self.engine.limits.choices:
-            limit = self.engine.limits.choices
+        base, count = self.settings(engine, body), body.n or 1
+        if len(prompts) * count > engine.limits.choices:
+            limit = engine.limits.choices
             raise ApiError(400, f"{len(prompts)} prompts times n = {count} is above the limit of {limit}.", "n")
         jobs: list[Job] = []
         try:
@@ -147,7 +171,7 @@ class Server:
                 for choice in range(count):
                     # choices of one request differ, and each can be had again
                     seed = None if base.seed is None else (base.seed + choice) % 2**63
-                    jobs.append(self.engine.submit(prompt, Settings(**{**vars(base), "seed": seed})))
+                    jobs.append(engine.submit(prompt, Settings(**{**vars(base), "seed": seed})))
         except (ValueError, QueueFull) as error:
             for job in jobs:
                 job.cancelled = True
@@ -157,24 +181,26 @@ class Server:
             raise ApiError(400, str(error), param, code) from None
         return jobs
 
-    async def answer(self, request: Request, jobs: list[Job], body: Sampling, chat: bool) -> Response:
-        """Wait for the jobs, or stream them."""
+    async def answer(
+        self, request: Request, engine: Engine, jobs: list[Job], body: Sampling, chat: bool, calls: bool = False
+    ) -> Response:
+        """Wait for the jobs, or stream them; with `calls`, read calls of tools out of them."""
         frame = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
-            "model": self.engine.name,
+            "model": engine.name,
         }
         if body.stream:
-            events = self.stream(jobs, frame, chat, body)
+            events = self.stream(jobs, frame, chat, body, calls)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         texts = await self.gather(request, jobs)
-        decode = self.engine.tokenizer.decode
+        decode = engine.tokenizer.decode
         choices = []
         for index, (text, job) in enumerate(zip(texts, jobs)):
             if job.settings.echo:
                 text = decode(job.prompt) + text
-            choices.append(self.choice(index, text, job, chat))
+            choices.append(self.choice(engine, index, text, job, chat, calls))
         return JSONResponse({**frame, "choices": choices, "usage": usage(jobs, body.n or 1)})
 
     async def gather(self, request: Request, jobs: list[Job]) -> list[str]:
@@ -196,15 +222,20 @@ class Server:
                 )
         return texts
 
-    async def stream(self, jobs: list[Job], frame: dict, chat: bool, body: Sampling) -> AsyncIterator[str]:
-        """Server-sent events: pieces of all choices as they come, their ends, optionally usage, and `[DONE]`."""
+    async def stream(
+        self, jobs: list[Job], frame: dict, chat: bool, body: Sampling, calls: bool
+    ) -> AsyncIterator[str]:
+        """Server-sent events: pieces of all choices as they come, their ends, optionally usage, and `[DONE]`.
+
+        An answer that may hold calls of tools comes as one piece, since its text shows only at its end which they are.
+        """
         options = body.stream_options or StreamOptions()
         frame = {**frame, "object": "chat.completion.chunk" if chat else "text_completion"}
         queue: asyncio.Queue = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def forward(index: int, job: Job) -> None:
-            for piece in job:
+            for piece in ["".join(job)] if calls else job:
                 loop.call_soon_threadsafe(queue.put_nowait, (index, piece))
             loop.call_soon_threadsafe(queue.put_nowait, (index, None))
 
@@ -215,7 +246,7 @@ class Server:
                 for index in range(len(jobs)):
                     opening = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
                     yield event({**frame, "choices": [opening], **extra})
-            open_jobs = len(jobs)
+            open_jobs, called = len(jobs), set()
             while open_jobs:
                 index, piece = await queue.get()
                 open_jobs -= piece is None
@@ -224,7 +255,11 @@ class Server:
                     message = f"The answer was not finished ({reason}); try again or ask for less."
                     yield event({"error": {"message": message, "type": "server_error", "param": None, "code": reason}})
                     continue
-                yield event({**frame, "choices": [self.chunk(index, piece, reason, chat)], **extra})
+                chunk = self.chunk(index, piece, "tool_calls" if piece is None and index in called else reason, chat)
+                if calls and piece is not None:
+                    chunk["delta"], found = delta_of(piece)
+                    called |= {index} if found else set()
+                yield event({**frame, "choices": [chunk], **extra})
             if options.include_usage:
                 yield event({**frame, "choices": [], "usage": usage(jobs, body.n or 1)})
             yield "data: [DONE]\n\n"
@@ -233,14 +268,20 @@ class Server:
                 job.cancelled = job.finish_reason is None
             await asyncio.gather(*readers)
 
-    def choice(self, index: int, text: str, job: Job, chat: bool) -> dict:
+    @staticmethod
+    def choice(engine: Engine, index: int, text: str, job: Job, chat: bool, calls: bool) -> dict:
         """One finished answer."""
-        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
-        logprobs = None
+        said: dict = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
+        logprobs, reason = None, job.finish_reason
+        if calls:
+            content, found = split_calls(text)
+            if found:
+                said["message"] |= {"content": content, "tool_calls": found}
+                reason = "tool_calls"
         if job.settings.logprobs is not None:
             shape = chat_logprobs if chat else completion_logprobs
-            logprobs = shape(job.logprobs, self.engine.tokenizer)
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": job.finish_reason}
+            logprobs = shape(job.logprobs, engine.tokenizer)
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
 
     @staticmethod
     def chunk(index: int, piece: str | None, reason: str | None, chat: bool) -> dict:
@@ -253,25 +294,31 @@ class Server:
         lines = [f'flashlite_responses_total{{status="{status}"}} {n}' for status, n in sorted(self.responses.items())]
         names = ["prompt_tokens", "generated_tokens", "shared_prompt_tokens", "batches", "batched_answers"]
         names.append("failed_batches")
-        lines += [f"flashlite_{name}_total {self.engine.counters[name]}" for name in names]
-        lines += [f"flashlite_request_seconds_total {self.seconds:.6f}", f"flashlite_waiting {self.engine.waiting}"]
+        counters = sum((engine.counters for engine in self.engines.values()), Counter())
+        waiting = sum(engine.waiting for engine in self.engines.values())
+        lines += [f"flashlite_{name}_total {counters[name]}" for name in names]
+        lines += [f"flashlite_request_seconds_total {self.seconds:.6f}", f"flashlite_waiting {waiting}"]
         return "\n".join(lines) + "\n"
 
 
-def create_app(engine: Engine, api_key: str | None = None, body_limit: int = 1 << 20) -> FastAPI:
+def create_app(
+    engine: Engine, api_key: str | None = None, body_limit: int = 1 << 20, adapters: Sequence[Engine] = ()
+) -> FastAPI:
     """Build the application.
 
     Args:
         engine (`Engine`): the model; closed when the application stops.
         api_key (`str`, *optional*): bearer token to ask for.
         body_limit (`int`, *optional*, defaults to 1 MiB): largest request, in bytes.
+        adapters (sequence of `Engine`, *optional*): of its adapters, chosen by their names; closed with it.
     """
-    server = Server(engine, api_key)
+    server = Server([engine, *adapters], api_key)
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
         yield
-        await asyncio.to_thread(engine.close)
+        for served in (engine, *adapters):
+            await asyncio.to_thread(served.close)
 
     app = FastAPI(title="Flash-Lite", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = server
@@ -308,24 +355,24 @@ def create_app(engine: Engine, api_key: str | None = None, body_limit: int = 1 <
         server.authorize(request)
         return PlainTextResponse(server.metrics())
 
-    def card() -> dict:
-        return {"id": engine.name, "object": "model", "created": server.started, "owned_by": "flashlite"}
+    def card(name: str) -> dict:
+        return {"id": name, "object": "model", "created": server.started, "owned_by": "flashlite"}
 
     @app.get("/v1/models")
     async def models(request: Request):
         server.authorize(request)
-        return {"object": "list", "data": [card()]}
+        return {"object": "list", "data": [card(name) for name in server.engines]}
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str):
         server.authorize(request)
-        server.check(Sampling(model=name))
-        return card()
+        return card(server.find(name).name)
 
     @app.post("/v1/completions")
     async def completions(request: Request):
         server.authorize(request)
         body = await parse(request, CompletionRequest)
+        engine = server.find(body.model)
         server.check(body)
         prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         prompts = [prompts] if prompts and isinstance(prompts[0], int) else prompts
@@ -334,17 +381,28 @@ def create_app(engine: Engine, api_key: str | None = None, body_limit: int = 1 <
         if not prompts:
             raise ApiError(400, "prompt is empty; give at least one.", "prompt")
         ids = prompts if isinstance(prompts[0], list) else await asyncio.to_thread(engine.encode, prompts)
-        return await server.answer(request, server.submit(ids, body, "prompt"), body, chat=False)
+        return await server.answer(request, engine, server.submit(engine, ids, body, "prompt"), body, chat=False)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request):
         server.authorize(request)
         body = await parse(request, ChatRequest)
+        engine = server.find(body.model)
         server.check(body)
+        tools, messages = body.offered(), [message.plain() for message in body.messages]
+        template = "" if engine.tokenizer.chat_template is None else engine.tokenizer.get_chat_template(tools=tools)
+        if tools and not takes_tools(template):
+            message = f"The chat template of {engine.name} has no tools; leave them out."
+            raise ApiError(400, message, "tools", "unsupported_value")
         try:
-            prompt = await asyncio.to_thread(engine.encode_chat, [message.plain() for message in body.messages])
+            prompt = await asyncio.to_thread(engine.encode_chat, messages, tools)
         except TemplateError as error:
             raise ApiError(400, f"The chat template refuses these messages: {error}", "messages") from None
-        return await server.answer(request, server.submit([prompt], body, "messages"), body, chat=True)
+        calls = bool(tools) and marks_calls(template)
+        if body.demanded() and not calls:
+            message = f"tool_choice needs a chat template with <tool_call>, which {engine.name} has not; leave it out."
+            raise ApiError(400, message, "tool_choice", "unsupported_value")
+        jobs = await asyncio.to_thread(server.submit, engine, [prompt], body, "messages")
+        return await server.answer(request, engine, jobs, body, chat=True, calls=calls)
 
     return app
