@@ -2,22 +2,26 @@
 
 python scripts/quantize.py --config scripts/recipes/qat_tiny.yaml --model runs/train_tiny --target_bits 2.5
 python scripts/quantize.py --config scripts/recipes/ptq_tiny.yaml --rates 2 2.5 3 3.5 --results runs/rates.json
+python scripts/quantize.py --model you/llama --dataset train=wiki.txt --report runs/report.json --gguf Q4_K_M.gguf
 python scripts/quantize.py --config scripts/recipes/qat_tiny.yaml --method lsq --results runs/rates.json
 """
 
 import copy
+import logging
 import math
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from transformers.trainer_utils import SaveStrategy
 
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import PaddingCollator
+from modeling_flashlite.measure.benchmark import format_table
+from modeling_flashlite.measure.compression import draw_report, rate_curve
 from modeling_flashlite.measure.results import command_line, read_results, write_results
-from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers, weight_of
-from modeling_flashlite.training.calibration import batches_of, mean_loss, pareto, quantize
+from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers
+from modeling_flashlite.training.calibration import batches_of, mean_loss, quantize
 from modeling_flashlite.training.distillation import DistillationTrainer, KDLoss
 from modeling_flashlite.training.launch import (
     ArchitectureArgs,
@@ -34,7 +38,9 @@ from modeling_flashlite.training.launch import (
 from modeling_flashlite.training.lora import add_lora
 from modeling_flashlite.training.lsq import PlainLSQ
 from modeling_flashlite.training.qat import EcqCallback, prepare_qat
+from modeling_flashlite.training.sampling import with_conversations
 
+RATES = [5.0, 4.0, 3.5, 3.0, 2.5]  # of a report
 METHODS = ("ptq", "qat", "recover", "lsq")
 
 
@@ -51,6 +57,10 @@ class QuantizeArgs:
     )
     data_free: bool = field(default=False, metadata={"help": "ptq without calibration"})
     calibration_batches: int = field(default=16, metadata={"help": "batches of training rows to calibrate on"})
+    chat_share: float | None = field(
+        default=None,
+        metadata={"help": "of them in conversations that the model writes itself; half if it has a chat template"},
+    )
     alpha: float = field(
         default=0.0, metadata={"help": "qat, recover: share of plain cross-entropy beside the teacher"}
     )
@@ -60,45 +70,21 @@ class QuantizeArgs:
     )
     lora_r: int = field(default=8, metadata={"help": "recover: rank of the adapters"})
     rates: list[float] = field(
-        default_factory=list, metadata={"help": "ptq: only measure the loss at these bits per weight"}
+        default_factory=list, metadata={"help": "ptq: only measure what is lost at these bits per parameter"}
+    )
+    report: str | None = field(
+        default=None,
+        metadata={
+            "help": "the same into this results file, with a table of all kinds of layers and a figure beside it"
+        },
+    )
+    gguf: str | None = field(
+        default=None, metadata={"help": "report: GGUF files of the same model, with commas, to compare with"}
     )
     lsq_bits: int = field(default=2, metadata={"help": "lsq: bits of a code, all of them in the file"})
     results: str | None = field(
         default=None, metadata={"help": "results file; a loss over bits per weight joins those that it has"}
     )
-
-
-def nearest_int4(weight: torch.Tensor, group: int = 128) -> tuple[torch.Tensor, float]:
-    """Round to nearest with 4 bits and a bfloat16 scale, the largest magnitude, for each group; (weight, bits)."""
-    rows, columns = weight.shape
-    group = min(group, columns)
-    padded = torch.nn.functional.pad(weight.float(), (0, -columns % group)).view(rows, -1, group)
-    scale = (padded.abs().amax(-1, keepdim=True) / 7.5).to(torch.bfloat16).float().clamp(min=1e-12)
-    rounded = (torch.round(padded / scale).clamp(-8, 7) * scale).view(rows, -1)[:, :columns]
-    return rounded.to(weight.dtype), 4.0 * rows * columns + 16.0 * scale.numel()
-
-
-@torch.no_grad()
-def nearest_point(model, layers, batches, base: float) -> dict:
-    """The peer that everybody has: int4 in groups of 128, nothing coded."""
-    peer, total, bits = copy.deepcopy(model), sum(p.numel() for p in model.parameters()), 0.0
-    for layer in layers:
-        module = peer.get_submodule(layer.names[0])
-        rounded, held = nearest_int4(weight_of(module))
-        module.weight.copy_(rounded if rounded.shape == module.weight.shape else rounded.T)
-        bits += held - 16 * rounded.numel()
-    loss = mean_loss(peer, batches)
-    return {"method": "int4 g128", "bits": bits / total + 16, "loss": loss, "increase": math.exp(loss - base) - 1}
-
-
-def measure_rates(model, options: QuantizeArgs, calibration: list, evaluation: list) -> list[dict]:
-    """Loss of float, int4 g128, data-free and calibrated quantization over bits per weight."""
-    base = mean_loss(model, evaluation)
-    points = [{"method": "float", "bits": 32.0, "loss": base, "increase": 0.0}]
-    points.append(nearest_point(model, collect_layers(model, EcqConfig()), evaluation, base))
-    for method, data in (("ours, data-free", None), ("ours, calibrated", calibration)):
-        points += [{"method": method, **row} for row in pareto(model, options.rates, evaluation, data)]
-    return points
 
 
 def add_points(options: QuantizeArgs, model: str, dataset: str, seed: int, points: list[dict]) -> None:
@@ -118,6 +104,15 @@ def add_points(options: QuantizeArgs, model: str, dataset: str, seed: int, point
     write_results(path, metrics, task="quantization", model=model, dataset=dataset, seed=seed, points=points)
 
 
+def report(path: str, model: str, dataset: str, seed: int, points: list[dict], kinds: list[dict]) -> None:
+    """Print both tables; write them as a results file, and the figure beside it."""
+    print(format_table(points), format_table(kinds), sep="\n\n")
+    metrics = {f"increase_{p['method']}_{p['bits']:.2f}": p["increase"] for p in points}
+    fields = {"points": points, "kinds": kinds}
+    write_results(path, metrics, task="compression report", model=model, dataset=dataset, seed=seed, **fields)
+    draw_report(points, kinds, Path(path).with_suffix(".svg"))
+
+
 def file_bytes(folder: str) -> int:
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
@@ -129,16 +124,24 @@ def main(
         raise SystemExit(f"quantize.py: method is {options.method!r}, but must be one of {', '.join(METHODS)}.")
     if not model_args.model:
         raise SystemExit("quantize.py: no model is given; pass --model with a folder or Hub id of a trained one.")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("modeling_flashlite").setLevel(logging.INFO)  # what it is going to cost
     splits = load_splits(data)
     tokenizer = load_tokenizer(model_args, data, args.output_dir, splits)
     model = load_model(model_args, shape, tokenizer, data, splits)
     collator = PaddingCollator(tokenizer)
     rows, held_out = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder, model.config)
+    blocks = Path(args.output_dir) / "blocks"  # an interrupted run goes on from there
     calibration = batches_of(rows, model, collator, args.train_batch_size, options.calibration_batches)
     evaluation = batches_of(held_out or rows, model, collator, args.eval_batch_size)
-    if options.rates:
-        points = measure_rates(model, options, calibration, evaluation)
+    if data.task == "text-generation" and not options.data_free and options.method != "lsq":
+        calibration = with_conversations(calibration, model, tokenizer, options.chat_share, args.output_dir)
+    if options.rates or options.report:
+        ggufs = options.gguf.split(",") if options.gguf else []
+        points, kinds = rate_curve(model, options.rates or RATES, calibration, evaluation, ggufs)
         add_points(options, model_args.model, data.dataset, args.seed, points)
+        if options.report:
+            report(options.report, model_args.model, data.dataset, args.seed, points, kinds)
         return finish({"points": points})
 
     base, parameters = mean_loss(model, evaluation), sum(p.numel() for p in model.parameters())
@@ -158,12 +161,13 @@ def main(
         prepare_qat(model, config, calibration)
         callbacks = [EcqCallback()]
     else:
-        quantize(model, config, None if options.data_free else calibration)
+        quantize(model, config, None if options.data_free else calibration, resume=blocks)
         metrics["ptq_perplexity_increase"] = math.exp(mean_loss(model, evaluation) - base) - 1
     folder = args.output_dir if options.method != "recover" else f"{args.output_dir}/base"
     if options.method in ("ptq", "recover"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        shutil.rmtree(blocks, ignore_errors=True)
     if options.method != "ptq":
         trainer = make_trainer(
             DistillationTrainer,

@@ -66,6 +66,7 @@ WORKSHOP_EDGES = {
     "data.tasks": {"data.loading", "spelling"},
     "data.tokenization": set(),
     "measure.benchmark": {"measure.cost", "measure.plots"},
+    "measure.compression": {"measure.plots", "training.calibration", "training.moments"},
     "measure.cost": set(),
     "measure.evaluation": {
         "data.loading",

@@ -82,11 +82,20 @@ def test_a_model_writes_the_text_that_it_is_quantized_on(ground, tmp_path, capsy
 
 def test_rates_are_measured(ground, tmp_path):
     results = tmp_path / "rates.json"
-    metrics = quantize("ptq_tiny", ground, "--rates", "5", "6", f"--results={results}", "--calibration_batches=2")
+    given = ["--rates", "5", "6", f"--results={results}", f"--report={tmp_path / 'report.json'}"]
+    metrics = quantize("ptq_tiny", ground, *given, "--calibration_batches=2")
     methods = {point["method"] for point in metrics["points"]}
-    assert methods == {"float", "int4 g128", "ours, data-free", "ours, calibrated"}
+    assert methods == {"float", "int4 g128", "int4 g32", "ours, data-free", "ours, calibrated"}
+    six, five = (point["kl"] for point in metrics["points"] if point["method"] == "ours, calibrated")
+    assert 0 < six < five < 0.5
     kept = json.loads(results.read_text())["points"]
     assert [{key: value for key, value in point.items() if key != "command"} for point in kept] == metrics["points"]
+
+    kinds = json.loads((tmp_path / "report.json").read_text())["kinds"]
+    assert sum(row["share"] for row in kinds) == pytest.approx(1) and all(0 <= row["kl"] < 2 * five for row in kinds)
+    assert all(1 < row["bits"] < 9 and 0 < row["error"] < 2 for row in kinds) and len(kinds) > 5
+    assert all(abs(point["bits"] - point["target"]) < 0.05 for point in metrics["points"] if "target" in point)
+    assert (tmp_path / "report.svg").read_text().count("int4 g32") == 1
 
     # plain LSQ with 8 bits is nearly lossless, and takes the place of an older run of itself
     for _ in range(2):

@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from modeling_flashlite import train_tokenizer
+from modeling_flashlite.data.tokenization import turn_end
 from modeling_flashlite.training import sampling
 from modeling_flashlite.training.sampling import conversation_rows, with_conversations, write_texts
 
@@ -15,7 +16,10 @@ def speaker():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
-    return LlamaForCausalLM(config).eval(), tokenizer
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.sequence_bias = {(turn_end(tokenizer),): 4.0}  # it knows how to end a turn
+    model.generation_config.min_new_tokens = 3
+    return model, tokenizer
 
 
 def texts(rows: int = 4) -> list[dict]:
@@ -53,6 +57,14 @@ def test_models_without_a_template_keep_their_data(speaker):
             with_conversations(data, model, tokenizer, share=0.5)
     finally:
         tokenizer.chat_template = template
+
+
+def test_a_model_that_never_learned_the_template_keeps_its_data(speaker, caplog, monkeypatch):
+    model, tokenizer = speaker
+    monkeypatch.setattr(model.generation_config, "sequence_bias", {(turn_end(tokenizer),): -1e9})
+    data = texts()
+    assert with_conversations(data, model, tokenizer) == data
+    assert "does not end a turn" in caplog.text
 
 
 def test_a_row_begins_where_a_conversation_does(speaker):

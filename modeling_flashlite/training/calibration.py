@@ -70,7 +70,7 @@ def batches_of(calibration, model, data_collator=None, batch_size: int = 8, max_
     return list(itertools.islice(_batches(calibration, model, batch_size, data_collator), max_batches))
 
 
-def _with_labels(batch: dict, model) -> dict:
+def with_labels(batch: dict, model) -> dict:
     """Adds next-token labels for a decoder-only model that was given none."""
     batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
     if "labels" not in batch and not model.config.is_encoder_decoder and model.can_generate():
@@ -88,7 +88,7 @@ def mean_loss(model, batches: list[dict]) -> float:
     training = model.training
     model.eval()
     for batch in batches:
-        batch = _with_labels(batch, model)
+        batch = with_labels(batch, model)
         # the first token of a row is no target of a causal model
         first = int(model.can_generate() and not model.config.is_encoder_decoder)
         targets = (batch["labels"][..., first:] != -100).sum().item()

@@ -9,6 +9,7 @@ puts before a user's words; the model then writes the question and answers it (M
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import zlib
@@ -18,8 +19,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.tokenization import end_tokens
+from ..data.tokenization import end_tokens, turn_end
 
+logger = logging.getLogger(__name__)
 Conversation = list[dict[str, str]]
 QUESTION_TOKENS, ANSWER_TOKENS = 48, 96  # at most, of a conversation
 SHARE = 0.5  # of calibration tokens in conversations: measured on SmolLM2-135M, see compression.json
@@ -35,12 +37,12 @@ def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> in
     return next(token for token in tokens if token is not None)
 
 
-def _write(model, tokenizer, given: dict[str, torch.Tensor], tokens: int, **options) -> list[str]:
-    """What the model writes behind rows of ids, decoded."""
-    given = {name: value.to(model.device) for name, value in given.items() if name in ("input_ids", "attention_mask")}
+def _write(model, tokenizer, given: dict[str, torch.Tensor], tokens: int, **options) -> tuple[torch.Tensor, list[str]]:
+    """What the model writes behind rows of ids, as tokens and decoded."""
+    given = {name: value.to(model.device) for name, value in given.items()}
     ids = model.generate(**given, max_new_tokens=tokens, pad_token_id=_pad_token(model, tokenizer), **options)
-    texts = tokenizer.batch_decode(ids[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    ids = ids[:, given["input_ids"].shape[1] :]
+    return ids, [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 @torch.no_grad()
@@ -63,7 +65,7 @@ def write_texts(
             ids = torch.full((rows, 1), start)
             options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
             given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            texts += _write(model, tokenizer, given, max_new_tokens, **options)
+            texts += _write(model, tokenizer, given, max_new_tokens, **options)[1]
             bar.update(rows)
     return [text for text in texts if text]
 
@@ -72,7 +74,10 @@ def write_texts(
 def write_conversations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, batch_size: int = 64
 ) -> list[Conversation]:
-    """Questions that the model asks itself, with its greedy answers; those with an empty part are left out.
+    """Questions that the model asks itself, with its greedy answers.
+
+    Left out are those with an empty part, and questions that the model does not end in its template's way: one that
+    was never trained on the template ends none.
 
     Args:
         model (`PreTrainedModel`): a decoder-only language model.
@@ -91,20 +96,17 @@ def write_conversations(
         raise ValueError(f"The chat template of {model.name_or_path} leaves the user's words out; give it texts only.")
     begin = tokenizer(said.split(_MARK)[0], add_special_tokens=False, return_tensors="pt")["input_ids"]
     conversations: list[Conversation] = []
-    ends, side = {"eos_token_id": end_tokens(tokenizer)}, tokenizer.padding_side
-    tokenizer.padding_side = "left"  # answers begin where their rows end
-    try:
-        with tqdm(total=count, desc="conversations", unit="row") as bar:
-            while bar.n < count:
-                rows = min(batch_size, count - bar.n)
-                given = {"input_ids": begin.repeat(rows, 1), "attention_mask": torch.ones(rows, begin.shape[1]).long()}
-                options = {"do_sample": True, "top_k": 0, "top_p": 0.9, "temperature": 1.0, **ends}
-                questions = filter(None, _write(model, tokenizer, given, QUESTION_TOKENS, **options))
-                asked = [[{"role": "user", "content": question}] for question in questions]
-                conversations += _answered(model, tokenizer, asked, ends) if asked else []
-                bar.update(rows)
-    finally:
-        tokenizer.padding_side = side
+    end, ends = turn_end(tokenizer), {"eos_token_id": end_tokens(tokenizer)}
+    with tqdm(total=count, desc="conversations", unit="row") as bar:
+        while bar.n < count:
+            rows = min(batch_size, count - bar.n)
+            given = {"input_ids": begin.repeat(rows, 1), "attention_mask": torch.ones(rows, begin.shape[1]).long()}
+            options = {"do_sample": True, "top_k": 0, "top_p": 0.9, "temperature": 1.0, **ends}
+            ids, questions = _write(model, tokenizer, given, QUESTION_TOKENS, **options)
+            ended = (ids == end).any(1).tolist() if end is not None else [False] * rows
+            asked = [[{"role": "user", "content": text}] for text, done in zip(questions, ended) if text and done]
+            conversations += _answered(model, tokenizer, asked, ends) if asked else []
+            bar.update(rows)
     return conversations
 
 
@@ -117,7 +119,7 @@ def _answered(model, tokenizer, asked: list[Conversation], ends: dict) -> list[C
         "input_ids": torch.tensor([[pad] * (length - len(ids)) + ids for ids in encoded]),
         "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in encoded]),
     }
-    answers = _write(model, tokenizer, given, ANSWER_TOKENS, do_sample=False, **ends)
+    _, answers = _write(model, tokenizer, given, ANSWER_TOKENS, do_sample=False, **ends)
     return [[*turns, {"role": "assistant", "content": answer}] for turns, answer in zip(asked, answers) if answer]
 
 
@@ -177,10 +179,12 @@ def conversation_batches(
             left = count - len(rows)
             held += write_conversations(model, tokenizer, min(max(8, 2 * left), 64))
             rows = conversation_rows(tokenizer, held, length)
-            if path is not None:
+            if path is not None and held:
                 _keep(path, held)
-            if len(rows) >= count:
+            if len(rows) >= count or not held:
                 break
+    if not held:
+        logger.warning("%s does not end a turn of its chat template: no conversations.", type(model).__name__)
     return [{"input_ids": part} for part in rows[:count].split(batch_size)] if len(rows) else []
 
 
