@@ -27,10 +27,10 @@ from modeling_flashlite.training.launch import (
     DataArgs,
     ModelArgs,
     TrainArgs,
-    is_encoder_decoder,
     load_model,
     load_rows,
     load_splits,
+    load_task,
     make_trainer,
     run,
     stop_at_turns,
@@ -116,13 +116,13 @@ def refuse_what_would_be_ignored(model_args: ModelArgs, data: DataArgs, distill:
         raise SystemExit("distill.py: a live teacher writes no cache; leave out --live or --annotate_only.")
 
 
-def make_student(model_args, shape, data, distill, tokenizer, splits, teacher):
+def make_student(model_args, shape, task, distill, tokenizer, teacher):
     """The model to train: the teacher with fewer layers, a checkpoint, or a new one."""
     if not (distill.keep_layers or distill.keep_encoder_layers):
-        return load_model(model_args, shape, tokenizer, data, splits)
+        return load_model(model_args, shape, tokenizer, task)
     changes = shape_changes(shape, teacher.config, distill.teacher)
     student = student_from_teacher(teacher, distill.keep_encoder_layers, distill.keep_layers, changes)
-    if data.task != "text-generation" and not student.config.is_encoder_decoder:
+    if task.task.name != "text-generation" and not task.encoder_decoder:
         stop_at_turns(student, tokenizer)
     return student
 
@@ -138,14 +138,15 @@ def main(
     if teacher is not None and (model_args.tokenizer or model_args.model):
         with contextlib.suppress(OSError):  # a teacher without a tokenizer is taken at its word
             check_vocabulary(read_tokenizer(distill.teacher, **code), tokenizer)
-    splits = load_splits(data)
     if teacher is not None and not model_args.model and data.encoder_decoder is None:
         data.encoder_decoder = teacher.config.is_encoder_decoder
+    splits = load_splits(data)
+    task = load_task(data, model_args, splits)
     student, measures = None, {}
     if not distill.annotate_only:
-        student = make_student(model_args, shape, data, distill, tokenizer, splits, teacher)
-        measures = task_measures(get_task(data.task), args, student, tokenizer, data.max_target_length)
-    train_rows, validation_rows = load_rows(data, args, tokenizer, splits, is_encoder_decoder(data, model_args))
+        student = make_student(model_args, shape, task, distill, tokenizer, teacher)
+        measures = task_measures(task.task, args, student, tokenizer, data.max_target_length)
+    train_rows, validation_rows = load_rows(task, data, args, tokenizer, splits)
     if not distill.live:
         train_rows = cached_rows(distill, args, teacher, tokenizer, train_rows)
     if distill.annotate_only:

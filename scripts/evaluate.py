@@ -17,7 +17,7 @@ import modeling_flashlite  # noqa: F401  registers the Auto classes
 from modeling_flashlite.checkpoint import CheckpointArgs, read_config, read_tokenizer
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import load_data, pick_split
-from modeling_flashlite.data.tasks import Task, get_task, resolve_columns, text_of
+from modeling_flashlite.data.tasks import Task, TaskData, get_task, resolve_task, text_of
 from modeling_flashlite.measure.cost import measure_generation, model_size, peak_memory_bytes
 from modeling_flashlite.measure.evaluation import evaluate_task
 from modeling_flashlite.measure.long_context import KINDS, evaluate_long_context, plot_depths
@@ -115,13 +115,13 @@ def main(model_args: CheckpointArgs, data_args: DataArgs, eval_args: EvalArgs) -
     rows = pick_split(splits, data_args.split)
     tokenizer = read_tokenizer(model_args.model, **model_args.hub)
     model = load_model(model_args, task, eval_args.memory_blocks)
+    data = resolve_task(task, rows, columns=data_args.columns, config=model.config)
     chosen = {"num_beams": eval_args.num_beams, "max_new_tokens": eval_args.max_new_tokens}
     result = evaluate_task(
-        task,
+        data,
         model,
         tokenizer,
         rows,
-        columns=data_args.columns,
         batch_size=eval_args.batch_size,
         max_source_length=eval_args.max_source_length,
         generation={name: value for name, value in chosen.items() if value is not None},
@@ -141,8 +141,8 @@ def main(model_args: CheckpointArgs, data_args: DataArgs, eval_args: EvalArgs) -
     if eval_args.predictions:
         write_json(eval_args.predictions, predictions)
     if task.name == "text-generation":
-        column = resolve_columns(task, rows, data_args.columns)["text"]
-        prompts = [row[column][:PROMPT_CHARACTERS] for row in rows if text_of(row[column]).strip()]
+        texts = (text_of(row[data.columns["text"]]) for row in rows)
+        prompts = [text[:PROMPT_CHARACTERS] for text in texts if text.strip()]
     else:
         prompts = [given["input"] for given in predictions]
     output = eval_args.output or f"runs/results/{Path(model_args.model).name}-{task.name}.json"
@@ -157,7 +157,7 @@ def main(model_args: CheckpointArgs, data_args: DataArgs, eval_args: EvalArgs) -
         model=model_args.model,
         config={**asdict(model_args), **asdict(data_args), **asdict(eval_args)},
         seed=eval_args.seed,
-        speed=measure_speed(model, tokenizer, task, prompts, eval_args),
+        speed=measure_speed(model, tokenizer, data, prompts, eval_args),
         size={**model_size(model, model_args.model), "peak_memory_bytes": peak_memory_bytes(model.device)},
         dtype=str(model.dtype).removeprefix("torch."),
         **compared,
@@ -195,14 +195,12 @@ def long_context(model_args: CheckpointArgs, eval_args: EvalArgs) -> dict:
     return finish({"output": str(output), **metrics})
 
 
-def measure_speed(model: PreTrainedModel, tokenizer, task: Task, prompts: list, args: EvalArgs) -> list[dict]:
+def measure_speed(model: PreTrainedModel, tokenizer, data: TaskData, prompts: list, args: EvalArgs) -> list[dict]:
     """Rows of the results file's `speed`; none for models that do not generate."""
     if not args.speed_prompts or not model.can_generate():
         return []
-    # templates hold their special tokens already
-    templated = task.name == "chat" or not model.config.is_encoder_decoder
-    prompts = prompts[: args.speed_prompts]
-    return measure_generation(model, tokenizer, prompts, new_tokens=args.speed_tokens, special_tokens=not templated)
+    options = {"new_tokens": args.speed_tokens, "special_tokens": not data.templated}
+    return measure_generation(model, tokenizer, prompts[: args.speed_prompts], **options)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ accelerate launch scripts/finetune.py --config scripts/recipes/lora_summarizatio
 from dataclasses import dataclass, field
 
 from modeling_flashlite.cli import finish, start
-from modeling_flashlite.data.tasks import get_task
 from modeling_flashlite.training.calibration import batches_of, merge_adapters
 from modeling_flashlite.training.checks import task_measures
 from modeling_flashlite.training.launch import (
@@ -18,6 +17,7 @@ from modeling_flashlite.training.launch import (
     load_model,
     load_rows,
     load_splits,
+    load_task,
     load_tokenizer,
     make_trainer,
     run,
@@ -65,10 +65,11 @@ def main(model_args: ModelArgs, data: DataArgs, lora: LoraArgs, args: TrainArgs)
     if lora.merge and not lora.lora_r:
         raise SystemExit("finetune.py: merge is set, but without adapters (lora_r 0) there is nothing to merge.")
     splits = load_splits(data)
-    tokenizer = load_tokenizer(model_args, data, args.output_dir, splits)
-    model = load_model(model_args, ArchitectureArgs(), tokenizer, data, splits)
-    measures = task_measures(get_task(data.task), args, model, tokenizer, data.max_target_length)
-    rows = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder, model.config)
+    task = load_task(data, model_args, splits)
+    tokenizer = load_tokenizer(model_args, task, args.output_dir, splits)
+    model = load_model(model_args, ArchitectureArgs(), tokenizer, task)
+    measures = task_measures(task.task, args, model, tokenizer, data.max_target_length)
+    rows = load_rows(task.for_model(model.config), data, args, tokenizer, splits)
     if lora.lora_r:
         model = add_lora(
             model,

@@ -31,6 +31,7 @@ from modeling_flashlite.training.launch import (
     load_model,
     load_rows,
     load_splits,
+    load_task,
     load_tokenizer,
     make_trainer,
     run,
@@ -127,10 +128,11 @@ def main(
     logging.basicConfig(format="%(message)s")
     logging.getLogger("modeling_flashlite").setLevel(logging.INFO)  # what it is going to cost
     splits = load_splits(data)
-    tokenizer = load_tokenizer(model_args, data, args.output_dir, splits)
-    model = load_model(model_args, shape, tokenizer, data, splits)
+    task = load_task(data, model_args, splits)
+    tokenizer = load_tokenizer(model_args, task, args.output_dir, splits)
+    model = load_model(model_args, shape, tokenizer, task)
     collator = PaddingCollator(tokenizer)
-    rows, held_out = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder, model.config)
+    rows, held_out = load_rows(task.for_model(model.config), data, args, tokenizer, splits)
     blocks = Path(args.output_dir) / "blocks"  # an interrupted run goes on from there
     calibration = batches_of(rows, model, collator, args.train_batch_size, options.calibration_batches)
     evaluation = batches_of(held_out or rows, model, collator, args.eval_batch_size)

@@ -5,7 +5,6 @@ accelerate launch scripts/train.py --config scripts/recipes/train_segments.yaml 
 """
 
 from modeling_flashlite.cli import finish, start
-from modeling_flashlite.data.tasks import get_task
 from modeling_flashlite.training.checks import task_measures
 from modeling_flashlite.training.launch import (
     ArchitectureArgs,
@@ -15,6 +14,7 @@ from modeling_flashlite.training.launch import (
     load_model,
     load_rows,
     load_splits,
+    load_task,
     load_tokenizer,
     make_trainer,
     run,
@@ -24,11 +24,12 @@ from modeling_flashlite.training.trainers import CarefulTrainer, SegmentTrainer
 
 def main(model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, args: TrainArgs) -> dict:
     splits = load_splits(data)
+    task = load_task(data, model_args, splits)
     with args.main_process_first(desc="prepare the tokenizer"):
-        tokenizer = load_tokenizer(model_args, data, args.output_dir, splits)
-    model = load_model(model_args, shape, tokenizer, data, splits)
-    measures = task_measures(get_task(data.task), args, model, tokenizer, data.max_target_length)
-    rows = load_rows(data, args, tokenizer, splits, model.config.is_encoder_decoder, model.config)
+        tokenizer = load_tokenizer(model_args, task, args.output_dir, splits)
+    model = load_model(model_args, shape, tokenizer, task)
+    measures = task_measures(task.task, args, model, tokenizer, data.max_target_length)
+    rows = load_rows(task.for_model(model.config), data, args, tokenizer, splits)
     kind = SegmentTrainer if data.segment_length else CarefulTrainer
     trainer = make_trainer(kind, model, args, tokenizer, rows, **measures)
     return finish(run(trainer, "train"))

@@ -22,7 +22,7 @@ from modeling_flashlite import (
     FlashLiteForSequenceClassification,
 )
 from modeling_flashlite.checkpoint import CheckpointArgs
-from modeling_flashlite.data.tasks import TASKS, get_task
+from modeling_flashlite.data.tasks import TASKS, get_task, resolve_task
 from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.measure import cost as measurement
 from modeling_flashlite.measure import metrics, perplexity, results
@@ -384,11 +384,12 @@ CLASSES = {"extractive-qa": FlashLiteForQuestionAnswering, "classification": Fla
 def test_every_task_is_evaluated(name, encoder_decoder, make, tokenizer):
     generative = FlashLiteForConditionalGeneration if encoder_decoder else FlashLiteForCausalLM
     model = make(CLASSES.get(name, generative), is_encoder_decoder=encoder_decoder)
+    rows = Dataset.from_dict(DATA[name])
     found = evaluate_task(
-        get_task(name),
+        resolve_task(get_task(name), rows, config=model.config),
         model,
         tokenizer,
-        Dataset.from_dict(DATA[name]),
+        rows,
         generation={"max_new_tokens": 4},
         max_source_length=64,
         resamples=20,
@@ -403,7 +404,8 @@ def test_every_task_is_evaluated(name, encoder_decoder, make, tokenizer):
 
 def test_labels_by_name_follow_the_model(make, tokenizer):
     model = make(FlashLiteForSequenceClassification, id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1})
-    found = evaluate_task(get_task("classification"), model, tokenizer, Dataset.from_dict(DATA["classification"]))
+    rows = Dataset.from_dict(DATA["classification"])
+    found = evaluate_task(resolve_task(get_task("classification"), rows, config=model.config), model, tokenizer, rows)
     assert [record["references"] for record in found["predictions"]] == [0, 1, 0]
     assert [record["prediction"] for record in found["predictions"]] == classify(model, tokenizer, TEXTS)
 
@@ -425,7 +427,8 @@ class TestClasses:
             rows = Dataset.from_dict({"text": texts, "label": labels})
             if names:
                 rows = rows.cast_column("label", ClassLabel(names=list(names)))
-            found = evaluate_task(get_task("classification"), model, tokenizer, rows, resamples=0)
+            data = resolve_task(get_task("classification"), rows, config=model.config)
+            found = evaluate_task(data, model, tokenizer, rows, resamples=0)
             return found["metrics"]["accuracy"], found["details"]
 
         return model, answers, accuracy

@@ -32,6 +32,7 @@ from verbs import (
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForConditionalGeneration
 from modeling_flashlite.cli import parse_args
+from modeling_flashlite.data.tasks import TaskData, get_task
 from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.training.checks import shape_changes
@@ -148,8 +149,8 @@ def test_tasks_without_text_are_not_distilled(ground):
 def test_dropout_of_a_loaded_model_changes_only_when_asked(tmp_path, tiny_config):
     FlashLiteForConditionalGeneration(tiny_config(dropout_rate=0.3, is_encoder_decoder=True)).save_pretrained(tmp_path)
     for asked, expected in ((None, 0.3), (0.0, 0.0)):
-        shape, data = ArchitectureArgs(dropout_rate=asked), DataArgs(task="translation")
-        model = load_model(ModelArgs(model=str(tmp_path)), shape, None, data, None)
+        shape, task = ArchitectureArgs(dropout_rate=asked), TaskData(get_task("translation"), {}, True)
+        model = load_model(ModelArgs(model=str(tmp_path)), shape, None, task)
         assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {expected}
 
 

@@ -14,6 +14,7 @@ from modeling_flashlite.data.loading import PaddingCollator
 from modeling_flashlite.data.preprocessing import answer_span, cut_prompt, preprocess, question_windows
 from modeling_flashlite.data.tasks import (
     TASKS,
+    TaskData,
     chat_turns,
     get_task,
     label_names,
@@ -21,6 +22,7 @@ from modeling_flashlite.data.tasks import (
     prompts_and_references,
     references_of,
     resolve_columns,
+    resolve_task,
     texts_of,
 )
 from modeling_flashlite.data.tokenization import train_tokenizer
@@ -64,8 +66,9 @@ def closing():
     return train_tokenizer([CONTEXT, "one two three four five six", "eins zwei drei"] * 5, 320, add_eos_token=True)
 
 
-def prepared(name, tokenizer, **options):
-    return preprocess(get_task(name), Dataset.from_dict(DATA[name]), tokenizer, **options)
+def prepared(name, tokenizer, encoder_decoder=True, **options):
+    rows = Dataset.from_dict(DATA[name])
+    return preprocess(resolve_task(get_task(name), rows, encoder_decoder=encoder_decoder), rows, tokenizer, **options)
 
 
 def shown(tokenizer, labels):
@@ -86,8 +89,8 @@ def test_conversations_of_sharegpt_are_messages():
 
 
 def test_empty_cells_are_empty_texts(tokenizer):
-    task, columns = get_task("translation"), {"source": "src", "target": "tgt"}
-    assert prompts_and_references(task, {"src": None, "tgt": None}, columns, tokenizer, True) == [("", [])]
+    data = TaskData(get_task("translation"), {"source": "src", "target": "tgt"}, encoder_decoder=True)
+    assert prompts_and_references(data, {"src": None, "tgt": None}, tokenizer) == [("", [])]
 
 
 @pytest.mark.parametrize("labels", [["a", None], [0, None], [0.5, 1.5], [-1, 1]])
@@ -139,8 +142,8 @@ def test_prompt_in_training_equals_prompt_in_evaluation(tokenizer, closing):
     for name in ("summarization", "abstractive-qa"):
         for encoder_decoder, tok in ((True, closing), (False, tokenizer)):
             dataset, task = Dataset.from_dict(DATA[name]), get_task(name)
-            columns = resolve_columns(task, dataset)
-            [(prompt, _)] = prompts_and_references(task, dataset[0], columns, tok, encoder_decoder)
+            data = resolve_task(task, dataset, encoder_decoder=encoder_decoder)
+            [(prompt, _)] = prompts_and_references(data, dataset[0], tok)
             asked = tok(prompt, add_special_tokens=encoder_decoder)["input_ids"]
             row = prepared(name, tok, encoder_decoder=encoder_decoder)[0]
             assert row["input_ids"][: len(asked)] == asked
@@ -219,15 +222,16 @@ def test_labels_become_class_ids(tokenizer):
 
 def test_labels_find_the_model_s_number_by_name(tokenizer):
     """The order of the model wins over that of the data, which differs from split to split."""
-    task, classes = get_task("classification"), ["neg", "neutral", "pos"]
+    columns = {"text": "text", "label": "label"}
+    data = TaskData(get_task("classification"), columns, encoder_decoder=True, classes=["neg", "neutral", "pos"])
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
     named = rows.cast_column("label", ClassLabel(names=["POS", "neg"]))
-    assert preprocess(task, named, tokenizer, classes=classes)["labels"] == [2, 0]
-    assert preprocess(task, rows, tokenizer, classes=classes)["labels"] == [0, 1]  # bare numbers
+    assert preprocess(data, named, tokenizer)["labels"] == [2, 0]
+    assert preprocess(data, rows, tokenizer)["labels"] == [0, 1]  # bare numbers
     with pytest.raises(ValueError, match="class 'mixed', but the model's are neg, neutral, pos"):
-        preprocess(task, Dataset.from_dict({"text": ["a"], "label": ["mixed"]}), tokenizer, classes=classes)
+        preprocess(data, Dataset.from_dict({"text": ["a"], "label": ["mixed"]}), tokenizer)
     with pytest.raises(ValueError, match="None"):
-        preprocess(task, Dataset.from_dict({"text": ["a", "b"], "label": [0, None]}), tokenizer, classes=classes)
+        preprocess(data, Dataset.from_dict({"text": ["a", "b"], "label": [0, None]}), tokenizer)
 
 
 class TestLengths:
@@ -262,9 +266,10 @@ class TestLengths:
     def test_classes_of_a_stream_must_be_declared(self, tokenizer):
         stream = Dataset.from_dict(DATA["classification"]).to_iterable_dataset()
         with pytest.raises(ValueError, match="column 'label' of a streamed data set"):
-            preprocess(get_task("classification"), stream, tokenizer)
+            resolve_task(get_task("classification"), stream)
         declared = stream.cast_column("label", ClassLabel(names=["bad", "good"]))
-        assert [row["labels"] for row in preprocess(get_task("classification"), declared, tokenizer)] == [1, 0]
+        data = resolve_task(get_task("classification"), declared)
+        assert [row["labels"] for row in preprocess(data, declared, tokenizer)] == [1, 0]
 
     def test_limits_that_cannot_work(self, tokenizer):
         with pytest.raises(ValueError, match="too_long is 'cut'"):
@@ -310,8 +315,9 @@ class TestColumns:
 
 def test_streams_are_prepared_alike(closing):
     dataset = Dataset.from_dict(DATA["translation"])
-    stream = preprocess(get_task("translation"), dataset.to_iterable_dataset(), closing)
-    assert list(stream) == list(preprocess(get_task("translation"), dataset, closing))
+    data = resolve_task(get_task("translation"), dataset)
+    stream = preprocess(data, dataset.to_iterable_dataset(), closing)
+    assert list(stream) == list(preprocess(data, dataset, closing))
 
 
 HEADS = {"extractive-qa": FlashLiteForQuestionAnswering, "classification": FlashLiteForSequenceClassification}
@@ -327,7 +333,7 @@ def test_every_task_is_learned_and_evaluated(name, encoder_decoder, tiny_config,
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
     model = head(tiny_config(vocab_size=len(tok), is_encoder_decoder=encoder_decoder, num_labels=2, **ids))
     limits = {"max_source_length": 64, "max_target_length": 16}
-    rows = preprocess(task, dataset, tok, encoder_decoder=encoder_decoder, **limits)
+    rows = preprocess(resolve_task(task, dataset, encoder_decoder=encoder_decoder), dataset, tok, **limits)
     arguments = TrainingArguments(
         tmp_path, max_steps=10, per_device_train_batch_size=8, learning_rate=2e-2, logging_steps=2, save_strategy="no",
         use_cpu=True, disable_tqdm=True,
@@ -336,7 +342,8 @@ def test_every_task_is_learned_and_evaluated(name, encoder_decoder, tiny_config,
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
+    data = resolve_task(task, dataset, config=model.config)
     found = evaluate_task(
-        task, model, tok, dataset.select(range(4)), max_source_length=64, generation={"max_new_tokens": 4}, resamples=0
+        data, model, tok, dataset.select(range(4)), max_source_length=64, generation={"max_new_tokens": 4}, resamples=0
     )
     assert found["metrics"] and all(value >= 0 for value in found["metrics"].values())

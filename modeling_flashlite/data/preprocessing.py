@@ -1,23 +1,21 @@
 """Rows of a task to model inputs for training: one encoder per kind of task."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from .loading import column_names, join_rows, pack, tokenize_texts
+from .loading import column_names, join_rows, pack, require_columns, tokenize_texts
 from .tasks import (
-    Task,
+    TaskData,
     class_id,
     class_of,
     ids_by_name,
-    label_names,
     messages_of,
     names_of,
     prompts_and_references,
     references_of,
-    resolve_columns,
     text_of,
 )
 from .tokenization import turn_end
@@ -26,18 +24,15 @@ _OUTPUTS = {"extractive-qa": ("input_ids", "start_positions", "end_positions")}
 
 
 def preprocess(
-    task: Task,
+    data: TaskData,
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    columns: str | dict | None = None,
-    encoder_decoder: bool = True,
     max_source_length: int = 512,
     max_target_length: int = 128,
     too_long: str = "truncate",
     document_column: str | None = None,
     num_proc: int | None = None,
-    classes: list[str] | None = None,
 ) -> Dataset | IterableDataset:
     """Turn the rows of a data set into model inputs for training on a task.
 
@@ -48,11 +43,10 @@ def preprocess(
     and `end_positions`, both 0 (the first token) where the window does not hold the answer.
 
     Args:
-        task (`Task`): what to learn.
+        data (`TaskData`): what to learn from which columns, for which kind of model; labels find their class id by
+            name.
         dataset (`Dataset` or `IterableDataset`): rows.
         tokenizer (`PreTrainedTokenizerBase`): of the model.
-        columns (`str` or `dict`, *optional*): see `resolve_columns`.
-        encoder_decoder (`bool`, *optional*, defaults to `True`): kind of the model.
         max_source_length (`int`, *optional*, defaults to 512): tokens of the input; of the whole row without encoder.
         max_target_length (`int`, *optional*, defaults to 128): tokens of the labels, `</s>` included.
         too_long (`str`, *optional*, defaults to `"truncate"`): what happens above these limits: `truncate`, `drop`
@@ -60,8 +54,6 @@ def preprocess(
         num_proc (`int`, *optional*): worker processes.
         document_column (`str`, *optional*): text generation without an encoder: neighbouring rows that agree in it are
             one document, longer than each of them.
-        classes (`list[str]`, *optional*): of classification, names in the order of the model's ids; those of these
-            rows if unset, in which a class may be missing that other splits have. Labels find their id by name.
     """
     if too_long not in ("truncate", "drop", "error"):
         raise ValueError(f"too_long is {too_long!r}, but must be 'truncate', 'drop' or 'error'.")
@@ -70,20 +62,19 @@ def preprocess(
             f"max_source_length is {max_source_length} and max_target_length {max_target_length}, but each must be at "
             "least 2; 512 and 128 are usual."
         )
-    columns = resolve_columns(task, dataset, columns)
-    if task.name == "text-generation" and not encoder_decoder:
+    task = data.task
+    require_columns(dataset, list(data.columns.values()), "All splits need the columns of the first.")
+    if task.name == "text-generation" and not data.encoder_decoder:
         if document_column is not None:
-            dataset = join_rows(dataset, columns["text"], document_column)
-        return pack(tokenize_texts(dataset, tokenizer, columns["text"], num_proc=num_proc), max_source_length)
-    if not encoder_decoder and task.target != "label" and max_target_length >= max_source_length:
+            dataset = join_rows(dataset, data.columns["text"], document_column)
+        return pack(tokenize_texts(dataset, tokenizer, data.columns["text"], num_proc=num_proc), max_source_length)
+    if not data.encoder_decoder and task.target != "label" and max_target_length >= max_source_length:
         raise ValueError(
             f"max_target_length is {max_target_length}, but without an encoder it is part of max_source_length, "
             f"{max_source_length}; raise the latter."
         )
-    encode = _Encoder(task, columns, tokenizer, encoder_decoder, max_source_length, max_target_length, too_long)
-    if task.name == "classification":
-        encode.classes = label_names(dataset, columns["label"]) if classes is None else classes
-        encode.names = names_of(dataset, columns["label"])
+    names = names_of(dataset, data.columns["label"]) if data.classes is not None else None
+    encode = _Encoder(data, tokenizer, max_source_length, max_target_length, too_long, names)
     options = {"batched": True, "remove_columns": column_names(dataset)}
     if isinstance(dataset, Dataset):
         options |= {"num_proc": num_proc, "desc": f"prepare {task.name}"}
@@ -99,22 +90,18 @@ def preprocess(
 class _Encoder:
     """A batch of rows -> a batch of model inputs; a class, so that worker processes and fingerprints can pickle it."""
 
-    task: Task
-    columns: dict[str, str]
+    data: TaskData
     tokenizer: PreTrainedTokenizerBase
-    encoder_decoder: bool
     max_source_length: int
     max_target_length: int
     too_long: str
-    classes: list[str] = field(default_factory=list)
     names: list[str] | None = None  # class names from the data set's ClassLabel
     end: int = -1  # closes an answer: the end of a turn where a chat template is used
 
     def __post_init__(self):
-        templated = self.task.name == "chat" or not self.encoder_decoder
-        end = turn_end(self.tokenizer) if templated and self.task.generates else None
+        end = turn_end(self.tokenizer) if self.data.templated and self.data.task.generates else None
         end = self.tokenizer.eos_token_id if end is None else end
-        if end is None and self.task.generates:
+        if end is None and self.data.task.generates:
             raise ValueError("The tokenizer has no eos_token, but an answer must end; set `tokenizer.eos_token`.")
         self.end = -1 if end is None else end
 
@@ -124,21 +111,19 @@ class _Encoder:
             "classification": self._classified,
             "extractive-qa": self._questions,
             "text-generation": self._continued,
-        }.get(self.task.name, self._generated)
+        }.get(self.data.task.name, self._generated)
         examples = [example for row in rows for example in encode(row)]
-        names = examples[0] if examples else _OUTPUTS.get(self.task.name, ("input_ids", "labels"))
+        names = examples[0] if examples else _OUTPUTS.get(self.data.task.name, ("input_ids", "labels"))
         return {name: [example[name] for example in examples] for name in names}
 
     def _generated(self, row: dict) -> list[dict]:
-        if self.task.name == "chat" and not self.encoder_decoder:
-            return self._conversation(messages_of(row[self.columns["messages"]]))
-        pairs = prompts_and_references(self.task, row, self.columns, self.tokenizer, self.encoder_decoder)
-        templated = self.task.name == "chat" or not self.encoder_decoder
+        if self.data.task.name == "chat" and not self.data.encoder_decoder:
+            return self._conversation(messages_of(row[self.data.columns["messages"]]))
         examples = []
-        for prompt, references in pairs:
+        for prompt, references in prompts_and_references(self.data, row, self.tokenizer):
             if not references:
                 continue
-            source = self.tokenizer(prompt, add_special_tokens=not templated, verbose=False)["input_ids"]
+            source = self.tokenizer(prompt, add_special_tokens=not self.data.templated, verbose=False)["input_ids"]
             target = self._ids(references[0]) + [self.end]
             examples += self._joined(source, target)
         return examples
@@ -146,7 +131,7 @@ class _Encoder:
     def _joined(self, source: list[int], target: list[int]) -> list[dict]:
         target_limit = self.max_target_length
         target_fits, end = len(target) <= target_limit, target[-1:]
-        source_limit = self.max_source_length - (0 if self.encoder_decoder else min(len(target), target_limit))
+        source_limit = self.max_source_length - (0 if self.data.encoder_decoder else min(len(target), target_limit))
         source_fits = len(source) <= source_limit
         if not (source_fits and target_fits):
             if self.too_long == "drop":
@@ -157,8 +142,8 @@ class _Encoder:
                 _raise_too_long("source", len(source), source_limit, "max_source_length")
             if not target_fits:
                 target = target[: target_limit - 1] + end
-            source = cut_prompt(source, source_limit, from_start=self.task.name == "chat")
-        if self.encoder_decoder:
+            source = cut_prompt(source, source_limit, from_start=self.data.task.name == "chat")
+        if self.data.encoder_decoder:
             return [{"input_ids": source, "labels": target}]
         return [{"input_ids": source + target, "labels": [-100] * len(source) + target}]
 
@@ -182,7 +167,7 @@ class _Encoder:
         return [{"input_ids": ids, "labels": labels}] if any(spoken) else []
 
     def _continued(self, row: dict) -> list[dict]:
-        ids = self._ids(text_of(row[self.columns["text"]])) + [self.tokenizer.eos_token_id]
+        ids = self._ids(text_of(row[self.data.columns["text"]])) + [self.tokenizer.eos_token_id]
         both = self.max_source_length + self.max_target_length
         examples = []
         for start in range(0, len(ids), both):
@@ -194,28 +179,30 @@ class _Encoder:
         return examples
 
     def _classified(self, row: dict) -> list[dict]:
-        ids = self.tokenizer(text_of(row[self.columns["text"]]), verbose=False)["input_ids"]
+        ids = self.tokenizer(text_of(row[self.data.columns["text"]]), verbose=False)["input_ids"]
         if len(ids) > self.max_source_length and self.too_long != "truncate":
             if self.too_long == "drop":
                 return []
             _raise_too_long("text", len(ids), self.max_source_length, "max_source_length")
-        return [{"input_ids": ids[: self.max_source_length], "labels": self._class_id(row[self.columns["label"]])}]
+        return [
+            {"input_ids": ids[: self.max_source_length], "labels": self._class_id(row[self.data.columns["label"]])}
+        ]
 
     def _class_id(self, label: object) -> int:
-        name = class_of(label, self.names)
-        number = class_id(name, ids_by_name(self.classes))
-        if number is None and self.names is None and not isinstance(label, str) and int(name) < len(self.classes):
+        name, classes = class_of(label, self.names), self.data.classes or []
+        number = class_id(name, ids_by_name(classes))
+        if number is None and self.names is None and not isinstance(label, str) and int(name) < len(classes):
             return int(name)  # plain numbers are their own names
         if number is None:
             raise ValueError(
-                f"A row has the class {name!r}, but the model's are {', '.join(self.classes)}; leave such rows out, "
+                f"A row has the class {name!r}, but the model's are {', '.join(classes)}; leave such rows out, "
                 "or train on rows that have it."
             )
         return number
 
     def _questions(self, row: dict) -> list[dict]:
-        question, context = text_of(row[self.columns["question"]]), text_of(row[self.columns["context"]])
-        span = answer_span(row[self.columns["answers"]], context)
+        question, context = text_of(row[self.data.columns["question"]]), text_of(row[self.data.columns["context"]])
+        span = answer_span(row[self.data.columns["answers"]], context)
         windows = question_windows(self.tokenizer, question, context, self.max_source_length)
         return [
             {"input_ids": ids, "start_positions": start, "end_positions": end}

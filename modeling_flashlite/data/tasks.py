@@ -1,11 +1,11 @@
 """The tasks: columns, prompt, generation settings and metrics of each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import ClassLabel, Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..spelling import did_you_mean
 from .loading import column_names, require_columns
@@ -168,6 +168,68 @@ def resolve_columns(
     return columns
 
 
+@dataclass(frozen=True)
+class TaskData:
+    """A task resolved for one data set and one kind of model: made once by [`resolve_task`], then passed on.
+
+    Args:
+        task (`Task`): what to learn or measure.
+        columns (`dict[str, str]`): the column of each role.
+        encoder_decoder (`bool`): kind of the model.
+        classes (`list[str]`, *optional*): class names in the order of their ids; `None` for tasks without classes.
+    """
+
+    task: Task
+    columns: Mapping[str, str]
+    encoder_decoder: bool
+    classes: list[str] | None = None
+
+    @property
+    def templated(self) -> bool:
+        """Whether prompts already contain their special tokens: in a chat, and for decoder-only models."""
+        return self.task.name == "chat" or not self.encoder_decoder
+
+    @property
+    def auto_class(self) -> str:
+        """The transformers class that loads the model."""
+        return self.task.auto_class_for(self.encoder_decoder)
+
+    def for_model(self, config: PreTrainedConfig) -> "TaskData":
+        """The same task for a loaded model: its kind, and its order of the classes."""
+        classes = None if self.classes is None else classes_of(config)
+        return replace(self, encoder_decoder=bool(config.is_encoder_decoder), classes=classes)
+
+
+def resolve_task(
+    task: Task,
+    dataset: Dataset | IterableDataset,
+    *,
+    columns: str | Mapping[str, str] | None = None,
+    encoder_decoder: bool = True,
+    config: PreTrainedConfig | None = None,
+) -> TaskData:
+    """Resolve a task for a data set.
+
+    Args:
+        task (`Task`): what to learn or measure.
+        dataset (`Dataset` or `IterableDataset`): rows.
+        columns (`str` or `dict`, *optional*): see [`resolve_columns`].
+        encoder_decoder (`bool`, *optional*, defaults to `True`): kind of the model, where there is no `config`.
+        config (`PreTrainedConfig`, *optional*): of a loaded model, which decides its kind and the order of the
+            classes; without it the classes are those of the data set.
+
+    Raises:
+        `ValueError`: see [`resolve_columns`] and [`label_names`].
+    """
+    found = resolve_columns(task, dataset, columns)
+    if config is not None:
+        encoder_decoder = bool(config.is_encoder_decoder)
+    if task.target != "label":
+        return TaskData(task, found, encoder_decoder)
+    classes = label_names(dataset, found["label"]) if config is None else classes_of(config)
+    return TaskData(task, found, encoder_decoder, classes)
+
+
 def references_of(value: Any) -> list[str]:
     """Accepted answers from a string, a list or SQuAD's `{"text": [...]}`; `None` gives an empty list."""
     if isinstance(value, Mapping):
@@ -235,6 +297,11 @@ def names_of(dataset: Dataset | IterableDataset, column: str) -> list[str] | Non
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
+def classes_of(config: PreTrainedConfig) -> list[str]:
+    """Class names of a model in the order of their ids."""
+    return [str(config.id2label[number]) for number in sorted(config.id2label, key=int)]
+
+
 def ids_by_name(names: Sequence[str]) -> dict[str, int]:
     """Class ids by name, and by the lower-case name where it is unambiguous."""
     folded = [name.casefold() for name in names]
@@ -268,23 +335,24 @@ def chat_turns(messages: list[dict]) -> list[tuple[list[dict], str]]:
 
 
 def prompts_and_references(
-    task: Task, row: Mapping, columns: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool
+    data: TaskData, row: Mapping, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, list[str]]]:
     """Turn one row into (prompt, accepted answers) pairs, as text: one pair, or one per assistant turn of a chat.
 
     A decoder-only model gets the prompt inside the tokenizer's chat template if it has one, else with a newline after
     it; an encoder-decoder model gets the prompt as it is.
     """
+    task, columns = data.task, data.columns
     if task.name == "chat":
         return [
             (tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True), [reply])
             for history, reply in chat_turns(messages_of(row[columns["messages"]]))
         ]
-    # an empty cell of a csv is None
-    parts = {role: "" if row[column] is None else row[column] for role, column in columns.items()}
-    prompt = task.prompt.format(**{role: part for role, part in parts.items() if role != task.target})
+    prompt = task.prompt.format(
+        **{role: text_of(row[column]) for role, column in columns.items() if role != task.target}
+    )
     references = references_of(row[columns[task.target]])
-    if encoder_decoder:
+    if data.encoder_decoder:
         return [(prompt, references)]
     if tokenizer.chat_template is None:
         return [(prompt + "\n", references)]

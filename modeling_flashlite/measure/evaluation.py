@@ -13,14 +13,13 @@ from transformers.utils import logging
 from ..data.loading import PaddingCollator
 from ..data.preprocessing import cut_prompt, preprocess, question_windows
 from ..data.tasks import (
-    Task,
+    TaskData,
     class_id,
     class_of,
     ids_by_name,
     names_of,
     prompts_and_references,
     references_of,
-    resolve_columns,
     text_of,
 )
 from ..data.tokenization import end_tokens
@@ -42,12 +41,11 @@ logger = logging.get_logger(__name__)
 
 
 def evaluate_task(
-    task: Task,
+    data: TaskData,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset | IterableDataset,
     *,
-    columns: str | Mapping[str, str] | None = None,
     batch_size: int = 16,
     max_source_length: int = 512,
     generation: Mapping | None = None,
@@ -57,11 +55,10 @@ def evaluate_task(
     """Run a model over a data set and compute the task's metrics.
 
     Args:
-        task (`Task`): what to do and how to judge it.
+        data (`TaskData`): the task for this data set and this model (see `tasks.resolve_task`).
         model (`PreTrainedModel`): loaded with the head that the task needs.
         tokenizer (`PreTrainedTokenizerBase`): of the model.
         dataset (`Dataset` or `IterableDataset`): one split; a streamed one is read once.
-        columns (`str` or `dict`, *optional*): see `tasks.resolve_columns`.
         batch_size (`int`, *optional*, defaults to 16): rows at a time, sorted by length.
         max_source_length (`int`, *optional*, defaults to 512): longer inputs are cut, contexts of questions windowed.
         generation (`dict`, *optional*): arguments of `generate` over the task's own.
@@ -73,13 +70,13 @@ def evaluate_task(
         `dict` with `metrics`, `intervals` (95%, by metric), `details` (signatures and counts), `protocol`, `examples`
         (number), and `predictions` (`list[dict]` of input, prediction and references; empty for text generation).
     """
-    columns = resolve_columns(task, dataset, columns)
+    task, columns = data.task, data.columns
     rows = list(dataset.select_columns(list(columns.values())))
     if not rows:
         raise ValueError("The data set has 0 rows, but at least 1 is needed; check the split and the limit.")
     if task.name == "text-generation":
         options = {"resamples": resamples, **(likelihood or {})}
-        scores, limits = _likelihood(task, model, tokenizer, rows, columns, batch_size, max_source_length, options)
+        scores, limits = _likelihood(data, model, tokenizer, rows, batch_size, max_source_length, options)
         return {**_sorted_scores(scores), "protocol": limits, "examples": len(rows), "predictions": []}
     limits = {"batch_size": batch_size, "max_source_length": max_source_length}
     protocol: dict = {"max_source_length": max_source_length}
@@ -88,7 +85,7 @@ def evaluate_task(
     inputs: list
     if task.name == "classification":
         inputs = [text_of(row[columns["text"]]) for row in rows]
-        references, said = _class_ids(model, dataset, columns["label"], rows)
+        references, said = _class_ids(data, dataset, rows)
         found = classify(model, tokenizer, inputs, **limits)
     elif task.name == "extractive-qa":
         inputs = [(text_of(row[columns["question"]]), text_of(row[columns["context"]])) for row in rows]
@@ -96,16 +93,16 @@ def evaluate_task(
         found = extract_answers(model, tokenizer, inputs, allow_empty=not all(references), **limits)
     else:
         protocol["generation"] = {**task.generation, **(generation or {})}
-        inputs, references, templated = _prompts(task, rows, columns, tokenizer, model.config.is_encoder_decoder)
-        ends = {"templated": templated, "from_start": task.name == "chat"}
+        pairs = [pair for row in rows for pair in prompts_and_references(data, row, tokenizer)]
+        inputs, references = [prompt for prompt, _ in pairs], [accepted for _, accepted in pairs]
+        ends = {"templated": data.templated, "from_start": task.name == "chat"}
         found = generate_texts(model, tokenizer, inputs, **limits, **ends, **protocol["generation"])
     scores = {**said}
     for group in task.metrics:
         scores |= METRICS[group](found, references, resamples)
-    if (
-        task.name == "chat"
-    ):  # good answers seldom equal the reference, so the likelihood of the reference is reported too
-        scores |= _label_scores(task, model, tokenizer, rows, columns, batch_size, max_source_length)[0]
+    if task.name == "chat":
+        # good answers seldom equal the reference, so the likelihood of the reference is reported too
+        scores |= _label_scores(data, model, tokenizer, rows, batch_size, max_source_length)[0]
     predictions = [
         {"input": given, "prediction": answer, "references": accepted}
         for given, answer, accepted in zip(inputs, found, references, strict=True)
@@ -113,29 +110,19 @@ def evaluate_task(
     return {**_sorted_scores(scores), "protocol": protocol, "examples": len(rows), "predictions": predictions}
 
 
-def _likelihood(task, model, tokenizer, rows, columns, batch_size, max_source_length, options) -> tuple[dict, dict]:
+def _likelihood(data: TaskData, model, tokenizer, rows, batch_size, max_source_length, options) -> tuple[dict, dict]:
     """Likelihood of plain text; an encoder-decoder has none and is scored on continuations of text pieces."""
-    if not model.config.is_encoder_decoder:
-        return text_likelihood(model, tokenizer, [text_of(row[columns["text"]]) for row in rows], **options)
-    return _label_scores(task, model, tokenizer, rows, columns, batch_size, max_source_length)
+    if not data.encoder_decoder:
+        return text_likelihood(model, tokenizer, [text_of(row[data.columns["text"]]) for row in rows], **options)
+    return _label_scores(data, model, tokenizer, rows, batch_size, max_source_length)
 
 
-def _label_scores(task, model, tokenizer, rows, columns, batch_size, max_source_length) -> tuple[dict, dict]:
+def _label_scores(data: TaskData, model, tokenizer, rows, batch_size, max_source_length) -> tuple[dict, dict]:
     """Loss on the training targets of these rows, and the length limits used."""
     limits = {"max_source_length": max_source_length, "max_target_length": max(2, max_source_length // 4)}
-    encoder_decoder = model.config.is_encoder_decoder
-    examples = preprocess(
-        task, Dataset.from_list(rows), tokenizer, columns=columns, encoder_decoder=encoder_decoder, **limits
-    )
+    examples = preprocess(data, Dataset.from_list(rows), tokenizer, **limits)
     batches = DataLoader(examples, batch_size, collate_fn=PaddingCollator(tokenizer))
     return label_likelihood(model, batches), limits
-
-
-def _prompts(task: Task, rows: list, columns: dict, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool):
-    """Prompts, their references, and whether the prompts already contain their special tokens."""
-    pairs = [pair for row in rows for pair in prompts_and_references(task, row, columns, tokenizer, encoder_decoder)]
-    templated = task.name == "chat" or not encoder_decoder
-    return [prompt for prompt, _ in pairs], [answers for _, answers in pairs], templated
 
 
 @torch.inference_mode()
@@ -275,16 +262,16 @@ def _batches(lengths: Sequence[int], batch_size: int, description: str) -> Itera
             bar.update(len(order[start : start + batch_size]))
 
 
-def _class_ids(model: PreTrainedModel, dataset, column: str, rows: list[dict]) -> tuple[list[int], dict]:
+def _class_ids(data: TaskData, dataset, rows: list[dict]) -> tuple[list[int], dict]:
     """Labels as class ids of the model, by name, and what must be said about them; -1 for a name it does not know.
 
     Numbers are compared only where one side has no names: bare numbers in the data, or a model of `LABEL_0`, ...; for
     such a model the names in the data count in alphabetical order, as in a training on them.
     """
+    column, known = data.columns["label"], data.classes or []
     labels, names = [row[column] for row in rows], names_of(dataset, column)
     if without := sum(label is None or (isinstance(label, int) and label < 0) for label in labels):
         raise ValueError(f"Column {column!r} has {without} rows without a label; leave them out.")
-    known = [str(model.config.id2label[number]) for number in sorted(model.config.id2label, key=int)]
     nameless = known == [f"LABEL_{number}" for number in range(len(known))]
     ids, texts = ids_by_name(known), [class_of(label, names) for label in labels]
     found = [class_id(text, ids) for text in texts]

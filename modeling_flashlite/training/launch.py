@@ -20,7 +20,7 @@ from ..cli import banner
 from ..configuration_flashlite import FlashLiteConfig
 from ..data.loading import PaddingCollator, column_names, load_data, pick_split, segment_streams, tokenize_texts
 from ..data.preprocessing import preprocess
-from ..data.tasks import class_id, get_task, ids_by_name, label_names, resolve_columns, texts_of
+from ..data.tasks import TaskData, class_id, classes_of, get_task, ids_by_name, resolve_task, texts_of
 from ..data.tokenization import end_tokens, train_tokenizer
 from ..measure.plots import plot_losses
 from .checks import Unset, check_resume, shape_changes
@@ -34,6 +34,7 @@ __all__ = [
     "TrainArgs",
     "load_model",
     "load_rows",
+    "load_task",
     "load_tokenizer",
     "make_trainer",
     "run",
@@ -134,35 +135,34 @@ def load_splits(data: DataArgs):
     )
 
 
-def load_tokenizer(model: ModelArgs, data: DataArgs, output_dir: str, splits) -> PreTrainedTokenizerBase:
+def load_task(data: DataArgs, model: ModelArgs, splits) -> TaskData:
+    """The task, resolved for the training rows and the kind of model.
+
+    Raises:
+        ValueError: the columns do not fit the task (see `resolve_columns`), or there are fewer than two classes.
+    """
+    rows, encoder_decoder = pick_split(splits, "train"), is_encoder_decoder(data, model)
+    task = resolve_task(get_task(data.task), rows, columns=data.columns, encoder_decoder=encoder_decoder)
+    if task.classes is not None and len(task.classes) < 2:  # with one output transformers does regression
+        raise ValueError(
+            f"The labels of {data.dataset} are all {task.classes[0]!r}, but 2 classes are needed; check the rows."
+        )
+    return task
+
+
+def load_tokenizer(model: ModelArgs, task: TaskData, output_dir: str, splits) -> PreTrainedTokenizerBase:
     """Load the tokenizer, or train one on the dataset's texts and keep it in the run's folder."""
     if source := model.tokenizer or model.model:
         return read_tokenizer(source, **model.hub)
     folder = Path(output_dir) / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
         rows = pick_split(splits, "train")
-        columns = resolve_columns(get_task(data.task), rows, data.columns).values()
+        columns = task.columns.values()
         texts = ("\n".join(texts_of(row[column])) for row in rows for column in columns)
         total = len(rows) * len(columns) if isinstance(rows, Dataset) else None
-        tokenizer = train_tokenizer(
-            texts, model.vocab_size, add_eos_token=is_encoder_decoder(data, model), total=total
-        )
+        tokenizer = train_tokenizer(texts, model.vocab_size, add_eos_token=task.encoder_decoder, total=total)
         tokenizer.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
-
-
-def class_names(data: DataArgs, splits) -> list[str] | None:
-    """Names of the classes of the training rows in the order of their ids; `None` for tasks without classes."""
-    task = get_task(data.task)
-    if task.target != "label":
-        return None
-    rows = pick_split(splits, "train")
-    names = label_names(rows, resolve_columns(task, rows, data.columns)["label"])
-    if len(names) < 2:  # with one output transformers does regression
-        raise ValueError(
-            f"The labels of {data.dataset} are all {names[0]!r}, but 2 classes are needed; check the rows."
-        )
-    return names
 
 
 def label_tables(classes: list[str]) -> dict:
@@ -175,21 +175,19 @@ def head_changes(config, classes: list[str]) -> dict:
 
     A trained head keeps its own order of the classes: the rows find their ids by name.
     """
-    known = [str(config.id2label[number]) for number in sorted(config.id2label)]
+    known = classes_of(config)
     ids = ids_by_name(known)
     if all(class_id(name, ids) is not None for name in classes):
         return label_tables(known)  # an adapter's base may have others
     trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    changes = label_tables(classes)
     if trained and len(known) != len(classes):
-        return {
-            **label_tables(classes),
-            "ignore_mismatched_sizes": True,
-        }  # a head with other classes is re-initialised
-    return label_tables(classes)
+        changes["ignore_mismatched_sizes"] = True  # the head is initialized anew
+    return changes
 
 
 def load_model(
-    model: ModelArgs, shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, data: DataArgs, splits
+    model: ModelArgs, shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, task: TaskData
 ) -> PreTrainedModel:
     """Weights to start from, or a new model for the tokenizer, with the head of the task.
 
@@ -199,34 +197,30 @@ def load_model(
     Raises:
         ValueError: another kind or shape is asked for than the weights have, see [`shape_changes`].
     """
-    encoder_decoder, classes = is_encoder_decoder(data, model), class_names(data, splits)
-    task = get_task(data.task)
-    auto = getattr(transformers, task.auto_class_for(encoder_decoder))
+    auto = getattr(transformers, task.auto_class)
     if model.model:
         config = read_config(model.model, **model.hub)
-        if bool(config.is_encoder_decoder) != encoder_decoder:
+        if bool(config.is_encoder_decoder) != task.encoder_decoder:
             raise ValueError(
-                f"encoder_decoder is {encoder_decoder}, but that of {model.model} is {config.is_encoder_decoder}; "
-                "leave it out."
+                f"encoder_decoder is {task.encoder_decoder}, but that of {model.model} is "
+                f"{config.is_encoder_decoder}; leave it out."
             )
         changed = shape_changes(shape, config, model.model)
-        if classes is not None:
-            changed |= head_changes(config, classes)
+        if task.classes is not None:
+            changed |= head_changes(config, task.classes)
         loaded = auto.from_pretrained(model.model, **model.hub, **changed)
     else:
-        loaded = auto.from_config(new_config(shape, tokenizer, encoder_decoder, classes))
-    if task.generates and task.name != "text-generation" and not encoder_decoder:
+        loaded = auto.from_config(new_config(shape, tokenizer, task))
+    if task.task.generates and task.task.name != "text-generation" and not task.encoder_decoder:
         stop_at_turns(loaded, tokenizer)
     return loaded
 
 
-def new_config(
-    shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool, classes: list[str] | None
-) -> FlashLiteConfig:
+def new_config(shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, task: TaskData) -> FlashLiteConfig:
     """Configuration of a new model for a tokenizer."""
     fields = {name: value for name, value in asdict(shape).items() if value is not None}
     encoder_layers = fields.pop("encoder_layers", None)
-    if encoder_layers is not None and not encoder_decoder:
+    if encoder_layers is not None and not task.encoder_decoder:
         logger.warning(f"encoder_layers is {encoder_layers}, but the model has no encoder: it is left out.")
         encoder_layers = None
     return FlashLiteConfig(
@@ -234,10 +228,10 @@ def new_config(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        is_encoder_decoder=encoder_decoder,
+        is_encoder_decoder=task.encoder_decoder,
         encoder=None if encoder_layers is None else {"num_hidden_layers": encoder_layers},
         **fields,
-        **(label_tables(classes) if classes is not None else {}),
+        **(label_tables(task.classes) if task.classes is not None else {}),
     )
 
 
@@ -249,39 +243,35 @@ def stop_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def load_rows(
-    data: DataArgs,
-    args: Seq2SeqTrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    splits,
-    encoder_decoder: bool,
-    config=None,
+    task: TaskData, data: DataArgs, args: Seq2SeqTrainingArguments, tokenizer: PreTrainedTokenizerBase, splits
 ) -> tuple:
     """Training and validation examples; validation is `None` where the dataset has no such split.
 
-    With the model's `config`, labels become the ids that it gives to their names.
+    Raises:
+        ValueError: the rows do not fit the task or the limits, or segments are asked for a task other than text
+            generation.
     """
-    classes = class_names(data, splits)
-    if classes is not None and config is not None:
-        classes = [str(config.id2label[number]) for number in sorted(config.id2label)]
+    if data.segment_length and task.task.name != "text-generation":
+        raise ValueError(
+            f"segment_length is {data.segment_length}, but {task.task.name} has no segments; leave it out, or train "
+            "for text-generation."
+        )
     names = ["train"] + [name for name in ("validation", "valid", "val", "dev") if name in splits][:1]
     prepared = []
     with args.main_process_first(desc="prepare the data"):
         for name in names:
             rows, training = pick_split(splits, name), name == "train"
             if data.segment_length:
-                examples = _segments(data, args, tokenizer, rows, data.segment_length, training)
+                examples = _segments(task, data, data.segment_length, args, tokenizer, rows, training)
             else:
                 examples = preprocess(
-                    get_task(data.task),
+                    task,
                     rows,
                     tokenizer,
-                    columns=data.columns,
-                    encoder_decoder=encoder_decoder,
                     max_source_length=data.max_source_length,
                     max_target_length=data.max_target_length,
                     too_long=data.too_long,
                     document_column=data.document_column,
-                    classes=classes,
                 )
             if isinstance(examples, IterableDataset) and training:
                 examples = examples.shuffle(seed=args.seed, buffer_size=10_000)
@@ -291,9 +281,8 @@ def load_rows(
     return prepared[0], prepared[1] if len(prepared) > 1 else None
 
 
-def _segments(data: DataArgs, args, tokenizer, rows, length: int, training: bool) -> Dataset:
-    column = resolve_columns(get_task("text-generation"), rows, data.columns)["text"]
-    documents = tokenize_texts(rows, tokenizer, column)
+def _segments(task: TaskData, data: DataArgs, length: int, args, tokenizer, rows, training: bool) -> Dataset:
+    documents = tokenize_texts(rows, tokenizer, task.columns["text"])
     if data.document_column:
         documents = documents.add_column(data.document_column, rows[data.document_column])
     batch = args.train_batch_size * args.gradient_accumulation_steps if training else args.eval_batch_size

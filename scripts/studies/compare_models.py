@@ -20,7 +20,7 @@ from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, set_seed
 
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import pick_split
-from modeling_flashlite.data.tasks import get_task, prompts_and_references, resolve_columns
+from modeling_flashlite.data.tasks import prompts_and_references
 from modeling_flashlite.measure.benchmark import race, summarize_race
 from modeling_flashlite.measure.cost import count_parameters
 from modeling_flashlite.measure.evaluation import evaluate_task, generate_texts, label_likelihood
@@ -34,6 +34,7 @@ from modeling_flashlite.training.launch import (
     load_model,
     load_rows,
     load_splits,
+    load_task,
     load_tokenizer,
 )
 from modeling_flashlite.training.trainers import CarefulTrainer
@@ -64,17 +65,20 @@ class Arena:
     """Data, tokenizer and settings that all models share; makes, trains and evaluates one of them."""
 
     def __init__(self, compare: CompareArgs, model_args, shape, data, args):
-        self.compare, self.model_args, self.shape, self.data, self.args = compare, model_args, shape, data, args
+        self.compare, self.model_args, self.shape, self.args = compare, model_args, shape, args
+        self.max_source_length = data.max_source_length
         self.peers = compare.peers.split(",")
-        self.splits, self.task = load_splits(data), get_task(data.task)
-        self.tokenizer = load_tokenizer(model_args, data, args.output_dir, self.splits)
-        self.train_rows, self.validation_rows = load_rows(data, args, self.tokenizer, self.splits, True)
+        self.splits = load_splits(data)
+        self.data = load_task(data, model_args, self.splits)
+        self.task = self.data.task
+        self.tokenizer = load_tokenizer(model_args, self.data, args.output_dir, self.splits)
+        self.train_rows, self.validation_rows = load_rows(self.data, data, args, self.tokenizer, self.splits)
         self.test_rows = pick_split(self.splits, compare.test_split)
 
     def make(self, name: str):
         """A new model; peers have the parameters and depth of ours."""
         set_seed(self.args.seed)
-        ours = load_model(self.model_args, self.shape, self.tokenizer, self.data, self.splits)
+        ours = load_model(self.model_args, self.shape, self.tokenizer, self.data)
         if name == OURS:
             return ours
         width, heads = self.compare.peer_width, self.compare.peer_heads
@@ -115,13 +119,12 @@ class Arena:
         trainer.train()
         model.save_pretrained(trainer.args.output_dir)
         scores = evaluate_task(
-            self.task,
+            self.data,
             model,
             self.tokenizer,
             self.test_rows,
-            columns=self.data.columns,
             batch_size=self.args.per_device_eval_batch_size,
-            max_source_length=self.data.max_source_length,
+            max_source_length=self.max_source_length,
         )
         row = {
             "method": name,
@@ -139,9 +142,8 @@ class Arena:
 
     def race(self, rows: list[dict]) -> list[dict]:
         """Training steps and generation of all models in turn."""
-        columns = resolve_columns(self.task, self.test_rows, self.data.columns)
         prompts = [
-            prompts_and_references(self.task, row, columns, self.tokenizer, True)[0][0]
+            prompts_and_references(self.data, row, self.tokenizer)[0][0]
             for row in self.test_rows.select(range(min(self.compare.speed_rows, len(self.test_rows))))
         ]
         steps, beams, single = {}, {}, {}
