@@ -16,6 +16,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 
 from .compat_flashlite import GenerationArguments
+from .spans_flashlite import question_windows, span_scores
 
 # task -> key of the result
 RESULT_KEYS = {
@@ -316,30 +317,13 @@ class FlashLiteQuestionAnsweringPipeline(ChunkPipeline):
 
     def preprocess(self, inputs, max_seq_len=384, doc_stride=128):
         fields = FlashLitePipeline._read(inputs, "question-answering")
-        asked = len(self.tokenizer(fields["question"], add_special_tokens=False)["input_ids"])
-        room = max_seq_len - asked - self.tokenizer.num_special_tokens_to_add(pair=True)
-        if room < 1:
-            raise ValueError(f"max_seq_len is {max_seq_len}, too short for the question; raise it by {1 - room}.")
-        encoded = self.tokenizer(
-            fields["question"],
-            fields["text"],
-            truncation="only_second",
-            max_length=max_seq_len,
-            stride=min(doc_stride, room - 1),
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-        windows = len(encoded["input_ids"])
-        for index in range(windows):
-            # question and special tokens have offsets (0, 0), so only tokens with an end are candidates
-            offsets = [
-                offset if source == 1 else (0, 0)
-                for offset, source in zip(encoded["offset_mapping"][index], encoded.sequence_ids(index))
-            ]
+        # question and special tokens have offsets (0, 0), so only tokens with an end are candidates
+        windows = question_windows(self.tokenizer, fields["question"], fields["text"], max_seq_len, doc_stride)
+        for index, (ids, offsets) in enumerate(windows):
             yield {
-                "is_last": index == windows - 1,
-                "input_ids": torch.tensor([encoded["input_ids"][index]]),
-                "attention_mask": torch.tensor([encoded["attention_mask"][index]]),
+                "is_last": index == len(windows) - 1,
+                "input_ids": torch.tensor([ids]),
+                "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
                 "offsets": torch.tensor([offsets]),
                 "context": fields["text"],
             }
@@ -378,10 +362,10 @@ class FlashLiteQuestionAnsweringPipeline(ChunkPipeline):
         if allow_empty:
             candidate[first_token] = True
         start, end = (
-            window[name][0].float().masked_fill(~candidate, float("-inf")).softmax(-1)
+            window[name][0].float().masked_fill(~candidate, float("-inf")).log_softmax(-1)
             for name in ("start_logits", "end_logits")
         )
-        joint = torch.outer(start, end).triu().tril(max_answer_len - 1)
+        joint = span_scores(start, end, candidate, max_answer_len).exp()
         if allow_empty:  # the empty answer starts and ends at the first token
             joint[first_token, first_token + 1 :] = 0.0
         return joint

@@ -11,7 +11,7 @@ from modeling_flashlite import (
     FlashLiteForSequenceClassification,
 )
 from modeling_flashlite.data.loading import PaddingCollator
-from modeling_flashlite.data.preprocessing import answer_span, cut_prompt, preprocess, question_windows
+from modeling_flashlite.data.preprocessing import answer_span, cut_prompt, preprocess
 from modeling_flashlite.data.tasks import (
     TASKS,
     TaskData,
@@ -28,6 +28,7 @@ from modeling_flashlite.data.tasks import (
 from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.measure.evaluation import evaluate_task
 from modeling_flashlite.measure.metrics import METRICS
+from modeling_flashlite.spans_flashlite import question_windows
 
 CONTEXT = "The tower was built in 1889 by Gustave Eiffel, and it stands in Paris."
 DATA = {

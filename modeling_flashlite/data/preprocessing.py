@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from ..spans_flashlite import question_windows
 from .loading import column_names, join_rows, pack, require_columns, tokenize_texts
 from .tasks import (
     TaskData,
@@ -223,45 +224,6 @@ def cut_prompt(ids: list[int], limit: int, from_start: bool = False) -> list[int
         return ids
     kept = limit if from_start else min(8, limit // 2)
     return ids[: limit - kept] + ids[len(ids) - kept :]
-
-
-def question_windows(
-    tokenizer: PreTrainedTokenizerBase, question: str, context: str, max_length: int = 384, stride: int = 128
-) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Encode a question with its context, in overlapping windows where the context is too long.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): a fast one; its own special tokens are added.
-        question, context (`str`): the two texts.
-        max_length (`int`, *optional*, defaults to 384): tokens of a window, question included.
-        stride (`int`, *optional*, defaults to 128): tokens that two windows share.
-
-    Returns:
-        `list` of (`input_ids`, offsets): the characters of the context behind each token, (0, 0) for other tokens.
-    """
-    asked = len(tokenizer(question, add_special_tokens=False)["input_ids"])
-    room = max_length - asked - tokenizer.num_special_tokens_to_add(pair=True)
-    if room < 1:
-        raise ValueError(
-            f"A question leaves no room for its context in {max_length} tokens; raise max_source_length by {1 - room}."
-        )
-    encoded = tokenizer(
-        question,
-        context,
-        truncation="only_second",
-        max_length=max_length,
-        stride=min(stride, room - 1),
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-    )
-    windows = []
-    for index, ids in enumerate(encoded["input_ids"]):
-        sources = encoded.sequence_ids(index)
-        offsets = encoded["offset_mapping"][index]
-        windows.append(
-            (ids, [offset if source == 1 else (0, 0) for offset, source in zip(offsets, sources, strict=True)])
-        )
-    return windows
 
 
 def answer_span(answers: Mapping | list | str, context: str) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -108,9 +108,10 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return next((token for token in after if token in special), None)
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the end of sequence, and the end of a turn where the chat template has another."""
-    ends = (tokenizer.eos_token_id, turn_end(tokenizer))
+def end_tokens(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None = None) -> list[int]:
+    """Ids that end an answer: those of the generation settings, the end of sequence, and the chat template's own."""
+    given = None if generation is None else generation.eos_token_id
+    ends = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id, turn_end(tokenizer)]
     return list(dict.fromkeys(token for token in ends if token is not None))
 
 

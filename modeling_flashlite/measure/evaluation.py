@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.loading import PaddingCollator
-from ..data.preprocessing import cut_prompt, preprocess, question_windows
+from ..data.preprocessing import cut_prompt, preprocess
 from ..data.tasks import (
     TaskData,
     class_id,
@@ -23,6 +23,7 @@ from ..data.tasks import (
     text_of,
 )
 from ..data.tokenization import end_tokens
+from ..spans_flashlite import question_windows, span_scores
 from .metrics import METRICS, RESAMPLES
 from .perplexity import label_likelihood, text_likelihood
 from .results import write_results
@@ -155,9 +156,7 @@ def generate_texts(
     encoder_decoder = model.config.is_encoder_decoder
     generation.setdefault("pad_token_id", tokenizer.pad_token_id)
     if templated and "eos_token_id" not in generation:
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        generation["eos_token_id"] = list(dict.fromkeys([*ends, *end_tokens(tokenizer)])) or None
+        generation["eos_token_id"] = end_tokens(tokenizer, model.generation_config) or None
     encoded = tokenizer(list(prompts), add_special_tokens=not templated, verbose=False)["input_ids"]
     encoded = [cut_prompt(ids, max_source_length, from_start) for ids in encoded]
     answers = [""] * len(prompts)
@@ -245,10 +244,7 @@ def extract_answers(
 
 def _best_span(starts: torch.Tensor, ends: torch.Tensor, offsets: list, longest: int) -> tuple[float, int, int]:
     inside = torch.tensor([end > 0 for _, end in offsets], device=starts.device)
-    starts, ends = starts.masked_fill(~inside, float("-inf")), ends.masked_fill(~inside, float("-inf"))
-    scores = starts[:, None] + ends[None, :]
-    allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(longest - 1)
-    scores = scores.masked_fill(~allowed, float("-inf"))
+    scores = span_scores(starts, ends, inside, longest)
     place = int(scores.argmax())
     return float(scores.flatten()[place]), place // len(offsets), place % len(offsets)
 

@@ -84,7 +84,7 @@ class Engine:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.counters: Counter = Counter()
-        self._ends = self._end_tokens()
+        self._ends = set(end_tokens(self.tokenizer, self.model.generation_config))
         self._waiting: queue.Queue[Job | None] = queue.Queue()
         self.batch = self._continuous_batch()
         target = self._work_in_batches if self.batch is None else partial(self._work_continuously, self.batch)
@@ -99,13 +99,6 @@ class Engine:
         except TypeError as error:
             logger.warning("%s It generates in whole batches instead.", error)
             return None
-
-    def _end_tokens(self) -> set[int]:
-        ends = self.model.generation_config.eos_token_id
-        found = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
-        # the end of a turn, which the config may not name
-        found |= set(end_tokens(self.tokenizer))
-        return found - {None}
 
     @property
     def vocabulary(self) -> int:

@@ -237,9 +237,7 @@ def new_config(shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, task
 
 def stop_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let generation end where the chat template ends a turn; `generation_config.json` keeps it for every tool."""
-    held = model.generation_config.eos_token_id
-    held = held if isinstance(held, list) else [] if held is None else [held]
-    model.generation_config.eos_token_id = list(dict.fromkeys([*held, *end_tokens(tokenizer)]))
+    model.generation_config.eos_token_id = end_tokens(tokenizer, model.generation_config)
 
 
 def load_rows(
