@@ -47,7 +47,7 @@ _LAZY = {
     "KDLoss": "training.divergence",
     "PaddingCollator": "data.loading",
     "SegmentTrainer": "training.trainers",
-    "TeacherCache": "training.teacher",
+    "TeacherCache": "training.teacher_cache",
     "add_lora": "training.lora",
     "convert": "training.conversion",
     "load_data": "data.loading",

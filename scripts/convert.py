@@ -17,22 +17,13 @@ from modeling_flashlite.checkpoint import read_config, read_tokenizer
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import load_data, pick_split, require_columns
 from modeling_flashlite.measure.cost import count_parameters
+from modeling_flashlite.measure.parity import logit_parity, perplexities
 from modeling_flashlite.measure.results import write_json
-from modeling_flashlite.training.conversion import (
-    ConversionError,
-    Source,
-    check_output,
-    convert_back,
-    dense_length,
-    logit_parity,
-    open_source,
-    parent_of,
-    perplexities,
-    to_encoder_decoder,
-    transplant,
-    write_checkpoint,
-)
+from modeling_flashlite.training.conversion import convert_back, parent_of, to_encoder_decoder, transplant
+from modeling_flashlite.training.converted_files import check_output, write_checkpoint
+from modeling_flashlite.training.families import ConversionError, dense_length
 from modeling_flashlite.training.pruning import parse_target, prune
+from modeling_flashlite.training.source import Source, open_source
 
 
 @dataclass
@@ -70,25 +61,6 @@ def read_text(args: ConvertArgs) -> str:
     return "\n".join(rows[args.column][:2000])
 
 
-def token_ids(tokenizer, text: str, tokens: int) -> torch.Tensor:
-    """The first `tokens` ids `[1, T]` of a text."""
-    return tokenizer(text[: 16 * tokens], return_tensors="pt", verbose=False)["input_ids"][:, :tokens]
-
-
-def report(model, parent, tokenizer, args: ConvertArgs) -> dict:
-    """What a user wants to know of a conversion: whether it is exact, where it becomes sparse, and what that costs."""
-    found: dict = {"parameters": count_parameters(model), "full_attention_up_to": dense_length(model.config)}
-    if tokenizer is None:
-        ids = torch.arange(48)[None] % model.config.vocab_size
-    else:
-        text = read_text(args)
-        ids = token_ids(tokenizer, text, 48)
-    found["parity"] = logit_parity(model, parent, ids)
-    if tokenizer is not None and args.report_tokens:
-        found["perplexity"] = perplexities(model, token_ids(tokenizer, text, args.report_tokens))
-    return found
-
-
 def show(found: dict, output: str) -> None:
     parity = found["parity"]
     print(f"parameters                 {found['parameters']:,}")
@@ -115,7 +87,14 @@ def from_parent(args: ConvertArgs) -> dict:
     source = open_source(args.model, args.max_length)
     model = transplant(source, args.max_length, **axes)
     write_checkpoint(model, source, args.output)
-    found = report(model, parent_of(model, source.config), source.tokenizer(), args)
+    tokenizer = source.tokenizer()
+    found = {"parameters": count_parameters(model), "full_attention_up_to": dense_length(model.config)}
+    ids = torch.arange(max(48, args.report_tokens))[None] % model.config.vocab_size
+    if tokenizer is not None:
+        ids = tokenizer(read_text(args)[: 16 * ids.shape[1]], return_tensors="pt", verbose=False)["input_ids"]
+    found["parity"] = logit_parity(model, parent_of(model, source.config), ids[:, :48])
+    if tokenizer is not None and args.report_tokens:
+        found["perplexity"] = perplexities(model, ids[:, : args.report_tokens])
     show(found, args.output)
     return found
 

@@ -27,9 +27,9 @@ from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.corpus import python_corpus
 from modeling_flashlite.data.loading import pack, tokenize_texts
 from modeling_flashlite.measure.cost import measure_generation, model_size
+from modeling_flashlite.measure.parity import full_attention, perplexity
 from modeling_flashlite.measure.perplexity import label_likelihood
 from modeling_flashlite.measure.results import write_results
-from modeling_flashlite.training.conversion import full_attention, perplexity
 from modeling_flashlite.training.lora import add_lora
 from modeling_flashlite.training.stages import LossOnBar, Stages, print_line, run_elsewhere
 from modeling_flashlite.training.trainers import CarefulTrainer, last_checkpoint

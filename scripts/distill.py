@@ -5,23 +5,17 @@ accelerate launch scripts/distill.py --config scripts/recipes/distill_base.yaml 
 """
 
 import contextlib
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import load_dataset, load_from_disk
 
 from modeling_flashlite.checkpoint import load_language_model, read_tokenizer
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.tasks import get_task
 from modeling_flashlite.training.checks import shape_changes, task_measures
-from modeling_flashlite.training.distillation import (
-    DistillationTrainer,
-    KDLoss,
-    TeacherCache,
-    check_vocabulary,
-    student_from_teacher,
-)
+from modeling_flashlite.training.distillation import DistillationTrainer, student_from_teacher
+from modeling_flashlite.training.divergence import KDLoss
 from modeling_flashlite.training.launch import (
     ArchitectureArgs,
     DataArgs,
@@ -36,6 +30,7 @@ from modeling_flashlite.training.launch import (
     stop_at_turns,
 )
 from modeling_flashlite.training.lora import add_lora
+from modeling_flashlite.training.teacher_cache import TeacherCache, check_vocabulary
 
 
 @dataclass
@@ -65,20 +60,12 @@ class DistillArgs:
 
 
 def cached_rows(distill: DistillArgs, args: TrainArgs, teacher, tokenizer, rows):
-    """The annotated training rows: from the folder if it holds this teacher's answers to these rows, else made now.
-
-    Without a teacher they are taken as they are, from the folder or the Hub. A folder of other answers is made anew
-    where it is the run's own, and refused where it was named.
-    """
+    """The annotated training rows, see `TeacherCache.annotated`; without a teacher, those of the folder or the Hub."""
     folder = Path(distill.teacher_cache or f"{args.output_dir}/teacher_cache")
+    if teacher is None and folder.is_dir():
+        return load_from_disk(folder)
     if teacher is None:
-        return (
-            load_from_disk(folder)
-            if folder.is_dir()
-            else load_dataset(str(folder), split="train").with_format("numpy")
-        )
-    if not isinstance(rows, Dataset):
-        raise ValueError("streamed rows cannot be cached; load them without streaming, or distil --live.")
+        return load_dataset(str(folder), split="train").with_format("numpy")
     with args.main_process_first(desc="annotate"):
         cache = TeacherCache(
             teacher.to(args.device),
@@ -88,19 +75,7 @@ def cached_rows(distill: DistillArgs, args: TrainArgs, teacher, tokenizer, rows)
             temperature=distill.temperature,
             dtype="uint8" if distill.mode == "topk" else "float16",
         )
-        try:
-            other = cache.difference(load_from_disk(folder), rows)
-        except OSError:
-            other = "no complete rows"
-        if other and folder.is_dir() and distill.teacher_cache:
-            raise ValueError(f"the cache {folder} has {other}; name another folder, or remove it.")
-        if other:
-            partial = folder.with_name(f"{folder.name}.incomplete")
-            shutil.rmtree(partial, ignore_errors=True)
-            cache.annotate(rows, batch_size=args.eval_batch_size).save_to_disk(partial)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-        return load_from_disk(folder)
+        return cache.annotated(rows, folder, args.eval_batch_size, replace=distill.teacher_cache is None)
 
 
 def refuse_what_would_be_ignored(model_args: ModelArgs, data: DataArgs, distill: DistillArgs) -> None:

@@ -35,10 +35,12 @@ from modeling_flashlite.measure.perplexity import text_likelihood
 from modeling_flashlite.measure.results import write_results
 from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.training.calibration import quantize
-from modeling_flashlite.training.distillation import DistillationCallback, KDLoss, TeacherCache, set_loss_function
+from modeling_flashlite.training.distillation import DistillationCallback, set_loss_function
+from modeling_flashlite.training.divergence import KDLoss
 from modeling_flashlite.training.lora import add_lora
 from modeling_flashlite.training.qat import EcqCallback, prepare_qat
 from modeling_flashlite.training.stages import LossOnBar, Stages, run_elsewhere
+from modeling_flashlite.training.teacher_cache import TeacherCache
 from modeling_flashlite.training.trainers import CarefulTrainer, last_checkpoint
 
 

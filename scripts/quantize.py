@@ -22,7 +22,8 @@ from modeling_flashlite.measure.compression import draw_report, rate_curve
 from modeling_flashlite.measure.results import command_line, read_results, write_results
 from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers
 from modeling_flashlite.training.calibration import batches_of, mean_loss, quantize
-from modeling_flashlite.training.distillation import DistillationTrainer, KDLoss
+from modeling_flashlite.training.distillation import DistillationTrainer
+from modeling_flashlite.training.divergence import KDLoss
 from modeling_flashlite.training.launch import (
     ArchitectureArgs,
     DataArgs,

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM, convert
-from modeling_flashlite.training import conversion
-from modeling_flashlite.training.conversion import convert_back, dense_length, open_source, to_encoder_decoder
-from modeling_flashlite.training.families import FAMILIES, ConversionError, flashlite_config
+from modeling_flashlite.measure.parity import full_attention
+from modeling_flashlite.training.conversion import convert_back, to_encoder_decoder
+from modeling_flashlite.training.families import FAMILIES, ConversionError, dense_length, flashlite_config
+from modeling_flashlite.training.source import open_source
 
 # from 5.24 on the argument of the parents is called `cache`
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
@@ -93,7 +94,7 @@ def test_beyond_the_dense_length_attention_is_sparse():
     ids, dense = some_ids(1, 60), dense_length(model.config)
     difference = (model(ids).logits - parent(ids).logits).abs().amax(-1)[0]
     assert difference[:dense].max() < 1e-10 < difference[dense:].max()
-    with conversion.full_attention(model):
+    with full_attention(model):
         close(model(ids).logits, parent(ids).logits)
 
 

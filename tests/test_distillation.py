@@ -32,17 +32,19 @@ from modeling_flashlite.training.calibration import mean_loss
 from modeling_flashlite.training.distillation import (
     DistillationCallback,
     DistillationTrainer,
-    KDLoss,
-    TeacherCache,
-    check_teacher_columns,
-    check_vocabulary,
-    divergence,
     set_loss_function,
-    shared_vocabulary,
     student_from_teacher,
-    teacher_logits,
 )
-from modeling_flashlite.training.divergence import _ForwardKL, pack_weights, unpack_weights
+from modeling_flashlite.training.divergence import (
+    KDLoss,
+    _ForwardKL,
+    divergence,
+    pack_weights,
+    shared_vocabulary,
+    unpack_weights,
+)
+from modeling_flashlite.training.teacher import teacher_logits
+from modeling_flashlite.training.teacher_cache import TeacherCache, check_teacher_columns, check_vocabulary
 
 V = 97
 OFF = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)

@@ -30,7 +30,8 @@ from modeling_flashlite import (
 )
 from modeling_flashlite.data.loading import PaddingCollator
 from modeling_flashlite.measure.plots import plot_losses
-from modeling_flashlite.training.distillation import KDLoss, set_loss_function
+from modeling_flashlite.training.distillation import set_loss_function
+from modeling_flashlite.training.divergence import KDLoss
 from modeling_flashlite.training.lora import add_lora
 from modeling_flashlite.training.trainers import (
     CarefulTrainer,

@@ -12,7 +12,8 @@ from transformers import AutoModelForSeq2SeqLM, Olmo2Config, Olmo2ForCausalLM, S
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
-from modeling_flashlite.training.distillation import KDLoss, set_loss_function
+from modeling_flashlite.training.distillation import set_loss_function
+from modeling_flashlite.training.divergence import KDLoss
 from modeling_flashlite.training.lora import TARGET_MODULES, add_lora
 from modeling_flashlite.training.trainers import CarefulTrainer
 

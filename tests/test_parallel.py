@@ -19,7 +19,8 @@ from conftest import TINY
 from training_runs import arguments, ragged_rows, streams
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Seq2SeqTrainingArguments
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM, FlashLiteForConditionalGeneration
-from modeling_flashlite.training.distillation import KDLoss, set_loss_function
+from modeling_flashlite.training.distillation import set_loss_function
+from modeling_flashlite.training.divergence import KDLoss
 from modeling_flashlite.training.lora import add_lora
 from modeling_flashlite.training.trainers import CarefulTrainer, SegmentTrainer, last_checkpoint
 torch.set_num_threads(1)

@@ -37,8 +37,8 @@ from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.training.checks import shape_changes
 from modeling_flashlite.training.conversion import to_encoder_decoder
-from modeling_flashlite.training.distillation import check_teacher_columns
 from modeling_flashlite.training.launch import ArchitectureArgs, DataArgs, ModelArgs, TrainArgs, load_model
+from modeling_flashlite.training.teacher_cache import check_teacher_columns
 from modeling_flashlite.training.trainers import prompts_of
 
 # peft 0.21 itself asks for an attribute that transformers 5.23 renamed

@@ -17,33 +17,13 @@ from transformers.trainer_callback import ExportableState
 from ..configuration_flashlite import FlashLiteConfig
 from ..loss_flashlite import check_loss_function
 from .conversion import convert
-from .divergence import KDLoss, divergence, parse_divergence, shared_vocabulary
+from .divergence import KDLoss, parse_divergence, shared_vocabulary
 from .families import FAMILIES
-from .teacher import (
-    TeacherCache,
-    check_teacher_columns,
-    check_vocabulary,
-    shift_right,
-    teacher_logits,
-    tokenizer_fingerprint,
-)
+from .teacher import shift_right, teacher_logits
+from .teacher_cache import check_teacher_columns, check_vocabulary
 from .trainers import CarefulTrainer
 
-__all__ = [
-    "DistillationCallback",
-    "DistillationTrainer",
-    "KDLoss",
-    "TeacherCache",
-    "check_teacher_columns",
-    "check_vocabulary",
-    "divergence",
-    "set_loss_function",
-    "shared_vocabulary",
-    "student_from_teacher",
-    "teacher_logits",
-    "tokenizer_fingerprint",
-]
-
+__all__ = ["DistillationCallback", "DistillationTrainer", "set_loss_function", "student_from_teacher"]
 
 # what [`TeacherCache`] adds to the rows for the loss
 _CACHED = ("teacher_ids", "teacher_weights")

@@ -257,6 +257,13 @@ def default_axes(length: int, block_size: int = 16) -> dict[str, int]:
     }
 
 
+def dense_length(config: FlashLiteConfig) -> int:
+    """Tokens up to which attention is full; longer texts are read sparsely."""
+    reach = [value + 3 for value in (config.relevance_top_k,) if value is not None]
+    reach += [max(value, 1) + 2 for value in (config.memory_blocks,) if value is not None]
+    return min(reach) * config.block_size if reach else config.max_position_embeddings
+
+
 def weight_names(config: PreTrainedConfig) -> dict[str, str]:
     """Flash-Lite's name of every weight of a parent, by the parent's name."""
     family, names = FAMILIES[config.model_type], {}

@@ -25,8 +25,10 @@ from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import PaddingCollator, load_data, pack, pick_split, tokenize_texts
 from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.measure.results import write_json, write_results
-from modeling_flashlite.training.distillation import DistillationTrainer, KDLoss, TeacherCache
+from modeling_flashlite.training.distillation import DistillationTrainer
+from modeling_flashlite.training.divergence import KDLoss
 from modeling_flashlite.training.launch import TrainArgs
+from modeling_flashlite.training.teacher_cache import TeacherCache
 from modeling_flashlite.training.trainers import CarefulTrainer
 
 ARMS = ("scratch", "live", "cached")

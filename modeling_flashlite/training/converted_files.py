@@ -1,0 +1,123 @@
+# Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
+"""The folder of a converted model: written whole or not at all, with the parent's tokenizer, licence and name."""
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from .families import ConversionError, dense_length
+from .source import Source, first_line
+
+# licences and notices, which are copied beside the converted weights
+_PAPERS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*", re.IGNORECASE)
+_CARD = """---
+{head}
+---
+
+# {title}
+
+{parent} as a Flash-Lite model: the same weights, bit for bit, with attention that is full up to {dense:,} tokens and
+sparse beyond.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{title}")
+model = AutoModelForCausalLM.from_pretrained("{title}", trust_remote_code=True)
+```
+
+Licence: {license}. It is the parent's, whose card says what the model was trained on, what it is for and what not.
+"""
+_PLAIN_CARD = """---
+{head}
+---
+
+# {title}
+
+{parent} as {what}, with the same weights.
+
+Licence: {license}. It is the parent's, whose card says what the model was trained on, what it is for and what not.
+"""
+
+
+def check_output(output: str | Path) -> Path:
+    """Refuse a folder that is in the way."""
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConversionError(f"{output} is there already; remove it, or give another folder.")
+    return output
+
+
+@contextlib.contextmanager
+def staged(output: str | Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its name at the end; it vanishes if anything goes wrong."""
+    output = check_output(output)
+    staging = output.parent / f".{output.name}.incomplete"
+    shutil.rmtree(staging, ignore_errors=True)  # left over from a run that was killed
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        staging.replace(output)
+    except (OSError, SafetensorError) as error:
+        raise ConversionError(f"{output} cannot be written: {first_line(error)}; nothing was kept of it.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_checkpoint(model: PreTrainedModel, source: Source, output: str | Path) -> None:
+    """Write a converted model with what belongs to its parent: tokenizer, licence, and a card that names it."""
+    with staged(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer = source.tokenizer()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        for path in sorted(source.folder.iterdir()) if source.folder else ():
+            if path.is_file() and _PAPERS.fullmatch(path.name):
+                shutil.copyfile(path, folder / path.name)
+        (folder / "README.md").write_text(make_card(model, source), encoding="utf-8")
+
+
+def parent_facts(source: Source) -> dict[str, Any]:
+    """Name, licence, languages of a parent, from its card or from its GGUF file; `unknown` where it says nothing."""
+    facts: dict[str, Any] = {"name": source.name, "license": "unknown", "language": None}
+    if source.folder and source.gguf:
+        facts |= _gguf_facts(source.folder / source.gguf)
+    elif source.folder and (source.folder / "README.md").is_file():
+        with contextlib.suppress(Exception):  # a card that cannot be read says nothing
+            data = ModelCard.load(source.folder / "README.md").data
+            facts |= {"license": data.license or "unknown", "language": data.language}
+    if Path(facts["name"]).exists():
+        facts["name"] = Path(facts["name"]).resolve().stem if source.gguf else Path(facts["name"]).resolve().name
+    return facts
+
+
+def _gguf_facts(path: Path) -> dict[str, Any]:
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    keys = {"name": "general.base_model.0.name", "license": "general.license"}
+    return {name: str(fields[key].contents()) for name, key in keys.items() if key in fields}
+
+
+def make_card(model: PreTrainedModel, source: Source) -> str:
+    """The text of README.md."""
+    facts = parent_facts(source)
+    head = [f"license: {facts['license']}", f"base_model: {facts['name']}", "library_name: transformers"]
+    head += ["pipeline_tag: text-generation", "tags: [flashlite]"]
+    if facts["language"]:
+        head.append(f"language: {json.dumps(facts['language'])}")
+    title = f"{Path(facts['name']).name}-flashlite"
+    if model.config.model_type != "flashlite" or model.config.is_encoder_decoder:
+        what = "an encoder-decoder" if model.config.is_encoder_decoder else model.config.model_type
+        return _PLAIN_CARD.format(
+            head="\n".join(head), title=title, parent=facts["name"], what=what, license=facts["license"]
+        )
+    dense = dense_length(model.config)
+    return _CARD.format(head="\n".join(head), title=title, parent=facts["name"], dense=dense, license=facts["license"])
