@@ -17,9 +17,17 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, find_adapter_config_file
 
-from .data.tasks import LANGUAGE_MODELS
+from .data.tasks import LANGUAGE_MODELS, Task
 
-__all__ = ["BASE_CONFIG", "CheckpointArgs", "add_adapter", "load_language_model", "read_config", "read_tokenizer"]
+__all__ = [
+    "BASE_CONFIG",
+    "CheckpointArgs",
+    "add_adapter",
+    "load_for_task",
+    "load_language_model",
+    "read_config",
+    "read_tokenizer",
+]
 
 # beside the adapter of a classifier: the config of its base, with the classes of the adapter's head. Its usual name
 # would make the folder a model
@@ -98,8 +106,7 @@ def load_language_model(model: str, *, device: str | None = None, **options) -> 
     loaded = auto.from_pretrained(model, **options)
     if base_of(model, **hub)[0] != model:
         _read_generation(loaded, model, hub)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return loaded.to(device or accelerator or "cpu").eval()
+    return loaded.to(device or _best_device()).eval()
 
 
 def add_adapter(base: PreTrainedModel, folder: str) -> PreTrainedModel:
@@ -123,3 +130,33 @@ def _read_generation(loaded: PreTrainedModel, model: str, hub: dict) -> None:
     """Beside an adapter stand the end tokens that it was trained with."""
     if _has(model, GENERATION_CONFIG_NAME, hub):
         loaded.generation_config = GenerationConfig.from_pretrained(model, revision=hub.get("revision"))
+
+
+def load_for_task(checkpoint: CheckpointArgs, task: Task, memory_blocks: int | None = None) -> PreTrainedModel:
+    """Load a model with the head of a task, for inference; without weights for the head, it is refused.
+
+    Args:
+        checkpoint (`CheckpointArgs`): the model or adapter.
+        task (`Task`): decides the head; where it generates text, the class follows the kind of the model.
+        memory_blocks (`int`, *optional*): blocks of segment memory; the checkpoint's own if unset.
+
+    Raises:
+        ValueError: the checkpoint was trained for another task.
+    """
+    config = read_config(checkpoint.model, **checkpoint.hub)
+    if memory_blocks is not None:
+        config.get_text_config(decoder=True).memory_blocks = memory_blocks
+    auto = getattr(transformers, task.auto_class_for(config.is_encoder_decoder))
+    options = {"config": config, "dtype": checkpoint.dtype, "output_loading_info": True, **checkpoint.hub}
+    model, info = auto.from_pretrained(checkpoint.model, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{checkpoint.model} has no weights for {', '.join(missing[:3])}, {len(missing)} in all: it was not "
+            f"trained for {task.name}; name the task that it was trained for, or train it for this one."
+        )
+    return model.to(checkpoint.device or _best_device()).eval()
+
+
+def _best_device() -> torch.device:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")

@@ -13,7 +13,6 @@ from datasets import ClassLabel, Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
-from verbs import load_script
 
 from modeling_flashlite import (
     FlashLiteForCausalLM,
@@ -21,7 +20,7 @@ from modeling_flashlite import (
     FlashLiteForQuestionAnswering,
     FlashLiteForSequenceClassification,
 )
-from modeling_flashlite.checkpoint import CheckpointArgs
+from modeling_flashlite.checkpoint import CheckpointArgs, load_for_task
 from modeling_flashlite.data.tasks import TASKS, get_task, resolve_task
 from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.measure import cost as measurement
@@ -498,9 +497,8 @@ def test_script_writes_one_results_file(make, tokenizer, tmp_path):
 
 def test_a_head_that_was_not_trained_is_not_evaluated(make, tmp_path):
     make(FlashLiteForCausalLM).save_pretrained(tmp_path)
-    script = load_script("evaluate")
     with pytest.raises(ValueError, match="has no weights for score.bias, .* was not trained for classification"):
-        script.load_model(CheckpointArgs(str(tmp_path)), get_task("classification"))
+        load_for_task(CheckpointArgs(str(tmp_path)), get_task("classification"))
 
 
 OWN_METRIC = """
