@@ -9,39 +9,35 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from datasets import load_from_disk
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_flashlite import FlashLiteConfig
-from modeling_flashlite.cli import finish, start
-from modeling_flashlite.data.loading import (
+from modeling_flashlite import (
+    EcqCallback,
+    EcqConfig,
+    FlashLiteConfig,
+    KDLoss,
     PaddingCollator,
+    TeacherCache,
+    add_lora,
     load_data,
     pack,
-    pick_split,
-    require_columns,
+    prepare_qat,
+    quantize,
     tokenize_texts,
+    train_tokenizer,
 )
-from modeling_flashlite.data.tokenization import train_tokenizer
-from modeling_flashlite.measure.cost import measure_generation, model_size
+from modeling_flashlite.cli import finish, start
+from modeling_flashlite.data.loading import pick_split, require_columns
+from modeling_flashlite.measure.cost import measure_generation
 from modeling_flashlite.measure.perplexity import text_likelihood
 from modeling_flashlite.measure.results import write_results
-from modeling_flashlite.quantization_flashlite import EcqConfig
-from modeling_flashlite.training.calibration import quantize
 from modeling_flashlite.training.distillation import DistillationCallback, set_loss_function
-from modeling_flashlite.training.divergence import KDLoss
-from modeling_flashlite.training.lora import add_lora
-from modeling_flashlite.training.qat import EcqCallback, prepare_qat
-from modeling_flashlite.training.stages import LossOnBar, Stages, run_elsewhere
-from modeling_flashlite.training.teacher_cache import TeacherCache
-from modeling_flashlite.training.trainers import CarefulTrainer, last_checkpoint
+from modeling_flashlite.training.stages import Stages, reload_elsewhere, weight_cost
 
 
 @dataclass
@@ -92,23 +88,6 @@ SIZES = {
         validation_rows=12,
     ),
 }
-RELOAD = """
-import json, sys
-sys.modules["modeling_flashlite"] = None  # the package cannot be imported: only what was saved is there
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, adapter, prompt = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-model = PeftModel.from_pretrained(model, adapter)
-inputs = tokenizer(prompt, return_tensors="pt")
-torch.manual_seed(0)
-with torch.inference_mode():
-    logits = model.eval()(**inputs).logits
-    ids = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=20, pad_token_id=tokenizer.pad_token_id)
-print(json.dumps({"text": tokenizer.decode(ids[0], skip_special_tokens=True), "logits": logits[0, -1].tolist()}))
-"""
 PROMPT = "Return a list of"
 
 
@@ -140,35 +119,6 @@ class Demo(Stages):
         self.rows = pack(tokenize_texts(self.train_texts, self.tok, self.args.column), self.size.length)
         self.collator = PaddingCollator(self.tok)
 
-    def fit(self, model, folder: Path, kind: str, *, rows=None, learning_rate: float, callbacks=()) -> None:
-        """The stock Trainer; started again after an interruption, it goes on from its last checkpoint."""
-        steps = self.size.steps[kind]
-        arguments = Seq2SeqTrainingArguments(
-            output_dir=str(folder / "trainer"),
-            max_steps=steps,
-            per_device_train_batch_size=self.size.batch,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=steps // 10,
-            weight_decay=0.1,
-            logging_steps=max(1, steps // 10),
-            save_steps=max(1, steps // 2),
-            save_total_limit=1,
-            seed=self.args.seed,
-            report_to="none",
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
-        trainer = CarefulTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=self.rows if rows is None else rows,
-            data_collator=self.collator,
-            callbacks=list(callbacks),
-        )
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LossOnBar)
-        trainer.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir))
-
     def new_model(self, shape: dict):
         config = FlashLiteConfig(
             vocab_size=len(self.tok),
@@ -191,53 +141,45 @@ class Demo(Stages):
         batch = min(8, len(self.texts))
         metrics, _ = text_likelihood(model, self.tok, self.texts, segment_length=self.size.length, batch_size=batch)
         speed = {row["unit"]: row["value"] for row in measure_generation(model, self.tok, [PROMPT], repeats=3)}
-        size = model_size(model, folder)
-        weights = size["weight_bytes"] + (model_size(model, adapter)["weight_bytes"] if adapter else 0)
         return {
-            "parameters": size["parameters"],
-            "bits_per_weight": 8 * weights / size["parameters"],
-            "file_bytes": weights,
+            **weight_cost(model, folder, adapter),
             "loss": math.log(metrics["token_perplexity"]),
             "perplexity": metrics["token_perplexity"],
             "bits_per_byte": metrics["bits_per_byte"],
             "tokens_per_second": speed["tokens/s"],
         }
 
+    def train(self, model, folder: Path, kind: str, learning_rate: float, rows=None, callbacks=()) -> None:
+        settings = {"collator": self.collator, "batch": self.size.batch, "steps": self.size.steps[kind]}
+        rows = self.rows if rows is None else rows
+        self.fit(model, rows, folder, learning_rate=learning_rate, callbacks=callbacks, **settings)
+
     def teacher(self, folder: Path) -> dict:
         model = self.new_model(self.size.teacher)
-        self.fit(model, folder, "teacher", learning_rate=2e-3)
+        self.train(model, folder, "teacher", 2e-3)
         return self.keep(model, folder)
 
     def annotations(self, folder: Path) -> None:
         """The teacher reads the training rows once; its opinion becomes columns of the data set."""
         teacher = AutoModelForCausalLM.from_pretrained(self.root / "teacher")
-        used = self.rows.shuffle(self.args.seed).select(
-            range(min(len(self.rows), self.size.steps["student"] * self.size.batch))
-        )
-        TeacherCache(teacher, self.tok, k=16, temperature=1.0).annotate(used, batch_size=16).save_to_disk(
-            folder / "rows"
-        )
+        count = min(len(self.rows), self.size.steps["student"] * self.size.batch)
+        used = self.rows.shuffle(self.args.seed).select(range(count))
+        cache = TeacherCache(teacher, self.tok, k=16, temperature=1.0)
+        cache.annotate(used, batch_size=16).save_to_disk(folder / "rows")
 
     def fit_to_teacher(self, model, folder: Path, kind: str, learning_rate: float, callbacks=()) -> None:
         """Train with the teacher's columns in the loss."""
         loss = KDLoss("forward", alpha=0.3, temperature=1.0)
         set_loss_function(model, loss)
         rows = load_from_disk(self.root / "annotations" / "rows")
-        self.fit(
-            model,
-            folder,
-            kind,
-            rows=rows,
-            learning_rate=learning_rate,
-            callbacks=[DistillationCallback(loss), *callbacks],
-        )
+        self.train(model, folder, kind, learning_rate, rows, [DistillationCallback(loss), *callbacks])
 
     def distilled(self, folder: Path) -> dict:
         model = self.new_model(self.size.student)
         self.fit_to_teacher(model, folder, "student", 3e-3)
         return self.keep(model, folder)
 
-    def quantize_with(self, function: Callable):
+    def quantize_with(self, function):
         """The distilled student after `calibration.quantize` or `qat.prepare_qat`, which read some training rows."""
         model = AutoModelForCausalLM.from_pretrained(self.root / "distilled")
         some = self.rows.select(range(min(len(self.rows), 16 * self.size.batch)))
@@ -264,13 +206,8 @@ class Demo(Stages):
 
     def reloaded(self, folder: Path) -> dict:
         """Load base and adapter where the package cannot be imported, compare with the model here, generate."""
-        base, adapter = self.root / "qat", self.root / "lora"
-        there = run_elsewhere(RELOAD, str(base.resolve()), str(adapter.resolve()), PROMPT)
-        here = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
-        with torch.inference_mode():
-            logits = here(**self.tok(PROMPT, return_tensors="pt")).logits[0, -1]
-        torch.testing.assert_close(logits, torch.tensor(there["logits"]), rtol=1e-3, atol=1e-3)
-        return {"text": there["text"]}
+        settings = {"max_new_tokens": 40, "do_sample": True, "top_k": 20, "pad_token_id": self.tok.pad_token_id}
+        return {"text": reload_elsewhere(self.root / "qat", self.root / "lora", PROMPT, **settings)}
 
 
 COLUMNS = {

@@ -1,5 +1,5 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""A job of several stages in one folder, which goes on where it was interrupted, and its table at the end."""
+"""A job of several stages in one folder that resumes where it was interrupted: training, a table, a clean reload."""
 
 import json
 import os
@@ -11,8 +11,39 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from transformers import set_seed
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
+
+from ..measure.cost import model_size
+from .trainers import CarefulTrainer, last_checkpoint
+
+__all__ = ["LossOnBar", "Stages", "print_line", "reload_elsewhere", "weight_cost"]
+
+# run with the package made impossible to import: only what was saved is there
+_RELOAD = """
+import json, sys
+sys.modules["modeling_flashlite"] = None
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, adapter, request = sys.argv[1:]
+request = json.loads(request)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+model = PeftModel.from_pretrained(model, adapter).eval()
+chat = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+prompt = request["prompt"]
+text = isinstance(prompt, str)
+inputs = tokenizer(prompt, return_tensors="pt") if text else tokenizer.apply_chat_template(prompt, **chat)
+torch.manual_seed(0)
+with torch.inference_mode():
+    logits = model(**inputs).logits[0, -1]
+    ids = model.generate(**inputs, **request["generation"])[0]
+ids = ids if text else ids[inputs["input_ids"].shape[1]:]
+print(json.dumps({"text": tokenizer.decode(ids, skip_special_tokens=True), "logits": logits.tolist()}))
+"""
 
 
 class LossOnBar(ProgressCallback):
@@ -68,6 +99,39 @@ class Stages:
             self.table.append({"stage": name, **row})
         return row
 
+    def fit(self, model, rows, folder: Path, *, collator, steps: int, batch: int, learning_rate: float, callbacks=()):
+        """Train a model on the standard Trainer; after an interruption it resumes from its last checkpoint.
+
+        Args:
+            model (`PreTrainedModel` or `PeftModel`): trained in place.
+            rows (`Dataset`): of tokens and labels.
+            folder (`Path`): of the stage; checkpoints go into `trainer` below it.
+            collator (`Callable`): makes a batch of rows.
+            steps, batch, learning_rate: optimizer steps, rows of each, and the peak of a cosine schedule.
+            callbacks: further callbacks of the Trainer.
+        """
+        arguments = Seq2SeqTrainingArguments(
+            output_dir=str(folder / "trainer"),
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=steps // 10,
+            weight_decay=0.1,
+            logging_steps=max(1, steps // 10),
+            save_steps=max(1, steps // 2),
+            save_total_limit=1,
+            seed=self.seed,
+            report_to="none",
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = CarefulTrainer(
+            model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=list(callbacks)
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossOnBar)
+        trainer.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir))
+
     def render(self, columns: Mapping[str, tuple[str, str]]) -> str:
         """The table as text, one line for each stage: `columns` maps keys to a title and a format."""
         rows = [["stage", *(title for title, _ in columns.values())]]
@@ -91,12 +155,41 @@ def _write(path: Path, content: Mapping) -> None:
     part.replace(path)
 
 
-def run_elsewhere(code: str, *arguments: str) -> dict:
-    """Run Python code in a fresh process and folder, offline; return the JSON that it prints last.
+def weight_cost(model, folder: Path, adapter: Path | None = None) -> dict:
+    """Parameters of a saved model, and bytes and bits per parameter of its weight files, an adapter's included."""
+    size = model_size(model, folder)
+    weights = size["weight_bytes"] + (model_size(model, adapter)["weight_bytes"] if adapter else 0)
+    parameters = size["parameters"]
+    return {"parameters": parameters, "bits_per_weight": 8 * weights / parameters, "file_bytes": weights}
+
+
+def reload_elsewhere(base: Path, adapter: Path, prompt: str | list[dict], **generation) -> str:
+    """Load a model with its adapter where the package cannot be imported; return how it continues the prompt.
+
+    Args:
+        base, adapter (`Path`): folders of the model with its tokenizer, and of the adapter.
+        prompt (`str` or `list[dict]`): a text, or the messages of a chat.
+        **generation: arguments of `generate`, as JSON can hold them.
 
     Raises:
-        RuntimeError: with what it wrote, where it fails.
+        RuntimeError: with the output of the process, where it fails.
+        AssertionError: the logits differ from those of the same model here.
     """
+    request = json.dumps({"prompt": prompt, "generation": generation})
+    there = _run_elsewhere(_RELOAD, str(base.resolve()), str(adapter.resolve()), request)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    here = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    chat = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    text = isinstance(prompt, str)
+    inputs = tokenizer(prompt, return_tensors="pt") if text else tokenizer.apply_chat_template(prompt, **chat)
+    with torch.inference_mode():
+        logits = here(**inputs).logits[0, -1]
+    torch.testing.assert_close(logits, torch.tensor(there["logits"]), rtol=1e-3, atol=1e-3)
+    return there["text"]
+
+
+def _run_elsewhere(code: str, *arguments: str) -> dict:
+    """Run Python code in a new process and folder, offline; return the JSON on its last line of output."""
     with tempfile.TemporaryDirectory() as home:
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
