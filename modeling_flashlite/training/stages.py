@@ -19,7 +19,7 @@ from transformers.trainer_callback import ProgressCallback
 from ..measure.cost import model_size
 from .trainers import CarefulTrainer, last_checkpoint
 
-__all__ = ["LossOnBar", "Stages", "print_line", "reload_elsewhere", "weight_cost"]
+__all__ = ["LossOnBar", "Stages", "print_line", "reload_elsewhere", "run_elsewhere", "weight_cost"]
 
 # run with the package made impossible to import: only what was saved is there
 _RELOAD = """
@@ -176,7 +176,7 @@ def reload_elsewhere(base: Path, adapter: Path, prompt: str | list[dict], **gene
         AssertionError: the logits differ from those of the same model here.
     """
     request = json.dumps({"prompt": prompt, "generation": generation})
-    there = _run_elsewhere(_RELOAD, str(base.resolve()), str(adapter.resolve()), request)
+    there = run_elsewhere(_RELOAD, str(base.resolve()), str(adapter.resolve()), request)
     tokenizer = AutoTokenizer.from_pretrained(base)
     here = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     chat = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
@@ -188,8 +188,12 @@ def reload_elsewhere(base: Path, adapter: Path, prompt: str | list[dict], **gene
     return there["text"]
 
 
-def _run_elsewhere(code: str, *arguments: str) -> dict:
-    """Run Python code in a new process and folder, offline; return the JSON on its last line of output."""
+def run_elsewhere(code: str, *arguments: str) -> dict:
+    """Run Python code in a new process and folder, offline; return the JSON on its last line of output.
+
+    Raises:
+        RuntimeError: with the output of the process, where it fails.
+    """
     with tempfile.TemporaryDirectory() as home:
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
