@@ -99,7 +99,7 @@ def test_beyond_the_dense_length_attention_is_sparse():
 
 
 REFUSED = {
-    "another family": ("gpt2", {}, "gpt2 cannot be converted; the families that can are llama"),
+    "another family": ("gpt2", {}, "gpt2 cannot be converted; supported families are llama"),
     "experts": ("mixtral", {}, "mixtral cannot be converted"),
     "windows": ("mistral", {"sliding_window": 16}, "attention windows of 16 tokens"),
     "windows of some layers": (
@@ -256,7 +256,7 @@ def test_a_killed_conversion_leaves_no_checkpoint_and_the_next_one_works(folder,
 def test_an_older_folder_is_not_overwritten(folder, tmp_path):
     (tmp_path / "flash").mkdir()
     (tmp_path / "flash" / "mine.txt").write_text("mine")
-    with pytest.raises(ConversionError, match="is there already"):
+    with pytest.raises(ConversionError, match="exists already"):
         convert(folder, output=tmp_path / "flash")
     assert [path.name for path in (tmp_path / "flash").iterdir()] == ["mine.txt"]
 

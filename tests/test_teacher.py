@@ -141,7 +141,7 @@ def test_a_teacher_that_cannot_keep_documents_apart_is_refused():
     torch.manual_seed(0)
     bloom = BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=16, n_layer=1, n_head=2)).eval()
     _, rows = packed_rows()
-    with pytest.raises(ValueError, match="BloomForCausalLM reads across packed documents"):
+    with pytest.raises(ValueError, match="BloomForCausalLM attends across packed documents"):
         TeacherCache(bloom, make_tokenizer()).annotate(rows)
     TeacherCache(bloom, make_tokenizer()).annotate(with_labels(causal_rows(2)))
 

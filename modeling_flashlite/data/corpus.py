@@ -1,4 +1,4 @@
-"""Real text that every Python installation carries: the documentation of its own standard library."""
+"""A text corpus that needs no download: the documentation in the running Python's standard library."""
 
 import ast
 import hashlib
@@ -16,7 +16,7 @@ _MINIMUM_CHARACTERS = 40
 
 
 def python_corpus(validation_fraction: float = 0.05, root: str | Path | None = None) -> DatasetDict:
-    """Gather the docstrings and language topics of this Python's standard library, without importing any of it.
+    """Collect the docstrings and language topics of this Python's standard library without importing it.
 
     One row per documented object, in order of file name and then of position in the file: `name` is its qualified
     name (`json.decoder.JSONDecoder.decode`), `signature` its first line of source (`def decode(self, s)`; empty for
@@ -45,7 +45,7 @@ def python_corpus(validation_fraction: float = 0.05, root: str | Path | None = N
         for name, signature, text in _documentation(path, module):
             if len(text) >= _MINIMUM_CHARACTERS and text not in seen:
                 seen.add(text)
-                # the topics are one module: they are split one by one
+                # the topics are a single module, so each is assigned to a split by itself
                 unit = name if module == "pydoc_data.topics" else module
                 split = "validation" if hash_fraction(unit) < validation_fraction else "train"
                 splits[split].append({"name": name, "signature": signature, "text": text})
@@ -58,7 +58,7 @@ def python_corpus(validation_fraction: float = 0.05, root: str | Path | None = N
 
 
 def hash_fraction(key: str) -> float:
-    """Map a string to a number in [0, 1) that is the same on every machine, for splits that do not depend on order."""
+    """Map a string to a number in [0, 1), the same on every machine, so that splits do not depend on order."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
 
 

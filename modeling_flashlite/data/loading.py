@@ -1,4 +1,4 @@
-"""From any data set to batches: load, tokenise, pack or segment, collate; one function per step."""
+"""From any data set to batches, one function per step: load, tokenize, pack or segment, collate."""
 
 import csv
 import functools
@@ -51,7 +51,7 @@ _COMPRESSIONS = {".xz", ".gz", ".bz2", ".zst"}
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 # None, NA and null are text; only an empty cell is missing
 _CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
-# the registered type text/tab-separated-values knows no quotation: a field that begins with a mark is that text
+# text/tab-separated-values has no quoting: a field that begins with a quotation mark is taken literally
 _TSV_OPTIONS = {**_CSV_OPTIONS, "sep": "\t", "quoting": csv.QUOTE_NONE}
 # errors of the `datasets` builders for an empty file
 _NO_ROWS = ("corresponds to no data", "at least one example", "No columns to parse")
@@ -74,14 +74,14 @@ def load_data(
             a file, a glob or a comma-separated list, each with an optional `split=` before it, of json, jsonl, csv,
             tsv, parquet or txt, also compressed with xz, gz, bz2 or zst: `train=a.jsonl.xz,test=b.jsonl.xz`
             (without a `split=` the rows are `train`; several files of one split are joined on their common columns);
-            fields of a tsv are read as they stand, without quotation, and in both tables only an empty cell is `None`;
+            fields of a tsv are not quoted; in csv and tsv only an empty cell is `None`;
             a directory of such files; or the id of a data set on the Hub, `owner/name`.
         name (`str`, *optional*): configuration of a Hub data set.
         revision (`str`, *optional*): git revision of a Hub data set.
-        streaming (`bool`, *optional*, defaults to `False`): read rows as they are needed instead of preparing all.
+        streaming (`bool`, *optional*, defaults to `False`): read rows on demand instead of preparing all of them.
         limit (`int`, *optional*): keep the first `limit` rows of every split.
-        columns (`str`, *optional*): `source=translation.en,...`: names with a dot, of fields inside a column, become
-            columns of their own.
+        columns (`str`, *optional*): `source=translation.en,...`: a name with a dot is a field inside a column, which
+            becomes a column itself.
 
     Returns:
         `datasets.DatasetDict`, or `datasets.IterableDatasetDict` with `streaming`.
@@ -109,7 +109,7 @@ def load_data(
 
 
 def pick_split(splits: DatasetDict | IterableDatasetDict, split: str) -> Dataset | IterableDataset:
-    """Return one split; `validation`, `valid`, `val` and `dev` mean the same; a missing one lists those there are."""
+    """Return one split; `validation`, `valid`, `val` and `dev` are synonyms, and other names raise a `ValueError`."""
     for candidate in (split, *(_VALIDATION_NAMES if split in _VALIDATION_NAMES else ())):
         if candidate in splits:
             return splits[candidate]
@@ -119,12 +119,12 @@ def pick_split(splits: DatasetDict | IterableDatasetDict, split: str) -> Dataset
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    """List the columns of a data set; a streamed one may have to read its first row for it."""
+    """List the columns of a data set; a streamed data set may have to read its first row."""
     return list(dataset.column_names or next(iter(dataset), {}))
 
 
 def require_columns(dataset: Dataset | IterableDataset, columns: list[str], hint: str = "") -> None:
-    """Raise a `ValueError` that lists the columns there are, with a suggestion, if one of `columns` is missing."""
+    """Raise a `ValueError` with the existing columns and a suggestion if one of `columns` is missing."""
     available = column_names(dataset)
     for column in columns:
         if column not in available:
@@ -135,14 +135,14 @@ def require_columns(dataset: Dataset | IterableDataset, columns: list[str], hint
 
 
 def join_rows(dataset: Dataset, column: str, document_column: str) -> Dataset:
-    """Join the texts in `column` of neighbouring rows that agree in `document_column`, a newline between them.
+    """Join the texts in `column` of consecutive rows with the same `document_column`, separated by newlines.
 
     Raises:
         ValueError: for a streamed dataset, or a column that it does not have.
     """
     require_columns(dataset, [column, document_column], "Name another with document_column.")
     if isinstance(dataset, IterableDataset):
-        raise ValueError("streamed rows cannot be joined to documents; load them without streaming.")
+        raise ValueError("Streamed rows cannot be joined to documents; load them without streaming.")
     pairs = zip(dataset[document_column], dataset[column])
     documents = itertools.groupby(pairs, lambda pair: pair[0])
     return Dataset.from_dict({column: ["\n".join(text or "" for _, text in rows) for _, rows in documents]})
@@ -156,11 +156,11 @@ def tokenize_texts(
     end: str | None = None,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Replace `column` by `input_ids`: one row per document, nothing truncated.
+    """Replace `column` by `input_ids`: one row per document, without truncation.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): rows of text.
-        tokenizer (`PreTrainedTokenizerBase`): its own special tokens are not added.
+        tokenizer (`PreTrainedTokenizerBase`): its special tokens are not added.
         column (`str`, *optional*, defaults to `"text"`): where the text is.
         end (`str`, *optional*): what closes each row; the tokenizer's end-of-sequence token if unset. Use a newline
             where the rows are the lines of one long text, as in WikiText.
@@ -185,8 +185,8 @@ def pack(
     """Concatenate documents and cut them into rows of `length` tokens; no token is lost and none is repeated.
 
     Columns of the result, each a list of at most `length` numbers: `input_ids`; `position_ids`, which restart at 0
-    with every document (and with every row), which is how attention knows the boundaries; `labels`, equal to
-    `input_ids` except -100 at the first token of a document, which no earlier token of it can predict. Rows are full
+    with every document (and with every row) and mark the boundaries for attention; `labels`, equal to
+    `input_ids` except -100 at the first token of a document, which no earlier token predicts. Rows are full
     except the last of every `batch_size` documents.
 
     Args:
@@ -196,7 +196,9 @@ def pack(
         num_proc (`int`, *optional*): worker processes.
     """
     if length < 2:
-        raise ValueError(f"length is {length}, but a row of 1 token has no target; choose at least 2, better 128.")
+        raise ValueError(
+            f"length is {length}, but a row of 1 token has no target; choose at least 2; 128 or more is usual."
+        )
     require_columns(dataset, ["input_ids"], "Call tokenize_texts first.")
     return _map(dataset, lambda batch: _pack_batch(batch, length), "pack", num_proc, batch_size)
 
@@ -208,7 +210,7 @@ def _pack_batch(batch: dict, length: int) -> dict:
     labels = [label for target in targets for label in [-100, *target[1:]]]
     document_starts = np.repeat(np.cumsum([0, *map(len, documents)])[:-1], [len(document) for document in documents])
     places = np.arange(len(ids))
-    # a document continued from the previous row starts at position 0: its earlier tokens are not visible
+    # a document continued from the previous row starts at position 0 again: its earlier tokens are not visible
     positions = (places - np.maximum(document_starts, places // length * length)).tolist()
     columns = {"input_ids": ids, "position_ids": positions, "labels": labels}
     rows = range(0, len(ids), length)
@@ -223,26 +225,28 @@ def segment_streams(
     document_column: str | None = None,
     pad_token_id: int = 0,
 ) -> Dataset:
-    """Lay documents out for segment recurrence: row `n * batch_size + b` is segment n of stream b.
+    """Arrange documents for segment recurrence: row `n * batch_size + b` is segment n of stream b.
 
     Read in order with `batch_size` rows a step (all processes together), row b of a batch continues row b of the
-    batch before, so the memory that the model returned for it is its own past. Columns: `input_ids`; `labels`, -100
-    at the first token of a stream or, with `document_column`, of a document; `shift_labels`, the same moved to the
-    token before, across segments too (causal models take these, so that no target is lost between segments);
-    `memory_reset` (`bool`): the row has no past, its memory must be emptied first; `attention_mask`, 0 on the padding
-    of a last segment.
+    previous batch, so the memory returned for that row is its own past. Columns: `input_ids`; `labels`, -100
+    at the first token of a stream or, with `document_column`, of a document; `shift_labels`, the labels shifted left
+    by one token, also across segments (for causal models, so that no target is lost between segments); `memory_reset`
+    (`bool`): the row has no past, so its memory must be reset first; `attention_mask`, 0 on the padding of a stream's
+        last segment.
 
     Args:
-        dataset (`Dataset`): rows with `input_ids`, as `tokenize_texts` returns; kept in order.
+        dataset (`Dataset`): rows with `input_ids`, as `tokenize_texts` returns them; the order is kept.
         segment_length (`int`): tokens per row.
         batch_size (`int`): number of streams.
         document_column (`str`, *optional*): consecutive rows with the same value are one document, and every document
-            starts in a segment of its own with an empty memory. Without it all rows are one long text, as in
-            Transformer-XL.
-        pad_token_id (`int`, *optional*, defaults to 0): fills up last segments.
+            starts a new segment with an empty memory. Without it all rows form one long text, as in Transformer-XL.
+        pad_token_id (`int`, *optional*, defaults to 0): pads the last segments.
     """
     if not isinstance(dataset, Dataset):
-        raise TypeError("segment_streams got a streamed data set, but needs its length; load it without streaming.")
+        raise TypeError(
+            "segment_streams needs the length of the data set, which a streamed one does not have; load "
+            "it without streaming."
+        )
     if segment_length < 2 or batch_size < 1:
         raise ValueError(
             f"segment_length is {segment_length} and batch_size {batch_size}, but they must be at least 2 and 1; "
@@ -272,7 +276,7 @@ def segment_streams(
     # the target of a segment's last token is the first label of the next segment of its stream
     following = np.append(labels[batch_size:, 0], np.full(batch_size, -100))
     shift_labels = np.concatenate([labels[:, 1:], following[:, None]], axis=1)
-    mask[:, 0] = 1  # an ended stream keeps one token, without a label
+    mask[:, 0] = 1  # attention needs at least one token, even where a stream has ended; it has no label
     columns = {
         "input_ids": ids,
         "labels": labels,
@@ -284,7 +288,7 @@ def segment_streams(
 
 
 def _documents(dataset: Dataset, document_column: str | None) -> Iterator[np.ndarray]:
-    """Yield the tokens of each document; consecutive rows with the same `document_column` are joined."""
+    """Yield the tokens of each document, joining consecutive rows with the same `document_column`."""
     parts: list[np.ndarray] = []
     current = None
     for row in dataset:
@@ -301,18 +305,20 @@ def _documents(dataset: Dataset, document_column: str | None) -> Iterator[np.nda
 
 @dataclass
 class PaddingCollator:
-    """Pad the per-token columns of a batch to their longest rows and stack the rest; text columns are left out.
+    """Pad the per-token columns of a batch to the longest row and stack the others; text columns are dropped.
 
     Labels are padded with -100, `input_ids` with the tokenizer's pad token, everything else (masks, positions,
-    cached teacher columns `[T, K]`) with 0. The model makes its decoder inputs from the labels; where the labels do
-    not reach it, as under the Trainer's label smoothing, they must be made here, for which `model` is needed. A mask
-    is added unless the rows are packed: there `position_ids` alone tell the documents apart, padding included.
+    cached teacher columns `[T, K]`) with 0. The model derives its decoder inputs from the labels. Where it does not
+    receive the labels, as under the Trainer's label smoothing, pass `model` so that the decoder inputs are made here.
+    A mask is added unless the rows are packed: there `position_ids` alone separate the documents, and padding from
+    them.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): gives the pad token and the padding side of `input_ids`.
-        pad_to_multiple_of (`int`, *optional*): rounds lengths up, for accelerators that like it.
-        model (`PreTrainedModel`, *optional*): adds the `decoder_input_ids` that an encoder-decoder makes of its
-            labels, as `DataCollatorForSeq2Seq` does.
+        tokenizer (`PreTrainedTokenizerBase`): provides the pad token and the padding side of `input_ids`.
+        pad_to_multiple_of (`int`, *optional*): rounds lengths up to a multiple, for accelerators that prefer aligned
+            shapes.
+        model (`PreTrainedModel`, *optional*): adds the `decoder_input_ids` that an encoder-decoder derives from its
+            labels, like `DataCollatorForSeq2Seq`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -353,7 +359,7 @@ def _pad(value: np.ndarray, length: int, fill: int, left: bool) -> np.ndarray:
 
 
 def _map(dataset, function, description: str, num_proc: int | None, batch_size: int = 1000):
-    """Map batches to batches of new columns; streamed data sets know neither progress bars nor processes."""
+    """Map batches to batches of new columns; streamed data sets support neither progress bars nor processes."""
     options = {"batched": True, "batch_size": batch_size, "remove_columns": column_names(dataset)}
     if isinstance(dataset, IterableDataset):
         return dataset.map(function, **options)
@@ -365,7 +371,7 @@ def _take(rows, limit: int):
 
 
 def _unfold(rows, nested: list[str]):
-    """Fields inside columns, as `translation.en`, as columns of that name; names that exist already stay."""
+    """Add fields inside columns, such as `translation.en`, as columns of that name; existing columns are kept."""
 
     def fields(row: dict) -> dict:
         return {name: functools.reduce(lambda part, key: part and part[key], name.split("."), row) for name in missing}
@@ -380,7 +386,7 @@ def _suffixes(path: Path) -> str:
 
 
 def _data_files(dataset: str) -> dict[str, list[str]]:
-    """Parse `split=path,split=path`; an empty result means that `dataset` is not a description of local files."""
+    """Parse `split=path,split=path`; the result is empty if `dataset` does not describe local files."""
     files: dict[str, list[str]] = {}
     for part in dataset.split(","):
         split, _, path = part.rpartition("=")
@@ -395,7 +401,7 @@ def _data_files(dataset: str) -> dict[str, list[str]]:
 
 
 def _directory_options(dataset: str) -> dict:
-    """How the tables of a local directory are read; `datasets` takes the format that most of its files have."""
+    """Options for the tables in a local directory; `datasets` assumes the most frequent format among its files."""
     folder = Path(dataset)
     suffixes = Counter(_suffixes(path) for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else {}
     known = [suffix for suffix in suffixes if suffix in _BUILDERS]
@@ -404,7 +410,7 @@ def _directory_options(dataset: str) -> dict:
 
 
 def _load_files(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
-    """Read the files of a split: together where they lie together, joined on the columns that all have."""
+    """Read the files of a split, one folder and format at a time, joined on their common columns."""
     groups: dict[tuple[Path, str], list[str]] = {}
     for path in paths:
         groups.setdefault((Path(path).parent, _suffixes(Path(path))), []).append(path)
@@ -421,7 +427,7 @@ def _load_files(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
             raise ValueError(f"{empty[0]} is empty, but a data file needs at least 1 row; check what wrote it.")
         try:
             part = load_dataset(_BUILDERS[suffix], data_files=group, split="train", streaming=streaming, **options)
-            # a streamed file is read here for the first time
+            # a streamed file is only opened here
             rows = len(part) if isinstance(part, Dataset) else next((1 for _ in part), 0)
         except StopIteration:
             rows = 0
@@ -439,6 +445,6 @@ def _load_files(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
     if not shared:
         raise ValueError(f"The files {', '.join(paths)} have 0 columns in common; at least 1 is needed to join them.")
     parts = [part.select_columns(shared) for part in parts]
-    # a format has its own string type, and a streamed part knows its types only once it was read
+    # string types differ between formats, and a streamed part knows its types only after reading
     features = (parts[0]._resolve_features() if streaming else parts[0]).features
     return concatenate_datasets([part.cast(features) for part in parts])

@@ -1,4 +1,4 @@
-"""Rows of a task to model inputs for training: one encoder per kind of task."""
+"""From the rows of a task to model inputs for training, one method per kind of task."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,23 +38,23 @@ def preprocess(
     """Turn the rows of a data set into model inputs for training on a task.
 
     Encoder-decoder models get `input_ids` (the prompt, with the tokenizer's own special tokens) and `labels` (target
-    and `</s>`). Decoder-only models get both in one sequence, with -100 on what they need not learn. Text generation
-    is packed into rows of `max_source_length` tokens, or for an encoder-decoder model cut into a source and its
-    continuation. Classification gives `labels` as class ids; extractive question answering gives `start_positions`
-    and `end_positions`, both 0 (the first token) where the window does not hold the answer.
+    and `</s>`). Decoder-only models get both in one sequence, with the label -100 on everything but the answer. Text
+    generation is packed into rows of `max_source_length` tokens; for an encoder-decoder, a text is cut into a source
+    and its continuation. Classification gives `labels` as class ids; extractive question answering gives
+    `start_positions` and `end_positions`, both 0 (the first token) if the answer is not in the window.
 
     Args:
-        data (`TaskData`): what to learn from which columns, for which kind of model; labels find their class id by
-            name.
+        data (`TaskData`): the task for these columns and this kind of model; labels are matched to class ids by name.
         dataset (`Dataset` or `IterableDataset`): rows.
         tokenizer (`PreTrainedTokenizerBase`): of the model.
-        max_source_length (`int`, *optional*, defaults to 512): tokens of the input; of the whole row without encoder.
+        max_source_length (`int`, *optional*, defaults to 512): tokens of the input, or of the whole row for
+            decoder-only models.
         max_target_length (`int`, *optional*, defaults to 128): tokens of the labels, `</s>` included.
-        too_long (`str`, *optional*, defaults to `"truncate"`): what happens above these limits: `truncate`, `drop`
-            the row, or `error`. Extractive question answering slides a window instead.
+        too_long (`str`, *optional*, defaults to `"truncate"`): what to do with rows above these limits: `truncate`,
+            `drop` the row, or `error`. Extractive question answering uses sliding windows instead.
         num_proc (`int`, *optional*): worker processes.
-        document_column (`str`, *optional*): text generation without an encoder: neighbouring rows that agree in it are
-            one document, longer than each of them.
+        document_column (`str`, *optional*): text generation without an encoder: consecutive rows with the same value
+            are joined to one document.
     """
     if too_long not in ("truncate", "drop", "error"):
         raise ValueError(f"too_long is {too_long!r}, but must be 'truncate', 'drop' or 'error'.")
@@ -64,7 +64,7 @@ def preprocess(
             "least 2; 512 and 128 are usual."
         )
     task = data.task
-    require_columns(dataset, list(data.columns.values()), "All splits need the columns of the first.")
+    require_columns(dataset, list(data.columns.values()), "Every split needs the columns of the training split.")
     if task.name == "text-generation" and not data.encoder_decoder:
         if document_column is not None:
             dataset = join_rows(dataset, data.columns["text"], document_column)
@@ -89,7 +89,7 @@ def preprocess(
 
 @dataclass
 class _Encoder:
-    """A batch of rows -> a batch of model inputs; a class, so that worker processes and fingerprints can pickle it."""
+    """Maps a batch of rows to model inputs; a class, so that workers and fingerprints can pickle it."""
 
     data: TaskData
     tokenizer: PreTrainedTokenizerBase
@@ -97,7 +97,7 @@ class _Encoder:
     max_target_length: int
     too_long: str
     names: list[str] | None = None  # class names from the data set's ClassLabel
-    end: int = -1  # closes an answer: the end of a turn where a chat template is used
+    end: int = -1  # closes an answer: the end-of-turn token of a chat template, else the end of sequence
 
     def __post_init__(self):
         end = turn_end(self.tokenizer) if self.data.templated and self.data.task.generates else None
@@ -173,7 +173,7 @@ class _Encoder:
         examples = []
         for start in range(0, len(ids), both):
             chunk = ids[start : start + both]
-            # a short end is cut in the same proportion
+            # the remainder is split in the same proportion
             source = min(self.max_source_length, len(chunk) * self.max_source_length // both)
             if source and len(chunk) > source:
                 examples.append({"input_ids": chunk[:source], "labels": chunk[source:]})
@@ -193,7 +193,7 @@ class _Encoder:
         name, classes = class_of(label, self.names), self.data.classes or []
         number = class_id(name, ids_by_name(classes))
         if number is None and self.names is None and not isinstance(label, str) and int(name) < len(classes):
-            return int(name)  # plain numbers are their own names
+            return int(name)  # plain integers are class ids
         if number is None:
             raise ValueError(
                 f"A row has the class {name!r}, but the model's are {', '.join(classes)}; leave such rows out, "
@@ -218,7 +218,7 @@ class _Encoder:
 def cut_prompt(ids: list[int], limit: int, from_start: bool = False) -> list[int]:
     """Shorten an encoded prompt to `limit` tokens, at its beginning (a chat) or before its last few tokens.
 
-    The last tokens stay because that is where a template asks for the answer and where `</s>` closes an input.
+    The last tokens are kept: a template asks for the answer there, and `</s>` closes an encoder input.
     """
     if len(ids) <= limit:
         return ids

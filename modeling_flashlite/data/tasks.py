@@ -1,4 +1,4 @@
-"""The tasks: columns, prompt, generation settings and metrics of each."""
+"""Tasks: their columns, prompts, generation settings and metrics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,14 +16,15 @@ LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 @dataclass(frozen=True)
 class Task:
-    """One task, declared once for training, distilling, fine-tuning, evaluating and serving.
+    """A task, declared once for training, distillation, fine-tuning, evaluation and serving.
 
     Args:
         name (`str`): what it is called on the command line.
-        columns (`dict[str, tuple[str, ...]]`): for each role that a row plays, the usual column names, best first.
-        target (`str`): the role that a model learns to produce.
-        prompt (`str`): how the other roles become the model's input, with `{role}` placeholders.
-        metrics (`tuple[str, ...]`): groups of metrics in `metrics.py`; the first number of the first is the headline.
+        columns (`dict[str, tuple[str, ...]]`): for each role in a row, the usual column names, preferred ones first.
+        target (`str`): the role that the model learns to produce.
+        prompt (`str`): template of the model's input, with `{role}` placeholders for the other roles.
+        metrics (`tuple[str, ...]`): groups of metrics in `metrics.py`; the first number of the first group is the
+            headline.
         auto_class (`str`): the transformers class that loads a model for it.
         generation (`dict`): defaults for `generate`.
     """
@@ -38,11 +39,11 @@ class Task:
 
     @property
     def generates(self) -> bool:
-        """Whether the answer is text, which both kinds of language models can give."""
+        """Whether the answer is generated text, which both kinds of language models can produce."""
         return self.auto_class in LANGUAGE_MODELS
 
     def auto_class_for(self, encoder_decoder: bool) -> str:
-        """The transformers class that loads a model of that kind for it."""
+        """The transformers class that loads a model of that kind for this task."""
         return LANGUAGE_MODELS[encoder_decoder] if self.generates else self.auto_class
 
 
@@ -138,8 +139,8 @@ def resolve_columns(
     Args:
         task (`Task`): names the roles.
         dataset (`Dataset` or `IterableDataset`): has the columns.
-        columns (`str` or `dict`, *optional*): `source=en,target=de` or the same as a dict; the other roles go to the
-            first of their usual names that exists.
+        columns (`str` or `dict`, *optional*): `source=en,target=de` or the same as a dict; each other role maps to the
+            first of its usual names that exists.
 
     Returns:
         `dict` from role to column.
@@ -245,7 +246,7 @@ def text_of(value: object) -> str:
 
 
 def texts_of(value: object) -> list[str]:
-    """Texts of a cell: a string, a list, messages or SQuAD's answers; numbers have none."""
+    """All texts in a cell: a string, a list, messages or SQuAD's answers; numbers have none."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
@@ -256,12 +257,13 @@ def texts_of(value: object) -> list[str]:
 
 
 def label_names(dataset: Dataset | IterableDataset, column: str) -> list[str]:
-    """Names of the classes in the order of their ids; strings are sorted, bare integers are named by their number."""
+    """Class names in the order of their ids; strings are sorted, integers are named by their digits."""
     if names := names_of(dataset, column):
         return names
     if isinstance(dataset, IterableDataset):
         raise ValueError(
-            f"The classes in column {column!r} of a streamed data set are known only when all of it was read; load it "
+            f"The classes in column {column!r} of a streamed data set are unknown until all of it has been read; "
+            f"load it "
             "without streaming, or cast the column to a ClassLabel."
         )
     values = set(dataset.unique(column))
@@ -276,7 +278,7 @@ def label_names(dataset: Dataset | IterableDataset, column: str) -> list[str]:
 
 
 def class_of(value: Any, names: list[str] | None = None) -> str:
-    """Name of the class in a cell: a string itself, a number by `names` (of a ClassLabel) or by its digits.
+    """Class name of a cell: a string itself, a number by `names` (of a ClassLabel) or by its digits.
 
     Raises:
         `ValueError`: no label, or one that is neither a string nor a whole number from 0.
@@ -318,7 +320,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def messages_of(value: list[dict]) -> list[dict]:
-    """A conversation as messages of `role` and `content`, also out of ShareGPT's `from` and `value`."""
+    """A conversation as messages with `role` and `content`; ShareGPT's `from` and `value` are converted."""
     return [
         {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} if "from" in turn else turn
         for turn in value
@@ -326,7 +328,7 @@ def messages_of(value: list[dict]) -> list[dict]:
 
 
 def chat_turns(messages: list[dict]) -> list[tuple[list[dict], str]]:
-    """Split a conversation into (history, reply) at every turn of the assistant that has something before it."""
+    """Split a conversation into (history, reply) pairs, one for each assistant turn that has a history."""
     return [
         (messages[:turn], message["content"])
         for turn, message in enumerate(messages)

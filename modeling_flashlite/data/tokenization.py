@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer: a plain transformers tokenizer, which `AutoTokenizer` loads anywhere."""
+"""Train a byte-level BPE tokenizer that `AutoTokenizer` loads anywhere, and find the tokens that end an answer."""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,7 +11,7 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _FIXED_TOKENS = len(SPECIAL_TOKENS) + len(CHAT_TOKENS) + 256
 
-# {% generation %} marks what an assistant says, so that `return_assistant_tokens_mask` can restrict the loss to it
+# {% generation %} marks the assistant's turns, so that `return_assistant_tokens_mask` can restrict the loss to them
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
@@ -38,18 +38,19 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on a stream of texts.
 
-    All 256 bytes are in the vocabulary and nothing is normalised, so `decode(encode(text)) == text` for every string
-    that UTF-8 can hold and `<unk>` never appears. Ids: `<pad>` 0, `<s>` 1 (bos), `</s>` 2 (eos), `<unk>` 3,
-    `<|system|>` 4, `<|user|>` 5, `<|assistant|>` 6, `<|end|>` 7, then bytes, then merges. Training is deterministic.
+    All 256 bytes are in the vocabulary and nothing is normalized, so `decode(encode(text)) == text` for every valid
+    UTF-8 string, and `<unk>` never appears. Ids: `<pad>` 0, `<s>` 1 (bos), `</s>` 2 (eos), `<unk>` 3, `<|system|>` 4,
+    `<|user|>` 5, `<|assistant|>` 6, `<|end|>` 7, then bytes, then merges. Training is deterministic.
 
     Args:
-        texts (iterable of `str`): consumed once, as a stream; a generator over a streamed dataset is fine.
-        vocab_size (`int`, *optional*, defaults to 8192): at least 264; fewer come out if the text has too few merges.
-        add_eos_token (`bool`, *optional*, defaults to `False`): append `</s>` to encoded text: the convention of
-            encoder inputs. Leave it off for decoder-only models, where a prompt must stay open. Labels and packed
-            documents get their `</s>` from `data.py` either way. `tokenizer.add_eos_token = True` switches it later.
-        model_max_length (`int`, *optional*, defaults to 1024): where `truncation=True` cuts, in tokens.
-        min_frequency (`int`, *optional*, defaults to 2): pairs seen less often are not merged.
+        texts (iterable of `str`): consumed once; a generator over a streamed data set is fine.
+        vocab_size (`int`, *optional*, defaults to 8192): at least 264; the result is smaller if the text yields too
+            few merges.
+        add_eos_token (`bool`, *optional*, defaults to `False`): append `</s>` to encoded text, as encoder inputs
+            expect. Leave it off for decoder-only models, whose prompts are continued. Labels and packed documents get
+            their `</s>` from `data/` in either case. `tokenizer.add_eos_token = True` enables it later.
+        model_max_length (`int`, *optional*, defaults to 1024): tokens kept by `truncation=True`.
+        min_frequency (`int`, *optional*, defaults to 2): rarer pairs are not merged.
         split_digits (`bool`, *optional*, defaults to `True`): every digit is a token of its own.
         total (`int`, *optional*): number of texts, for the progress bar only.
 
@@ -94,14 +95,14 @@ def train_tokenizer(
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token with which a chat template closes a turn of the assistant; `None` if there is none."""
+    """The special token that closes an assistant turn in the chat template; `None` if there is none."""
     if tokenizer.chat_template is None:
         return None
     said = "zebra"  # a word that no template contains
     messages = [{"role": "user", "content": "animal?"}, {"role": "assistant", "content": said}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError:  # a template that needs more than a question and an answer
+    except TemplateError:  # the template requires more than one question and one answer
         return None
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"] if said in text else []
@@ -123,4 +124,6 @@ def _checked(texts: Iterable[str], total: int | None) -> Iterator[str]:
         count += bool(text)
         yield text
     if not count:
-        raise ValueError("The texts hold 0 characters, but a tokenizer needs some; check the files and the column.")
+        raise ValueError(
+            "The texts are empty, but a tokenizer needs characters to train on; check the files and the column."
+        )

@@ -1,8 +1,8 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
 """Conversion of pre-trained decoders to Flash-Lite and back: the same tensors, bit for bit, under other names.
 
-A converted model computes what its parent does while the axes cover the text, and reads longer texts sparsely. Weights
-are read and checked one by one, so that memory holds them once.
+A converted model computes the same function as its parent as long as the axes cover the text, and reads longer texts
+sparsely. Weights are read and checked one by one, so that only one copy is in memory.
 """
 
 import copy
@@ -23,7 +23,7 @@ from .source import Source, first_line, open_source
 
 __all__ = ["convert", "convert_back", "parent_of", "to_encoder_decoder", "transplant"]
 
-# buffers that old checkpoints hold
+# buffers in old checkpoints
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
@@ -34,10 +34,10 @@ def convert(
     max_length: int | None = None,
     **axes: Any,
 ) -> FlashLiteForCausalLM:
-    """Convert a pre-trained decoder to Flash-Lite: the same weights, bit for bit, in their own types.
+    """Convert a pre-trained decoder to Flash-Lite: the same weights, bit for bit, in their original types.
 
-    While the axes cover the text (the first `(relevance_top_k + 3) * block_size` tokens) the converted model computes
-    what its parent computes; longer texts are read sparsely.
+    As long as the axes cover the text (the first `(relevance_top_k + 3) * block_size` tokens), the converted model
+    computes the same function as its parent; longer texts are read sparsely.
 
     Args:
         model (`PreTrainedModel`, `str` or `Path`): a model in memory, a folder, a `.gguf` file (dequantized to
@@ -54,7 +54,7 @@ def convert(
 
     Raises:
         ConversionError: a family or a feature that cannot be converted; missing, extra, misshapen, pickled or damaged
-            weights; a folder that is in the way. Nothing is left half-written.
+            weights; an output folder that is not empty. Nothing is left half-written.
     """
     if output is not None:
         check_output(output)
@@ -105,7 +105,7 @@ def _read(source: Source, name: str) -> torch.Tensor:
 
 
 def _check_names(source: Source, names: dict[str, str], shapes: dict[str, tuple]) -> dict[str, str]:
-    """Which weights to read and their names here; refuse missing, extra and misshapen ones."""
+    """Map the weights to read to their names in Flash-Lite; missing, extra and misshapen ones are refused."""
     optional = {"lm_head.weight"} if source.config.tie_word_embeddings else set()
     there = {name for name in source.shapes if not _IGNORED.fullmatch(name)}
     missing, extra = sorted(set(names) - there - optional), sorted(there - set(names))
@@ -124,7 +124,7 @@ def _check_names(source: Source, names: dict[str, str], shapes: dict[str, tuple]
 
 
 def parent_of(model: FlashLiteForCausalLM, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of the parent's class with the same tensors as a converted one: one change changes both."""
+    """A model of the parent's class that shares its tensors with the converted model."""
     weights = model.state_dict()
     with torch.device("meta"):
         parent = AutoModelForCausalLM.from_config(config)
@@ -137,7 +137,7 @@ def parent_of(model: FlashLiteForCausalLM, config: PreTrainedConfig) -> PreTrain
 
 
 def _with_buffers(model: PreTrainedModel) -> PreTrainedModel:
-    """Make the buffers of a model that was built without memory: they follow from its config."""
+    """Rebuild the buffers of a model created on the meta device, from its config."""
     with torch.device("cpu"):
         for name, module in list(model.named_modules()):
             if type(module).__name__.endswith("RotaryEmbedding"):
@@ -148,7 +148,7 @@ def _with_buffers(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def convert_back(model: FlashLiteForCausalLM, model_type: str = "llama") -> PreTrainedModel:
-    """The model of another family that computes what this one does with full attention, sharing its tensors.
+    """A model of another family that computes the same as this one with full attention, and shares its tensors.
 
     Raises:
         ConversionError: where that family cannot express the model; the message names the field.
@@ -160,16 +160,16 @@ def convert_back(model: FlashLiteForCausalLM, model_type: str = "llama") -> PreT
 
 
 def to_encoder_decoder(model: FlashLiteForCausalLM) -> FlashLiteForConditionalGeneration:
-    """An encoder-decoder from a decoder, without a new weight: the layout of T5Gemma 2 (arXiv 2512.14856).
+    """Build an encoder-decoder from a decoder without new weights, in the layout of T5Gemma 2 (arXiv 2512.14856).
 
-    The encoder has the decoder's weights and reads in both directions; the decoder reads the encoder's states through
-    its own projections in its one softmax. The embeddings are one table.
+    The encoder gets a copy of the decoder's weights and attends in both directions. The decoder attends to the
+    encoder's states through its own projections, in the same softmax. The embeddings are shared.
 
     Args:
-        model ([`FlashLiteForCausalLM`]): a decoder, whose tensors the new decoder takes over.
+        model ([`FlashLiteForCausalLM`]): a decoder; its tensors are reused by the new decoder.
 
     Returns:
-        [`FlashLiteForConditionalGeneration`]: in evaluation mode, to be adapted.
+        [`FlashLiteForConditionalGeneration`]: in evaluation mode; it needs training.
     """
     config = copy.deepcopy(model.config)
     stack = config.decoder.to_dict()
@@ -187,7 +187,7 @@ def to_encoder_decoder(model: FlashLiteForCausalLM) -> FlashLiteForConditionalGe
     for name in list(weights):
         if name.startswith("model.decoder.") and ".decoder.embed_tokens." not in name:
             weights[name.replace("model.decoder.", "model.encoder.", 1)] = weights[name].clone()
-    # tied below, or the encoder's own where the head has a table of its own
+    # tied below, or the encoder's own where the head is not tied
     weights["model.encoder.embed_tokens.weight"] = weights["model.decoder.embed_tokens.weight"]
     new.load_state_dict(weights, assign=True)
     new.tie_weights()
@@ -198,6 +198,6 @@ def to_encoder_decoder(model: FlashLiteForCausalLM) -> FlashLiteForConditionalGe
 
 
 def _start_token(config) -> int | None:
-    """What a decoder's text begins with: the first of the special tokens that there is."""
+    """The start token of decoder inputs: the first special token that is defined, of bos, pad and eos."""
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     return next((token for token in (config.bos_token_id, config.pad_token_id, end) if token is not None), None)

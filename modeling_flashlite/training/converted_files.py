@@ -48,31 +48,31 @@ Licence: {license}. It is the parent's, whose card says what the model was train
 
 
 def check_output(output: str | Path) -> Path:
-    """Refuse a folder that is in the way."""
+    """Refuse an output folder that exists and is not empty."""
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"{output} is there already; remove it, or give another folder.")
+        raise ConversionError(f"{output} exists already; remove it, or give another folder.")
     return output
 
 
 @contextlib.contextmanager
 def staged(output: str | Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name at the end; it vanishes if anything goes wrong."""
+    """A temporary folder beside `output`, renamed to it at the end and removed after an error."""
     output = check_output(output)
     staging = output.parent / f".{output.name}.incomplete"
-    shutil.rmtree(staging, ignore_errors=True)  # left over from a run that was killed
+    shutil.rmtree(staging, ignore_errors=True)  # left over from a killed run
     try:
         staging.mkdir(parents=True)
         yield staging
         staging.replace(output)
     except (OSError, SafetensorError) as error:
-        raise ConversionError(f"{output} cannot be written: {first_line(error)}; nothing was kept of it.") from error
+        raise ConversionError(f"{output} cannot be written: {first_line(error)}; nothing was kept.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_checkpoint(model: PreTrainedModel, source: Source, output: str | Path) -> None:
-    """Write a converted model with what belongs to its parent: tokenizer, licence, and a card that names it."""
+    """Write a converted model with its parent's tokenizer and licence, and a card that names the parent."""
     with staged(output) as folder:
         model.save_pretrained(folder)
         tokenizer = source.tokenizer()
@@ -85,12 +85,12 @@ def write_checkpoint(model: PreTrainedModel, source: Source, output: str | Path)
 
 
 def parent_facts(source: Source) -> dict[str, Any]:
-    """Name, licence, languages of a parent, from its card or from its GGUF file; `unknown` where it says nothing."""
+    """Name, licence and languages of a parent, from its card or GGUF file; the licence is `unknown` if unstated."""
     facts: dict[str, Any] = {"name": source.name, "license": "unknown", "language": None}
     if source.folder and source.gguf:
         facts |= _gguf_facts(source.folder / source.gguf)
     elif source.folder and (source.folder / "README.md").is_file():
-        with contextlib.suppress(Exception):  # a card that cannot be read says nothing
+        with contextlib.suppress(Exception):  # an unreadable card gives no facts
             data = ModelCard.load(source.folder / "README.md").data
             facts |= {"license": data.license or "unknown", "language": data.language}
     if Path(facts["name"]).exists():

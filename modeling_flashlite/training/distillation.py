@@ -1,4 +1,4 @@
-"""Distillation on the standard Trainer: cached teachers through the loss hook, live ones through `compute_loss`.
+"""Distillation on the standard Trainer: cached teachers use the loss hook, live teachers `compute_loss`.
 
 Letters: B batch, T target, V vocabulary.
 """
@@ -25,19 +25,19 @@ from .trainers import CarefulTrainer
 
 __all__ = ["DistillationCallback", "DistillationTrainer", "set_loss_function", "student_from_teacher"]
 
-# what [`TeacherCache`] adds to the rows for the loss
+# the columns that [`TeacherCache`] adds for the loss
 _CACHED = ("teacher_ids", "teacher_weights")
 
 
 class DistillationCallback(TrainerCallback, ExportableState):
     """Add `ce`, `kd` and `agree` of a [`KDLoss`] to the logs, and move TAID's target from student to teacher.
 
-    TAID's t grows with the relative gain of its loss (momentum 0.99, step 5e-4), at least linearly over the training.
+    TAID's t grows with the relative decrease of its loss (momentum 0.99, step 5e-4), at least linearly over training.
 
     Args:
         loss (`KDLoss`): the hook of the model in training.
-        smooths (`bool`, *optional*, defaults to `False`): whether the trainer gives label smoothing to the hook; the
-            stock `Trainer` calls no hook under label smoothing, which is refused.
+        smooths (`bool`, *optional*, defaults to `False`): whether the trainer passes label smoothing to the hook. The
+            standard `Trainer` bypasses the hook under label smoothing, which is refused.
     """
 
     momentum, step_size = 0.99, 5e-4
@@ -48,14 +48,14 @@ class DistillationCallback(TrainerCallback, ExportableState):
         self.taid = {"t": self.start, "gain": 0.0, "last": None}
 
     def state(self) -> dict:
-        """What a checkpoint keeps."""
+        """The state saved in checkpoints."""
         return {"args": {}, "attributes": {"taid": self.taid}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.label_smoothing_factor and not self.smooths:
             raise ValueError(
-                f"label_smoothing_factor is {args.label_smoothing_factor}, for which the stock Trainer keeps the "
-                "labels from the model, so that KDLoss would never be called; set it to 0, or use DistillationTrainer."
+                f"label_smoothing_factor is {args.label_smoothing_factor}, for which the standard Trainer withholds "
+                f"the labels, so that KDLoss would never be called; set it to 0, or use DistillationTrainer."
             )
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         if isinstance(saved, dict):
@@ -90,7 +90,7 @@ class DistillationCallback(TrainerCallback, ExportableState):
 
 
 def set_loss_function(model: torch.nn.Module, loss_function) -> None:
-    """Set the loss hook of a model, also inside a peft wrapper, whose own attribute has no effect."""
+    """Set the loss hook of a model, inside a peft wrapper too, whose own attribute has no effect."""
     check_loss_function(loss_function)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     model.loss_function = loss_function
@@ -99,18 +99,18 @@ def set_loss_function(model: torch.nn.Module, loss_function) -> None:
 class DistillationTrainer(CarefulTrainer):
     r"""A `Seq2SeqTrainer` with a live teacher: only `compute_loss` differs.
 
-    A student that is not Flash-Lite may be any causal or sequence-to-sequence language model of transformers; its loss
-    is computed from its logits, outside of it.
+    The student may also be any other causal or sequence-to-sequence language model of transformers; its loss is then
+    computed from its logits, outside the model.
 
     Args:
         teacher (`PreTrainedModel`, *optional*): any Hugging Face language model with the student's vocabulary; without
             one the dataset's teacher columns are used.
         loss (`KDLoss`, *optional*): divergence, share of cross-entropy and temperature.
         teacher_tokenizer (`PreTrainedTokenizerBase`, *optional*): compared with `processing_class`.
-        on_policy (`float`, *optional*, defaults to 0.0): share of the steps whose targets the student samples itself
-            (GKD, arXiv 2306.13649); there only the divergence counts.
-        encoder_match (`str`, *optional*): `"states"` adds the squared distance of encoder states (equal widths),
-            `"relations"` that of their cosine similarities between tokens (any widths).
+        on_policy (`float`, *optional*, defaults to 0.0): share of steps on targets sampled by the student itself (GKD,
+            arXiv 2306.13649), with the divergence as the only loss.
+        encoder_match (`str`, *optional*): `"states"` adds the squared distance between encoder states (of equal
+            width), `"relations"` the squared distance between their token-to-token cosine similarities (of any width).
         encoder_weight (`float`, *optional*, defaults to 1.0): weight of that term.
     """
 
@@ -149,14 +149,14 @@ class DistillationTrainer(CarefulTrainer):
         self.loss = loss
         self._columns: dict = {}
         if not ours:
-            self.compute_loss_func = self._loss_outside  # not every model calls its hook with all arguments
-            # the trainer knows it from the names of some classes only, and would count a first token that is no target
+            self.compute_loss_func = self._loss_outside  # not every model passes all arguments to its hook
+            # the Trainer infers it from a table of class names, and would count the first token, which is no target
             self._loss_shifts_labels = not self.model.config.is_encoder_decoder
         if teacher is not None and teacher_tokenizer is not None and self.processing_class is not None:
             check_vocabulary(teacher_tokenizer, self.processing_class)
         if teacher is None and self.processing_class is not None and self.train_dataset is not None:
             check_teacher_columns(self.train_dataset, self.processing_class, loss)
-        # before the progress bar and TensorBoard, which print the logs as they are at that point
+        # ahead of the progress bar and TensorBoard, which print the logs as they are at that point
         self.callback_handler.callbacks.insert(0, DistillationCallback(loss, smooths=True))
         self.teacher = None if teacher is None else teacher.to(self.args.device)
         self.on_policy, self.encoder_match, self.encoder_weight = on_policy, encoder_match, encoder_weight
@@ -169,11 +169,11 @@ class DistillationTrainer(CarefulTrainer):
             return self._loss(model, inputs, extra, return_outputs, num_items_in_batch)
         if model.training and self._student_writes():
             labels = self._sample_targets(inputs)
-            if num_items_in_batch is not None:  # weight of this batch within the accumulated one
+            if num_items_in_batch is not None:  # share of this batch in the accumulated batch
                 share = (labels != -100).sum() / (inputs["labels"] != -100).sum().clamp(min=1)
                 num_items_in_batch = num_items_in_batch * share
             inputs, extra["kd_only"] = {**inputs, "labels": labels}, True
-            inputs.pop("decoder_input_ids", None)  # a collator's, of the targets that are replaced
+            inputs.pop("decoder_input_ids", None)  # derived by the collator from the targets that are replaced here
         with torch.no_grad():
             extra["teacher_logits"], answer = teacher_logits(self.teacher, inputs, seq2seq)
         loss, outputs = self._loss(model, inputs, extra, True, num_items_in_batch)
@@ -184,7 +184,7 @@ class DistillationTrainer(CarefulTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _loss(self, model, inputs: dict, extra: dict, return_outputs: bool, num_items_in_batch):
-        """The trainer's own loss, where the hook finds `extra` beside the labels."""
+        """The trainer's own loss, with `extra` passed to the hook beside the labels."""
         if self.compute_loss_func is None:
             return super().compute_loss(model, {**inputs, **extra}, return_outputs, num_items_in_batch)
         self._columns = extra
@@ -195,7 +195,7 @@ class DistillationTrainer(CarefulTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _loss_outside(self, outputs, labels, num_items_in_batch=None):
-        """The hook, called with the logits of any model."""
+        """Call the hook with the logits of any model."""
         seq2seq = model_config(self.model).is_encoder_decoder
         shifted = {"shift_labels": labels} if seq2seq else {"labels": labels}
         columns, self._columns = self._columns, {}
@@ -213,12 +213,12 @@ class DistillationTrainer(CarefulTrainer):
         self._signature_columns += [column for column in _CACHED if column not in self._signature_columns]
 
     def _student_writes(self) -> bool:
-        """Whether this step is on-policy: the same answer on every process and after a resume."""
+        """Whether this step is on-policy; the same on every process and after resuming."""
         return random.Random(f"{self.args.seed} {self.state.global_step}").random() < self.on_policy
 
     @torch.no_grad()
     def _sample_targets(self, inputs: dict) -> torch.Tensor:
-        """Sample `labels` `[B, T]` from the student; -100 after the end of a text."""
+        """Sample `labels` `[B, T]` from the student, with -100 after the end of each text."""
         student = self.accelerator.unwrap_model(self.model)
         student.eval()
         ids = student.generate(
@@ -237,7 +237,7 @@ class DistillationTrainer(CarefulTrainer):
         return ids.masked_fill(after, -100)
 
     def _encoder_distance(self, outputs, answer, inputs: dict) -> torch.Tensor:
-        """Sum over rows of (labelled tokens) x (mean distance per source token), which no batch split changes."""
+        """Sum over rows of (labelled tokens) x (mean distance per source token), whatever the batch split."""
         mine, its = outputs.encoder_last_hidden_state, answer.encoder_last_hidden_state
         mask = inputs.get("attention_mask")
         mask = (torch.ones_like(inputs["input_ids"]) if mask is None else mask).to(mine.dtype)
@@ -257,7 +257,7 @@ class DistillationTrainer(CarefulTrainer):
 
 
 def model_config(model: torch.nn.Module):
-    """Configuration of a model that DDP or a compiler may have wrapped."""
+    """Configuration of a model, unwrapped from DDP or a compiler."""
     return (model.module if hasattr(model, "module") else model).config
 
 
@@ -267,17 +267,17 @@ def student_from_teacher(
     decoder_layers: int | None = None,
     changes: Mapping[str, object] | None = None,
 ) -> PreTrainedModel:
-    """Copy a teacher with fewer layers, evenly spaced with first and last kept (DistilBART, Distil-Whisper).
+    """Copy a teacher with fewer layers, evenly spaced, first and last included (DistilBART, Distil-Whisper).
 
     Args:
-        teacher (`PreTrainedModel`): a model whose layers are called `...layers.N...`.
-        encoder_layers, decoder_layers (`int`, *optional*): layers to keep; all if unset. A decoder-only model is all
-            decoder.
-        changes (`dict`, *optional*): other values of its config, of which no weight depends, as its dropout.
+        teacher (`PreTrainedModel`): a model with layers named `...layers.N...`.
+        encoder_layers, decoder_layers (`int`, *optional*): layers to keep; all if unset. The layers of a decoder-only
+            model are decoder layers.
+        changes (`dict`, *optional*): changes to config fields on which no weight depends, such as dropout.
 
     Returns:
-        `PreTrainedModel`: a new model, whose weights are copies; a Flash-Lite model where the teacher belongs to a
-        family that can be converted (Llama and its kin), else one of the teacher's class.
+        `PreTrainedModel`: a new model with copied weights: a Flash-Lite model if the teacher belongs to a family that
+        can be converted (see `families.py`), else a model of the teacher's class.
     """
     if teacher.config.model_type in FAMILIES:
         teacher = convert(teacher)
@@ -295,13 +295,13 @@ def student_from_teacher(
         if not 1 <= wanted <= have:
             raise ValueError(f"{stack}_layers is {wanted}, but the teacher has {have}; choose 1 to {have}.")
         keep[stack] = [round(x) for x in torch.linspace(0, have - 1, wanted).tolist()] if wanted > 1 else [have - 1]
-        part = getattr(part, "decoder", part)  # a decoder-only config that passes its decoder's fields on
+        part = getattr(part, "decoder", part)  # a decoder-only config forwards the fields of its decoder
         for name in ("layer_types", "no_rope_layers", "local_rope_layers"):
             if getattr(part, name, None):
                 setattr(part, name, [getattr(part, name)[layer] for layer in keep[stack]])
         part.num_hidden_layers = wanted
     student = type(teacher)(config).to(teacher.dtype)
-    # not from the config, in which training has left that it needs no cache
+    # not from the config, where training has set use_cache to False
     student.generation_config = copy.deepcopy(teacher.generation_config)
     source = teacher.state_dict()
 

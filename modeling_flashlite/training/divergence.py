@@ -1,4 +1,4 @@
-"""One divergence between teacher and student, and the distillation loss hook built on it.
+"""Divergences between teacher and student, and the distillation loss hook built on them.
 
 Letters: B batch, T target, V vocabulary, K kept teacher entries, C tokens of a chunk, p teacher, q student.
 """
@@ -17,14 +17,14 @@ __all__ = ["KDLoss", "divergence", "shared_vocabulary"]
 
 logger = logging.get_logger(__name__)
 PARAMETERS = {"forward": None, "reverse": None, "jsd": 0.5, "skew": 0.1, "taid": 0.4}
-# exp(-1e4) is 0 in every dtype, and 0 * 1e4 is 0 where 0 * inf is not a number
+# finite stand-in for infinity: exp(-1e4) is 0 in every dtype, and 0 * 1e4 is 0 where 0 * inf is NaN
 LOG_ZERO = -1e4
-# embeddings are padded to multiples of 64, 128 or 256; a larger difference means another vocabulary
+# embeddings are padded to multiples of 64, 128 or 256; a larger difference means different vocabularies
 MAX_PADDING = 512
 
 
 def shared_vocabulary(teacher_size: int, student_size: int) -> int:
-    """Number of ids common to both models, padding excluded; different vocabularies raise `ValueError`."""
+    """Number of ids common to both models, without padding; raises `ValueError` for different vocabularies."""
     if abs(teacher_size - student_size) > MAX_PADDING:
         raise ValueError(
             f"The teacher has {teacher_size} output ids and the student {student_size}, but padding explains at most "
@@ -40,7 +40,7 @@ def shared_vocabulary(teacher_size: int, student_size: int) -> int:
 
 
 def parse_divergence(name: str) -> tuple[str, float | None]:
-    """Split `"jsd:0.5"` into kind and parameter, with the parameter's default where none is given."""
+    """Split `"jsd:0.5"` into kind and parameter, which has a default."""
     kind, _, value = name.partition(":")
     if kind not in PARAMETERS or (value and PARAMETERS[kind] is None):
         raise ValueError(
@@ -67,7 +67,7 @@ def divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str = "forward", 
     r"""Divergence of each row of student log-probabilities from the teacher's; 0 where both are equal.
 
     `forward`: `KL(p || q)`. `reverse`: `KL(q || p)`. `jsd`: `b KL(p || m) + (1 - b) KL(q || m)`, `m = b p + (1 - b) q`
-    (GKD, arXiv 2306.13649; b = 0 and 1 are the forward and reverse KL, which the limit alone would lose). `skew`:
+    (GKD, arXiv 2306.13649; b = 0 and b = 1 are defined as the forward and the reverse KL). `skew`:
     `KL(p || a p + (1 - a) q)` (DistiLLM, arXiv 2402.03898). `taid`: `KL(p_t || q)` with `p_t` proportional to
     `q^(1 - t) p^t`, no gradient through it (arXiv 2501.16937).
 
@@ -98,9 +98,10 @@ def divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str = "forward", 
 
 
 class _ForwardKL(torch.autograd.Function):
-    """`KL(softmax(teacher) || softmax(student))` of each row, with the student's gradient `q - p` at hand at once.
+    """`KL(softmax(teacher) || softmax(student))` of each row; the gradient `q - p` is computed in the same pass.
 
-    [`divergence`] on two log-softmaxes is the slow truth: autograd passes three times as often over the vocabulary.
+    [`divergence`] on two log-softmaxes is the reference: under autograd it passes over the vocabulary three times as
+    often.
     """
 
     @staticmethod
@@ -108,7 +109,7 @@ class _ForwardKL(torch.autograd.Function):
         log_p = torch.log_softmax(teacher, dim=-1).clamp_min_(LOG_ZERO)
         log_q = torch.log_softmax(student, dim=-1).clamp_min_(LOG_ZERO)
         p = log_p.exp()
-        # a product of a row and a column reads both once and writes nothing else
+        # a matrix product of a row and a column reads both once and writes no intermediate tensor
         value = torch.bmm(p[:, None], log_p.sub_(log_q)[..., None])[:, 0, 0]
         ctx.save_for_backward(log_q.exp_().sub_(p) if ctx.needs_input_grad[0] else None)
         return value
@@ -131,20 +132,20 @@ def bucket_log_probs(
     if ids.shape[-1] == logits.shape[-1]:
         return log_p, log_q
     rest_q = logits.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True) - total
-    # stored probabilities are rounded, so a remainder below their precision counts as zero
+    # stored probabilities are rounded, so a remainder below their precision is zero
     rest_p = (1 - weights.sum(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).eps).log()
     return torch.cat([log_p, rest_p], -1), torch.cat([log_q, rest_q], -1)
 
 
-# steps of the logit of a share in one byte: odds are kept to 4%
+# quantization step of a logit in one byte: odds are accurate to 4%
 _SHARE_STEPS = 12.0
 
 
 def pack_weights(weights: torch.Tensor) -> torch.Tensor:
-    """Top-k probabilities `[*, K]`, largest first, as one byte each.
+    """Pack top-k probabilities `[*, K]`, largest first, into one byte each.
 
-    Each byte is the logit of the share that an entry has of what the ones before it left, so that the sum of the
-    entries never passes 1 and a bucket for the rest keeps its size. [`unpack_weights`] is the way back.
+    Each byte encodes the logit of the entry's share of the mass that remains after the entries before it, so that the
+    entries never sum to more than 1 and the remaining mass is preserved. [`unpack_weights`] is the inverse.
     """
     left = 1 - weights.cumsum(-1) + weights
     share = (weights / left.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1 - 1e-6)
@@ -164,9 +165,9 @@ class KDLoss:
     r"""Distillation as a loss hook: `model.loss_function = KDLoss("forward", alpha=0.5, temperature=2.0)`.
 
     `L = 1/n * sum over labels != -100 of [alpha CE + (1 - alpha) T^2 D(p_T, q_T)]`, in float32, a chunk of tokens at a
-    time. The teacher comes as cached columns (`teacher_ids`, `teacher_weights`, see [`TeacherCache`]) or as dense
-    `teacher_logits`. Without gradients (evaluation) the value is the plain cross-entropy, so that `eval_loss` means
-    the same for every model. Sums of `ce`, `kd` (the divergence itself, 0 for a student equal to its teacher) and
+    time. The teacher is given as cached columns (`teacher_ids`, `teacher_weights`, see [`TeacherCache`]) or as dense
+    `teacher_logits`. Without gradients (in evaluation) the value is the plain cross-entropy, so that `eval_loss` is
+    comparable between models. Sums of `ce`, `kd` (the divergence itself, 0 for a student equal to its teacher) and
     `agree` (equal best tokens) are collected for [`DistillationCallback`].
 
     Args:
@@ -211,25 +212,26 @@ class KDLoss:
     ) -> torch.Tensor:
         """See [`chunked_cross_entropy`]; teacher tensors are `[B, T, K]` or `[B, T, V]`, one row per state.
 
-        `label_smoothing` is part of the training's cross-entropy alone: the teacher's distributions are smooth.
+        `label_smoothing` applies to the cross-entropy in training only: the teacher's distributions are smooth
+        already.
 
-        Without hidden states it is the hook of transformers' own causal models: `logits` `[B, T, V]` and `labels`
-        that are the tokens themselves, or `shift_labels` that are each state's target.
+        Without hidden states it serves as the hook of transformers' own causal models: `logits` `[B, T, V]` and
+        `labels` that are the tokens themselves, or `shift_labels` that are each state's target.
         """
         training = torch.is_grad_enabled()
         if hidden_states is None and logits is not None:
             labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if shift_labels is None else shift_labels
-            hidden_states = logits  # only its shape and device are used: the head has run
+            hidden_states = logits  # only shape and device are used, since the logits are given
         if hidden_states is None or not (logits is not None or isinstance(lm_head, torch.nn.Module)):
             raise TypeError(
-                "KDLoss got neither logits= nor hidden_states= with lm_head=: this model calls its loss function in "
-                "another way; train it with DistillationTrainer, which computes the loss outside of such a model."
+                "KDLoss got neither logits= nor hidden_states= with lm_head=: this model calls its loss function "
+                "with other arguments; train it with DistillationTrainer, which computes the loss outside the model."
             )
         if teacher_logits is not None:
             columns: tuple[torch.Tensor, ...] = (teacher_logits,)
             signal: Callable | None = self._dense
         elif teacher_ids is not None and teacher_weights is not None:
-            if not teacher_weights.is_floating_point():  # bytes, which a collator may have widened
+            if not teacher_weights.is_floating_point():  # packed bytes, possibly widened by the collator
                 teacher_weights = unpack_weights(teacher_weights)
             columns = (teacher_ids, teacher_weights)
             signal = self._sampled if bool((teacher_weights[..., -1] < 0).any()) else self._topk
@@ -249,7 +251,7 @@ class KDLoss:
         smoothing = label_smoothing if training else 0.0
 
         def row_loss(logits, labels, *teacher):
-            # with no weight in the loss it is only logged
+            # weight 0: computed for the logs only
             with torch.set_grad_enabled(torch.is_grad_enabled() and alpha > 0):
                 ce = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
             if signal is None:
@@ -267,7 +269,7 @@ class KDLoss:
     def _pair(self, log_p, log_q):
         kind, parameter = self.state["kind"], self.state["parameter"]
         value = divergence(log_p, log_q, kind, parameter)
-        # TAID's own value compares with an interpolated target and is small at the start by construction
+        # TAID's loss uses an interpolated target and starts near 0 by construction
         return value, divergence(log_p.detach(), log_q.detach()) if kind == "taid" else value
 
     def _softened(self, logits):
@@ -296,7 +298,8 @@ class KDLoss:
         self.state[split] = self.state[split] + sums if split in self.state else sums
 
     def pop_metrics(self, split: str = "train") -> dict[str, float]:
-        """Average `ce`, `kd` and `agree` per labelled token since the last call, over all processes; start anew."""
+        """Average `ce`, `kd` and `agree` per labelled token over all processes since the last call; resets the
+        sums."""
         sums = self.state.pop(split, None)
         if sums is None:
             return {}

@@ -1,8 +1,8 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""Families of transformers whose decoder is a Flash-Lite decoder under other names, and what each calls things.
+"""Model families of transformers that Flash-Lite can express, and how their config fields and weights map.
 
-A family differs from Llama in config fields only: Flash-Lite has a field for each difference, off by default. What has
-no field is refused by name.
+Families differ from Llama in config fields only: Flash-Lite has a field for each difference, off by default. A feature
+without a field is refused by name.
 """
 
 import copy
@@ -37,7 +37,7 @@ _COMMON = (
     "bos_token_id",
     "eos_token_id",
 )
-# what the fields below are in a plain Llama
+# the values of these fields in a plain Llama
 _LLAMA = {
     "attention_bias": False,
     "qkv_bias": False,
@@ -57,7 +57,7 @@ _LAYER_NORMS = {"input_layernorm": "input_layernorm", "post_attention_layernorm"
 
 
 class ConversionError(ValueError):
-    """A checkpoint cannot be converted; the message says what is the matter and what to do."""
+    """A checkpoint cannot be converted; the message states the reason and the fix."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Family:
     Args:
         copied: fields beyond the common ones, the family's name to ours.
         fixed: fields of Flash-Lite whose value the family decides, or a function of the family's config.
-        restored: fields of the family, as functions of Flash-Lite's decoder config, that `copied` does not give back.
+        restored: fields of the family that `copied` cannot restore, as functions of Flash-Lite's decoder config.
         norms: the norms of a layer, the family's name to ours.
     """
 
@@ -118,7 +118,7 @@ FAMILIES = {
             "qk_norm": "head",
             "norm_placement": "both",
             "rms_norm_offset": 1.0,
-            # the family holds it in float32
+            # the family stores it in float32
             "embedding_multiplier": lambda config: torch.tensor(config.hidden_size**0.5).item(),
             "attention_multiplier": lambda config: config.query_pre_attn_scalar**-0.5,
             "rope_parameters": lambda config: copy.deepcopy(config.rope_parameters["full_attention"]),
@@ -131,7 +131,7 @@ FAMILIES = {
                 ("full" if kind is None else "sliding") + "_attention" for kind in config.rope_kinds
             ],
             "rope_parameters": lambda config: _two_ropes(config),
-            # text of the trained length never leaves it
+            # as long as the trained length, so that it never applies
             "sliding_window": lambda config: config.max_position_embeddings,
         },
         {
@@ -163,14 +163,14 @@ def family_of(config: PreTrainedConfig, max_length: int | None = None) -> Family
     Args:
         config (`PreTrainedConfig`): of the checkpoint to convert.
         max_length (`int`, *optional*): tokens of the longest text that the converted model is meant for;
-            `max_position_embeddings` if unset. Attention windows have to be as long.
+            `max_position_embeddings` if unset. Attention windows must not be shorter.
 
     Raises:
-        ConversionError: for a family that has no row here, and for what the model cannot express in one that has.
+        ConversionError: for an unknown family, or a feature that Flash-Lite cannot express.
     """
     known = ", ".join(FAMILIES)
     if config.model_type not in FAMILIES:
-        raise ConversionError(f"{config.model_type} cannot be converted; the families that can are {known}.")
+        raise ConversionError(f"{config.model_type} cannot be converted; supported families are {known}.")
     length = max_length or config.max_position_embeddings
     for problem in _problems(config, length):
         raise ConversionError(f"This {config.model_type} has {problem}, which a Flash-Lite model cannot express.")
@@ -178,7 +178,7 @@ def family_of(config: PreTrainedConfig, max_length: int | None = None) -> Family
 
 
 def _problems(config, length: int):
-    """What in a config has no field in Flash-Lite, as the object of a sentence."""
+    """Features of a config that have no field in Flash-Lite, as noun phrases."""
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name, None) is not None:
             yield f"soft caps (`{name}` is {getattr(config, name)})"
@@ -241,11 +241,11 @@ def flashlite_config(config: PreTrainedConfig, max_length: int | None = None, **
 def default_axes(length: int, block_size: int = 16) -> dict[str, int]:
     """Axes for a model that was trained with full attention over `length` tokens.
 
-    At equal keys small blocks lose least, and means of 8 tokens choose well (`scripts/studies/selection.py`).
-    Blocks of 64 tokens read a prompt more than twice as fast.
-    `relevance_top_k` makes a token read 9% of the trained length with its own, the previous and the first block, at
-    least 512 tokens and at most 4096 beside these. `memory_blocks` is the most for which no distance reaches
-    `length`: once the first block has left the window it seems to stand right before it, at most
+    For an equal number of keys, small blocks lose least, and summaries of 8 tokens select well
+    (`scripts/studies/selection.py`). Blocks of 64 tokens prefill more than twice as fast. With `relevance_top_k`, a
+    token reads 9% of the trained length, including its own, the previous and the first block, and at least 512, at
+    most 4096 tokens beyond these. `memory_blocks` is the largest value for which no distance reaches `length`: once
+    the first block has left the window, its positions are shifted to just before the window, which is at most
     `(memory_blocks + 2) * block_size - 1` tokens back.
     """
     read = min(max(9 * length // 100, 512 + 3 * block_size), 4096 + 3 * block_size)
@@ -258,7 +258,7 @@ def default_axes(length: int, block_size: int = 16) -> dict[str, int]:
 
 
 def dense_length(config: FlashLiteConfig) -> int:
-    """Tokens up to which attention is full; longer texts are read sparsely."""
+    """Length in tokens up to which attention is full; longer texts are read sparsely."""
     reach = [value + 3 for value in (config.relevance_top_k,) if value is not None]
     reach += [max(value, 1) + 2 for value in (config.memory_blocks,) if value is not None]
     return min(reach) * config.block_size if reach else config.max_position_embeddings
@@ -290,13 +290,13 @@ def parent_config(config: FlashLiteConfig, model_type: str) -> PreTrainedConfig:
         ConversionError: where the family cannot express a field; the message names it.
     """
     if model_type not in FAMILIES:
-        raise ConversionError(f"{model_type} is no family that is written; choose one of {', '.join(FAMILIES)}.")
+        raise ConversionError(f"{model_type} is not a supported family; choose one of {', '.join(FAMILIES)}.")
     if config.is_encoder_decoder:
         raise ConversionError(f"An encoder-decoder cannot be written as {model_type}, which has no encoder.")
     family, stack = FAMILIES[model_type], config.decoder
     if stack.position_encoding != "rotary" or stack.embedding_size != stack.hidden_size:
         raise ConversionError(
-            f"{model_type} has rotary positions and a table as wide as its states, but this model has "
+            f"{model_type} needs rotary positions and embeddings as wide as the hidden states, but this model has "
             f"`position_encoding` {stack.position_encoding!r} and `embedding_size` {stack.embedding_size} for "
             f"`hidden_size` {stack.hidden_size}."
         )

@@ -1,4 +1,4 @@
-"""Low-rank adapters through peft: one call that prepares a model for training."""
+"""Low-rank adapters with peft: one call prepares a model for training."""
 
 from transformers import PreTrainedModel
 
@@ -30,8 +30,8 @@ def add_lora(
         r (`int`, *optional*, defaults to 8): rank.
         alpha (`int`, *optional*): scale times rank; `2 r` if unset.
         dropout (`float`, *optional*, defaults to 0.0): on the adapters' inputs.
-        target_modules (`list[str]` or `str`, *optional*): names, or `"all-linear"`; if unset, [`TARGET_MODULES`], what
-            peft knows of a model of another family, or all linear layers if it knows nothing.
+        target_modules (`list[str]` or `str`, *optional*): names, or `"all-linear"`; if unset, [`TARGET_MODULES`] for
+            Flash-Lite, peft's defaults for other families, and all linear layers where it has none.
         modules_to_save (`list[str]`, *optional*): modules trained in full, for example `["lm_head"]`.
 
     Returns:
@@ -58,7 +58,8 @@ def add_lora(
     coded = _coded(model, [*(modules_to_save or ()), *_TRAINED_HEADS.get(head or "", ())])
     if coded:
         raise ValueError(
-            f"{coded[0]} would be trained in full, but it is coded, and codes cannot be trained; call dequantize() on "
+            f"{coded[0]} would be trained in full, but its weights are codes, which cannot be trained; call "
+            f"dequantize() on "
             "the model first, name it in EcqConfig(modules_to_not_convert=...) when quantizing, or adapt it."
         )
     config = LoraConfig(
@@ -69,13 +70,13 @@ def add_lora(
         target_modules=target_modules,
         modules_to_save=modules_to_save,
     )
-    # checkpointed layers need an input that requires a gradient; a frozen embedding gives none
+    # checkpointed layers need an input that requires a gradient, which a frozen embedding does not give
     model.enable_input_require_grads()
     return get_peft_model(model, config)
 
 
 def _coded(model: PreTrainedModel, names: list[str]) -> list[str]:
-    """Those of the modules so named that are coded."""
+    """The coded modules among those with these names."""
     return [
         place
         for place, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Learned step size quantization (LSQ), the published method that the quantizer is compared with."""
+"""Learned step size quantization (LSQ), the published baseline of the quantizer."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ class _Levels(nn.Module):
     def __init__(self, weight: torch.Tensor, bits: int):
         super().__init__()
         self.low, self.high = -(1 << bits - 1), (1 << bits - 1) - 1
-        # the row of a padding token is 0
+        # the row of the padding token is all zeros
         mean = weight.detach().abs().mean(1, keepdim=True).clamp(min=1e-8)
         self.step = nn.Parameter(2 * mean / math.sqrt(self.high))
 
@@ -29,8 +29,8 @@ class _Levels(nn.Module):
 
 
 class PlainLSQ(TrainerCallback):
-    """Learned step size quantization as published (Esser et al., arXiv:1902.08153): what training under rounding to a
-    fixed number of bits gives. The model trains on the levels, and keeps them as floats when training ends.
+    """Learned step size quantization as published (Esser et al., arXiv:1902.08153), for a fixed number of bits. The
+    model trains on the quantized levels and keeps them as floats when training ends.
 
     Args:
         model (`nn.Module`): changed in place.
@@ -46,7 +46,7 @@ class PlainLSQ(TrainerCallback):
                 parametrize.register_parametrization(module, "weight", levels)
 
     def bits_per_weight(self, model: nn.Module) -> float:
-        """Of a file with packed codes, and steps and all else in 16 bits."""
+        """Bits per weight of a file with packed codes, and steps and all other tensors in 16 bits."""
         weights = [modules[0].weight for modules in self.layers]
         codes, rows = sum(weight.numel() for weight in weights), sum(len(weight) for weight in weights)
         total = sum(

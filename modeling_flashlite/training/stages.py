@@ -47,7 +47,7 @@ print(json.dumps({"text": tokenizer.decode(ids, skip_special_tokens=True), "logi
 
 
 class LossOnBar(ProgressCallback):
-    """The Trainer's progress bar with the last losses on it, instead of one more line for each log."""
+    """The Trainer's progress bar with the latest losses on it, instead of a line per log."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         shown = {name: f"{logs[name]:.3f}" for name in ("loss", "kd", "agree", "bits_per_weight") if name in logs}
@@ -56,12 +56,12 @@ class LossOnBar(ProgressCallback):
 
 
 class Stages:
-    """One folder of stages; each leaves what it made and `stage.json`, and is skipped when that is there.
+    """A folder of stages; each writes its results and `stage.json`, and is skipped if that exists.
 
     Args:
         root (`Path`): the folder.
-        made_with (`Mapping`): arguments; a folder that was made with others is refused.
-        seed (`int`): set before each stage, so that a resumed job does what an uninterrupted one does.
+        made_with (`Mapping`): arguments; a folder made with other arguments is refused.
+        seed (`int`): set before each stage, so that a resumed job equals an uninterrupted one.
 
     Raises:
         ValueError: the folder was made with other arguments.
@@ -77,9 +77,9 @@ class Stages:
         _write(record, made_with)
 
     def stage(self, work: Callable[[Path], dict | None]) -> dict:
-        """Run `work` on the stage's folder unless it is finished; return what it returned, a row of the table.
+        """Run `work` on the stage's folder unless the stage is finished; return its result, a row of the table.
 
-        A stage that was interrupted finds its folder as it left it.
+        An interrupted stage finds its folder as it was left.
         """
         name = work.__name__
         folder = self.root / name
@@ -143,7 +143,7 @@ class Stages:
 
 
 def print_line(text: str) -> None:
-    """Say which stage runs."""
+    """Print the name of the running stage."""
     sys.stdout.write(f"demo: {text}\n")
     sys.stdout.flush()
 

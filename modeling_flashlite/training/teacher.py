@@ -1,4 +1,4 @@
-"""Logits of any teacher, row by row those that a student must match, and what a model must know to give them.
+"""Logits of any teacher, aligned with the student's targets, and checks that teacher and data fit.
 
 Letters: B batch, T target, V vocabulary.
 """
@@ -37,7 +37,7 @@ def teacher_logits(
     if teacher.config.is_encoder_decoder:
         if not seq2seq:
             raise ValueError(
-                "The teacher is an encoder-decoder but the data are plain text without a source; use a decoder-only "
+                "The teacher is an encoder-decoder, but the data are plain text without a source; use a decoder-only "
                 "teacher, or data with input_ids and separate labels."
             )
         inputs["decoder_input_ids"] = shift_right(batch["labels"], teacher)
@@ -47,14 +47,14 @@ def teacher_logits(
         if batch.get("position_ids") is not None:
             check_separation(teacher)
             inputs["position_ids"] = batch["position_ids"]
-        # with use_cache the library ignores the mask implied by restarting positions
+        # with use_cache, transformers ignores the mask implied by restarting positions
         output = teacher(**inputs, use_cache=False)
         return output.logits, output
     return _continuation_logits(teacher, batch)
 
 
 def check_tokens(model: PreTrainedModel, *tokens: torch.Tensor) -> None:
-    """Raise `ValueError` where `tokens` hold an id for which the model has no embedding, which PyTorch only counts."""
+    """Raise a `ValueError` that names the model if `tokens` contain an id without an embedding."""
     known = getattr(model.get_input_embeddings(), "num_embeddings", None)
     largest = max((int(ids.max()) for ids in tokens if ids.numel()), default=-1)
     if known is not None and largest >= known:
@@ -65,17 +65,17 @@ def check_tokens(model: PreTrainedModel, *tokens: torch.Tensor) -> None:
 
 
 def check_separation(model: PreTrainedModel) -> None:
-    """Raise `ValueError` where a model reads across the documents of a packed row, which `position_ids` tell apart.
+    """Raise `ValueError` if a model attends across the documents of a packed row, which `position_ids` separate.
 
-    Two short documents are read in one row and by themselves, once for each model. What is left of the difference
-    that a row without boundaries makes must be rounding.
+    Once per model, two short documents are read packed, separately, and joined without a boundary. Packed and separate
+    logits may differ by rounding only, relative to the joined ones.
     """
     if model not in _SEPARATING:
         _SEPARATING[model] = _separates(model)
     if not _SEPARATING[model]:
         raise ValueError(
-            f"{type(model).__name__} reads across packed documents: it takes no boundaries from position_ids; give it "
-            "one document a row, or take a model that does (Llama and its kin)."
+            f"{type(model).__name__} attends across packed documents, because it ignores the boundaries in "
+            f"position_ids; give it one document per row, or use a model that separates them, such as Llama."
         )
 
 
@@ -92,7 +92,7 @@ def _separates(model: PreTrainedModel) -> bool:
         )
         alone = model(input_ids=ids[:, 9:], use_cache=False).logits.float()
         joined = model(input_ids=ids, use_cache=False).logits[:, 9:].float()
-    except TypeError:  # the model has no position_ids argument
+    except TypeError:  # no position_ids argument
         return False
     finally:
         model.train(training)

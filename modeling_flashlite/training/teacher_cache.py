@@ -1,4 +1,4 @@
-"""A teacher's distributions as columns of the training data, with fingerprints of what they were made from.
+"""A teacher's distributions as columns of the training data, with fingerprints of their origin.
 
 Letters: T target, V vocabulary, K kept entries of a token, n labelled tokens.
 """
@@ -33,7 +33,7 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of samples of every weight: distinguishes revisions without reading a whole teacher."""
+    """Hash of a sample of every weight: distinguishes revisions without reading all weights."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(weight.shape)}".encode())
@@ -43,7 +43,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
 
 def data_fingerprint(rows: Dataset) -> str:
-    """Hash of the tokens, labels and positions of all rows: the same data give the same on every machine."""
+    """Hash of the tokens, labels and positions of all rows, the same on every machine."""
     digest = hashlib.sha256()
     for name in sorted({"input_ids", "labels", "position_ids"} & set(rows.column_names)):
         digest.update(name.encode())
@@ -55,7 +55,7 @@ def data_fingerprint(rows: Dataset) -> str:
 
 
 def check_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
-    """Raise `ValueError` unless the ids of both tokenizers mean the same tokens."""
+    """Raise `ValueError` unless both tokenizers assign the same ids to the same tokens."""
     if tokenizer_fingerprint(teacher) != tokenizer_fingerprint(student):
         raise ValueError(
             f"The teacher's tokenizer has {len(teacher)} tokens and the student's {len(student)}, and they differ; "
@@ -65,16 +65,17 @@ def check_vocabulary(teacher: Tokenizer, student: Tokenizer) -> None:
 
 @dataclass
 class TeacherCache:
-    r"""Run a teacher once over a dataset and keep what a student needs in columns of that dataset.
+    r"""Run a teacher once over a data set and store its distributions as columns.
 
     Modes: `"sample"` draws `k` tokens from the teacher's distribution and keeps their shares, an unbiased estimate of
     the forward KL and its gradient (arXiv 2503.16870); `"topk"` keeps the `k` largest probabilities, the rest is one
     tail bucket; `"text"` writes the teacher's own answer to the column `teacher_text`, for any tokenizer.
 
-    The columns are `teacher_ids` and `teacher_weights`, `[T, K]`, and `teacher_info`, a JSON text that says where they
-    come from. Row t is what the student's state t must match: it belongs to `labels[t]` of a target and to
-    `labels[t + 1]` of causal data. K is `k`; in mode `sample` it is `k + 2`: first comes the teacher's best token,
-    last the mean log-probability of the samples: with it, a student equal to its teacher logs a divergence of 0.
+    The columns are `teacher_ids` and `teacher_weights`, `[T, K]`, and `teacher_info`, JSON that describes their
+    origin. Row t is what the student's state t must match: that of `labels[t]` for targets of a source, and of
+    `labels[t + 1]` for causal data. K is `k`; in mode `sample` it is `k + 2`: the first entry is the teacher's most
+    probable token, the last the mean log-probability of the samples, so that a student equal to its teacher has a
+    divergence of 0.
 
     Args:
         teacher (`PreTrainedModel` or `str`): any Hugging Face language model, or the name of one.
@@ -129,7 +130,7 @@ class TeacherCache:
         }
 
     def difference(self, annotated: Dataset, dataset: Dataset) -> str | None:
-        """What tells the columns of `annotated` from those that this cache would make of `dataset`, if anything."""
+        """The first difference between the columns of `annotated` and those of this cache for `dataset`."""
         if "teacher_info" not in annotated.column_names or not len(annotated):
             return "no teacher columns"
         held = json.loads(annotated[0]["teacher_info"])
@@ -153,9 +154,7 @@ class TeacherCache:
             the dataset with the new columns, in NumPy format.
         """
         if isinstance(dataset, Dataset) and not len(dataset):
-            raise ValueError(
-                "The dataset has 0 rows, so there is nothing to annotate; check the split and its filters."
-            )
+            raise ValueError("The data set has 0 rows to annotate; check the split and its filters.")
         made_of = {"data": data_fingerprint(dataset)} if isinstance(dataset, Dataset) else {}
         info = json.dumps({**self.info, **made_of}, sort_keys=True)
         if self.mode == "text":
@@ -175,7 +174,7 @@ class TeacherCache:
         if dataset.features is not None:
             options["features"] = Features({**dataset.features, **features, "teacher_info": Value("string")})
         if isinstance(dataset, Dataset):
-            # the default fingerprint would hash all weights of the teacher
+            # the default fingerprint would hash the whole teacher
             key = f"{dataset._fingerprint}{info}{sorted(text_options.items())}"
             options |= {"new_fingerprint": hashlib.sha256(key.encode()).hexdigest()[:16], "desc": "annotate"}
         annotated = dataset.map(function, **options)
@@ -211,7 +210,7 @@ class TeacherCache:
         return load_from_disk(folder)
 
     def _columns(self, info: str):
-        # right padding whatever the tokenizer does, so that no causal row attends to padding
+        # padded on the right, whatever the tokenizer's side, so that no causal row attends to padding
         collate = PaddingCollator(SimpleNamespace(pad_token_id=self.tokenizer.pad_token_id or 0, padding_side="right"))
         device = self.teacher.device
 
@@ -241,7 +240,7 @@ class TeacherCache:
         return function
 
     def _rows(self, mask: torch.Tensor, kept: torch.Tensor, lengths: list[int]) -> list[np.ndarray]:
-        """Spread the entries `[n, K]` of labelled tokens over their rows, each of its own length, zeros elsewhere."""
+        """Scatter the entries `[n, K]` of labelled tokens to rows of their own lengths, with zeros elsewhere."""
         whole = kept.new_zeros(*mask.shape, kept.shape[-1])
         whole[mask] = kept
         return [row[:n] for row, n in zip(whole.cpu().numpy(), lengths)]
@@ -253,7 +252,7 @@ class TeacherCache:
             values, ids = log_p.topk(self.k)
             return ids, values.exp()
         drawn = torch.multinomial(log_p.exp(), self.k, replacement=True, generator=generator).sort(dim=-1).values
-        # slot of each sample among the distinct ones of its row
+        # index of each sample among the distinct samples of its row
         slot = torch.zeros_like(drawn)
         slot[:, 1:] = (drawn[:, 1:] != drawn[:, :-1]).cumsum(-1)
         ids = torch.zeros_like(drawn).scatter_(1, slot, drawn)
@@ -281,7 +280,7 @@ class TeacherCache:
 
 
 def is_seq2seq(row: dict) -> bool:
-    """Whether a row's labels are the targets of a source rather than a masked copy of its own input."""
+    """Whether a row's labels are the targets of a source, not a masked copy of its input."""
     ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
     return ids.shape != labels.shape or bool(((labels != ids) & (labels != -100)).any())
 

@@ -1,4 +1,4 @@
-"""Trainers that stop on a non-finite loss, survive a full disk, and carry segment memory from step to step."""
+"""Trainers that stop on a non-finite loss, survive a full disk, and carry segment memory across steps."""
 
 import inspect
 import os
@@ -18,7 +18,7 @@ from ..data.loading import require_columns
 __all__ = ["CarefulTrainer", "SegmentTrainer", "last_checkpoint"]
 
 logger = logging.get_logger(__name__)
-# written last, so a folder that has it is complete
+# written last: a folder that contains it is complete
 LAST_FILE = "trainer_state.json"
 # the complete state of a segment memory layer; other attributes are derived
 MEMORY_STATE = ("_keys", "_values", "fill", "base", "columns")
@@ -32,11 +32,11 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 
 class CarefulTrainer(Seq2SeqTrainer):
-    """`Seq2SeqTrainer` that never loses a good checkpoint.
+    """A `Seq2SeqTrainer` that never loses a good checkpoint.
 
-    A loss that is not finite stops the training before the optimizer sees it; the batch is kept for inspection. A
-    checkpoint that cannot be written completely is removed, and the one before it stays. Label smoothing is part of
-    the model's loss hook, which is called with `label_smoothing`.
+    A non-finite loss stops the training before the optimizer step; the batch is saved for inspection. A checkpoint
+    that cannot be written completely is removed, and the previous one is kept. Label smoothing is left to the model's
+    loss hook, which receives `label_smoothing`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -46,10 +46,10 @@ class CarefulTrainer(Seq2SeqTrainer):
             self._smooth_in_the_loss()
 
     def _smooth_in_the_loss(self) -> None:
-        """Leave label smoothing to the model's loss hook, which the `Trainer` would no longer call.
+        """Pass label smoothing to the model's loss hook, which the `Trainer` would otherwise bypass.
 
-        The `Trainer` smooths by taking the labels away from the model and judging its logits. A hook that takes
-        `label_smoothing` does it without all logits and without a second softmax.
+        The `Trainer` smooths by withholding the labels from the model and computing the loss from its logits. A hook
+        that accepts `label_smoothing` needs neither all logits at once nor a second softmax.
         """
         factor, hook = self.args.label_smoothing_factor, getattr(self.model, "loss_function", None)
         if hook is not None and "label_smoothing" in inspect.signature(hook).parameters:
@@ -81,7 +81,7 @@ class CarefulTrainer(Seq2SeqTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
-        """As in `Seq2SeqTrainer`; a decoder-only model generates from what stands before the first label of a row."""
+        """As in `Seq2SeqTrainer`; a decoder-only model generates from the tokens before a row's first label."""
         unwrapped = self.accelerator.unwrap_model(model)
         if prediction_loss_only or not self.args.predict_with_generate or unwrapped.config.is_encoder_decoder:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
@@ -110,9 +110,9 @@ class SegmentTrainer(CarefulTrainer):
     """Segment recurrence across steps: each row of a batch continues its stream, with its own past as memory.
 
     The dataset comes from [`segment_streams`] with as many streams as rows per optimizer step: processes x batch size
-    x accumulation steps. Rows are read in order; `memory_reset` empties a row's memory where a new document begins.
-    Checkpoints hold each process's memory, so a resumed run is the uninterrupted one. Evaluation carries memory too,
-    with processes x evaluation batch size streams.
+    x accumulation steps. Rows are read in order; `memory_reset` resets a row's memory where a new document begins.
+    Checkpoints contain each process's memory, so a resumed run equals an uninterrupted one. Evaluation carries memory
+    too, with processes x evaluation batch size streams.
     """
 
     def __init__(self, *args, **kwargs):
@@ -155,7 +155,7 @@ class SegmentTrainer(CarefulTrainer):
             self._micro_step += 1
         else:
             self._evaluation_memory = outputs.memory
-        # drop the memory, which the evaluation loop would try to gather as a prediction
+        # the evaluation loop would gather the memory as a prediction
         return (loss, {k: v for k, v in outputs.items() if k != "memory"}) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs):
@@ -163,7 +163,7 @@ class SegmentTrainer(CarefulTrainer):
         self._evaluation_memory = None
         return super().evaluate(*args, **kwargs)
 
-    # memory is part of the state of a resumable run, so it is saved and loaded with the random states
+    # memory is state of a resumable run: it is saved and loaded with the random states
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         write_tensors(memory_tensors(self._memories), self._memory_file(output_dir))
@@ -177,14 +177,14 @@ class SegmentTrainer(CarefulTrainer):
             slots = self.args.gradient_accumulation_steps
             self._memories = read_memories(path, model, slots, self.args.train_batch_size, self.args.device)
         else:
-            logger.warning(f"{path} is missing: the streams of this process go on without their past.")
+            logger.warning(f"{path} is missing: the streams of this process continue with an empty memory.")
 
     def _memory_file(self, folder: str | Path) -> Path:
         return Path(folder) / f"memory_{self.args.process_index}.safetensors"
 
 
 def prompts_of(input_ids: torch.Tensor, labels: torch.Tensor, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What stands before the first label of each row `[B, T]`, padded on the left, and its attention mask."""
+    """The tokens before the first label of each row `[B, T]`, padded on the left, and their attention mask."""
     lengths = (labels != -100).int().argmax(1)
     width = int(lengths.max())
     places = torch.arange(width, device=labels.device) + lengths[:, None] - width
@@ -196,7 +196,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file atomically."""
     partial = path.with_name(f"{path.name}.incomplete")
     try:
-        # copies, since safetensors refuses tensors that share memory
+        # copies: safetensors rejects tensors that share memory
         save_file({k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, partial)
         os.replace(partial, path)
     finally:
@@ -214,14 +214,14 @@ def memory_tensors(memories: dict[int, FlashLiteCache]) -> dict[str, torch.Tenso
 
 
 def read_memories(path: Path, model, slots: int, rows: int, device) -> dict[int, FlashLiteCache]:
-    """Inverse of [`memory_tensors`] on the file of an earlier run.
+    """Read the file of an earlier run; the inverse of [`memory_tensors`].
 
     Args:
         path (`Path`): file written by [`SegmentTrainer`].
         model (`FlashLitePreTrainedModel`): gives the layers and their shapes.
         slots (`int`): micro-batches of a step.
         rows (`int`): rows of a micro-batch on this process.
-        device (`torch.device`): where the memories are needed.
+        device (`torch.device`): device of the memories.
 
     Raises:
         ValueError: the file is damaged, or belongs to another model or batch size.
