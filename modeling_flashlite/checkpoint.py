@@ -1,4 +1,4 @@
-"""How scripts name and load a checkpoint: a model or an adapter, from a folder or the Hub, with its tokenizer."""
+"""Naming and loading of checkpoints by scripts: a model or an adapter, from a folder or the Hub, and its tokenizer."""
 
 import copy
 import json
@@ -29,14 +29,14 @@ __all__ = [
     "read_tokenizer",
 ]
 
-# beside the adapter of a classifier: the config of its base, with the classes of the adapter's head. Its usual name
-# would make the folder a model
+# saved beside the adapter of a classifier: its base's config with the classes of the adapter's head. Named
+# config.json, it would make the folder look like a model
 BASE_CONFIG = "base_config.json"
 
 
 @dataclass
 class CheckpointArgs:
-    """The options by which every script that uses a checkpoint names it."""
+    """Options of every script that loads a checkpoint."""
 
     model: str = field(metadata={"help": "folder or Hub id of a model or of an adapter"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit on the Hub"})
@@ -53,11 +53,11 @@ class CheckpointArgs:
 
 
 def base_of(model: str, **hub) -> tuple[str, dict]:
-    """The checkpoint that holds the config, with its keyword arguments: the base of an adapter, else the model itself.
+    """The checkpoint with the config, and its keyword arguments: the base of an adapter, else the model itself.
 
     Args:
         model (`str`): folder or Hub id.
-        **hub: `revision` and `trust_remote_code`; the revision is the adapter's, so a base is read without one.
+        **hub: `revision` and `trust_remote_code`; the revision is the adapter's and does not apply to its base.
     """
     if (Path(model) / "config.json").is_file():
         return model, hub
@@ -127,7 +127,7 @@ def add_adapter(base: PreTrainedModel, folder: str) -> PreTrainedModel:
 
 
 def _read_generation(loaded: PreTrainedModel, model: str, hub: dict) -> None:
-    """Beside an adapter stand the end tokens that it was trained with."""
+    """Use the generation settings saved beside an adapter, which contain the end tokens of its training."""
     if _has(model, GENERATION_CONFIG_NAME, hub):
         loaded.generation_config = GenerationConfig.from_pretrained(model, revision=hub.get("revision"))
 

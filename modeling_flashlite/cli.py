@@ -1,4 +1,4 @@
-"""Command lines of the scripts: dataclasses, a YAML recipe, overrides, and a suggestion for every unknown key."""
+"""Command lines of the scripts: dataclasses filled from a YAML recipe and overrides, with hints for unknown keys."""
 
 import json
 import linecache
@@ -17,20 +17,21 @@ from .spelling import did_you_mean
 
 __all__ = ["banner", "finish", "parse_args", "start"]
 
-# errors whose message always describes the input, and errors that do so where we raise them with a sentence
+# errors that always describe the input, and errors that do so only when raised by our own code
 _REFUSALS = ValueError, OSError, ImportError, FloatingPointError
 _WRITTEN_REFUSALS = TypeError, RuntimeError, KeyError, AttributeError
 _MOST_CHARACTERS = 800  # some libraries list everything they support
 
 
 def start(main: Callable, classes: Sequence[type] | None = None, description: str | None = None) -> None:
-    """Run a script's `main` and exit: refused input gives one sentence and exit code 2.
+    """Run a script's `main` and exit; refused input prints one sentence and exits with code 2.
 
-    `--debug` without a value, which is taken off the command line, shows the traceback of a refusal instead. What is
-    no refusal, a fault of the program itself, keeps its traceback and exit code 1.
+    `--debug` without a value is removed from the command line and shows the traceback of a refusal. Other errors,
+    which are faults of the program, keep their traceback and exit code 1.
 
     Args:
-        main (`Callable`): takes one instance of each class; returns an exit code, or numbers that `finish` has shown.
+        main (`Callable`): takes one instance of each class; returns an exit code, or metrics already printed by
+            `finish`.
         classes (sequence of dataclasses, *optional*): see [`parse_args`]; without them `main` reads the command line.
         description (`str`, *optional*): shown by `--help`.
     """
@@ -49,7 +50,7 @@ def start(main: Callable, classes: Sequence[type] | None = None, description: st
 
 
 def _take_debug(argv: list[str]) -> bool:
-    """Take `--debug` off the command line, but not the Trainer's option of that name, which has a value."""
+    """Remove `--debug` from the command line, unless it has a value: then it is the Trainer's option."""
     for place, word in enumerate(argv):
         if word == "--debug" and (place + 1 == len(argv) or argv[place + 1].startswith("-")):
             del argv[place]
@@ -79,23 +80,23 @@ def parse_args(classes: Sequence[type], argv: Sequence[str] | None = None, descr
     """Fill dataclasses from `--config recipe.yaml` and `--key value` overrides; the command line wins.
 
     Args:
-        classes (sequence of dataclasses): each key belongs to the field of that name.
+        classes (sequence of dataclasses): each key sets the field of that name.
         argv (sequence of `str`, *optional*): arguments; those of the process if unset.
         description (`str`, *optional*): shown by `--help`.
 
     Returns:
-        `tuple`: one instance per class; `given`, beside its fields, holds the names that stand on the command line.
+        `tuple`: one instance per class, with an extra attribute `given`: the names given on the command line.
 
     Raises:
         `SystemExit`: with code 2 and one line for an unknown key, a wrong type or a value that a class refuses.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
-    parser.error = _refuse  # argparse would print the usage of a hundred training arguments before the message
+    parser.error = _refuse  # argparse would print the usage of all training arguments before the message
     parser.add_argument("--config", help="YAML recipe; every other argument overrides its key")
     parser.epilog = "--debug, without a value, shows the traceback of a refusal."
     keys = [field.name for cls in classes for field in fields(cls) if field.init]
-    # the recipe's values become the defaults, so they must be known before the rest is parsed
+    # the recipe's values become defaults, so it is read before the other arguments are parsed
     config = next((argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"), None)
     config = next((word.partition("=")[2] for word in argv if word.startswith("--config=")), config)
     if config is not None:
@@ -156,7 +157,7 @@ def banner(name: str, model: PreTrainedModel, training_args) -> str:
 
 
 def finish(metrics: dict) -> dict:
-    """Print a run's numbers as the last line of standard output, one JSON object, on the main process only."""
+    """Print a run's metrics as the last line of standard output, one JSON object, from the main process only."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         sys.stdout.flush()
         sys.stdout.write(json.dumps(metrics) + "\n")

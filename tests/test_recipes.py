@@ -346,7 +346,7 @@ def test_recipes_of_a_float_model_train_a_llama(ground, tmp_path):
     assert metrics["bits_per_weight"] > 0 and AutoModelForCausalLM.from_pretrained(tmp_path / "q").is_quantized
     config = LlamaConfig.from_pretrained(tmp_path / "llama")
     assert shape_changes(ArchitectureArgs(dropout_rate=0.0), config, "it") == {"attention_dropout": 0.0}
-    with pytest.raises(ValueError, match="a llama has no dropout of its residual branches"):
+    with pytest.raises(ValueError, match="llama models have no dropout in their residual branches"):
         shape_changes(ArchitectureArgs(dropout_rate=0.1), config, "it")
     changes = shape_changes(ArchitectureArgs(dropout_rate=0.1), GPT2Config(), "it")
     assert changes == {"resid_pdrop": 0.1, "embd_pdrop": 0.1}

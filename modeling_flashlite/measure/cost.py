@@ -1,4 +1,4 @@
-"""Cost of a model: time to the first token and per token, peak memory, parameters, bytes on disk."""
+"""Cost of a model: time to the first token, time per token, peak memory, parameters, bytes on disk."""
 
 import copy
 import functools

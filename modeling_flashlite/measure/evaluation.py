@@ -1,4 +1,4 @@
-"""Evaluation of a model on a task: generate, classify, extract or score, then compute metrics."""
+"""Evaluate a model on a task: generate, classify, extract or score, then compute metrics."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,10 +61,11 @@ def evaluate_task(
         tokenizer (`PreTrainedTokenizerBase`): of the model.
         dataset (`Dataset` or `IterableDataset`): one split; a streamed one is read once.
         batch_size (`int`, *optional*, defaults to 16): rows at a time, sorted by length.
-        max_source_length (`int`, *optional*, defaults to 512): longer inputs are cut, contexts of questions windowed.
+        max_source_length (`int`, *optional*, defaults to 512): longer inputs are cut; contexts of questions are read
+            in windows.
         generation (`dict`, *optional*): arguments of `generate` over the task's own.
-        likelihood (`dict`, *optional*): arguments of `text_likelihood`, for text generation without an encoder; with
-            one, the loss of the continuations of pieces of the text is computed instead.
+        likelihood (`dict`, *optional*): arguments of `text_likelihood`, for text generation with a decoder-only model.
+            An encoder-decoder is scored on continuations of pieces of the text.
         resamples (`int`, *optional*, defaults to 1000): of the bootstrap; 0 for no intervals.
 
     Returns:
@@ -102,7 +103,7 @@ def evaluate_task(
     for group in task.metrics:
         scores |= METRICS[group](found, references, resamples)
     if task.name == "chat":
-        # good answers seldom equal the reference, so the likelihood of the reference is reported too
+        # good replies seldom equal the reference, so its likelihood is reported too
         scores |= _label_scores(data, model, tokenizer, rows, batch_size, max_source_length)[0]
     predictions = [
         {"input": given, "prediction": answer, "references": accepted}
@@ -112,7 +113,7 @@ def evaluate_task(
 
 
 def _likelihood(data: TaskData, model, tokenizer, rows, batch_size, max_source_length, options) -> tuple[dict, dict]:
-    """Likelihood of plain text; an encoder-decoder has none and is scored on continuations of text pieces."""
+    """Likelihood of plain text; an encoder-decoder is scored on continuations of text pieces instead."""
     if not data.encoder_decoder:
         return text_likelihood(model, tokenizer, [text_of(row[data.columns["text"]]) for row in rows], **options)
     return _label_scores(data, model, tokenizer, rows, batch_size, max_source_length)
@@ -143,16 +144,16 @@ def generate_texts(
     Args:
         model (`PreTrainedModel`): encoder-decoder, or decoder-only (padded on the left).
         tokenizer (`PreTrainedTokenizerBase`): of the model.
-        prompts (`Sequence[str]`): inputs; answers come back in their order, without special tokens.
+        prompts (`Sequence[str]`): inputs; answers are returned in their order, without special tokens.
         batch_size (`int`, *optional*, defaults to 16): prompts at a time.
         max_source_length (`int`, *optional*, defaults to 512): longer prompts are cut as in training.
-        templated (`bool`, *optional*, defaults to `False`): the prompts hold their special tokens, the tokenizer adds
-            none, and the end of a turn of the template ends an answer too.
-        from_start (`bool`, *optional*, defaults to `False`): cut prompts that are too long at their beginning.
+        templated (`bool`, *optional*, defaults to `False`): the prompts contain their special tokens, so the tokenizer
+            adds none, and the template's end-of-turn token ends an answer too.
+        from_start (`bool`, *optional*, defaults to `False`): cut long prompts at their beginning.
         **generation: arguments of `generate`.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, but at least one prompt must fit; 16 is usual.")
+        raise ValueError(f"batch_size is {batch_size}, but must be at least 1; 16 is usual.")
     encoder_decoder = model.config.is_encoder_decoder
     generation.setdefault("pad_token_id", tokenizer.pad_token_id)
     if templated and "eos_token_id" not in generation:
@@ -214,7 +215,7 @@ def extract_answers(
         model (`PreTrainedModel`): with a question-answering head.
         tokenizer (`PreTrainedTokenizerBase`): of the model.
         asked (`Sequence[tuple[str, str]]`): questions with their contexts.
-        allow_empty (`bool`, *optional*, defaults to `False`): answer "" where the first token, which stands for no
+        allow_empty (`bool`, *optional*, defaults to `False`): answer "" if the first token, which stands for no
             answer, scores above every span.
         max_answer_tokens (`int`, *optional*, defaults to 30): longest span.
         batch_size, max_source_length, stride (`int`, *optional*): windows at a time, tokens of each and of overlaps.
@@ -225,7 +226,7 @@ def extract_answers(
         for ids, offsets in question_windows(tokenizer, question, context, max_source_length, stride)
     ]
     best = [(float("-inf"), "")] * len(asked)
-    # a context without answer is one in which no window has one
+    # a context has no answer if none of its windows has one
     empty = [float("inf")] * len(asked)
     model.eval()
     for picks in _batches([len(ids) for _, ids, _ in windows], batch_size, "answer"):
@@ -250,7 +251,7 @@ def _best_span(starts: torch.Tensor, ends: torch.Tensor, offsets: list, longest:
 
 
 def _batches(lengths: Sequence[int], batch_size: int, description: str) -> Iterable[list[int]]:
-    """Indices in batches of similar length, longest first, so that running out of memory happens at once."""
+    """Indices in batches of similar length, longest first, so that running out of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     with tqdm(total=len(order), desc=description, unit="row") as bar:
         for start in range(0, len(order), batch_size):
@@ -259,10 +260,10 @@ def _batches(lengths: Sequence[int], batch_size: int, description: str) -> Itera
 
 
 def _class_ids(data: TaskData, dataset, rows: list[dict]) -> tuple[list[int], dict]:
-    """Labels as class ids of the model, by name, and what must be said about them; -1 for a name it does not know.
+    """Map labels to the model's class ids by name (-1 for unknown names), with remarks for the results file.
 
-    Numbers are compared only where one side has no names: bare numbers in the data, or a model of `LABEL_0`, ...; for
-    such a model the names in the data count in alphabetical order, as in a training on them.
+    Numbers are compared only where one side has no names: integers in the data, or a model with `LABEL_0`, ... For
+        such a model, the names in the data are numbered in alphabetical order, as in training.
     """
     column, known = data.columns["label"], data.classes or []
     labels, names = [row[column] for row in rows], names_of(dataset, column)
@@ -276,7 +277,7 @@ def _class_ids(data: TaskData, dataset, rows: list[dict]) -> tuple[list[int], di
         order = sorted(set(texts))
         return [order.index(text) for text in texts], {"labels": f"taken in the order {', '.join(order)}"}
     if numbers and (nameless or (names is None and not any(label is not None for label in found))):
-        return [int(label) for label in labels], {"labels": "compared by number, for want of names"}
+        return [int(label) for label in labels], {"labels": "compared by number, since one side has no names"}
     unknown = Counter(text for text, label in zip(texts, found) if label is None)
     if len(unknown) and unknown.total() == len(labels):
         raise ValueError(
@@ -287,7 +288,7 @@ def _class_ids(data: TaskData, dataset, rows: list[dict]) -> tuple[list[int], di
         {"unknown_labels": ", ".join(f"{text} ({count} rows)" for text, count in unknown.items())} if unknown else {}
     )
     if unknown:
-        logger.warning(f"The model does not know {said['unknown_labels']}: every answer to them counts as wrong.")
+        logger.warning(f"The model does not know {said['unknown_labels']}: all answers to these rows count as wrong.")
     return [-1 if label is None else label for label in found], said
 
 

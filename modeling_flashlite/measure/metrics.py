@@ -1,7 +1,7 @@
-"""Metrics of generated text, spans, classes and likelihoods, each with a bootstrap confidence interval.
+"""Metrics for generated text, answer spans, classes and likelihoods, with bootstrap confidence intervals.
 
-Nothing here uses the network: the modules of the `evaluate` library download their scripts from the Hub, so the
-packages that they wrap, sacrebleu and rouge_score, are called directly. `own_metrics` loads such modules on request.
+Nothing here uses the network. The modules of the `evaluate` library download scripts from the Hub, so the packages
+behind them, sacrebleu and rouge_score, are called directly; `own_metrics` loads such modules on request.
 """
 
 import math
@@ -38,7 +38,7 @@ def bleu(
     resamples: int = RESAMPLES,
     tokenize: str | None = None,
 ) -> dict:
-    """Corpus BLEU of detokenised text by sacreBLEU, `bleu` in 0..100, with the signature that makes it comparable.
+    """Corpus BLEU of detokenized text by sacreBLEU, `bleu` in 0..100, with its signature for comparison.
 
     Args:
         predictions (`Sequence[str]`): answers.
@@ -60,7 +60,7 @@ def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]], resamp
 
 
 class UnicodeTokenizer(Tokenizer):
-    """Lower-cased runs of letters, digits and their marks; each character of a script without spaces by itself."""
+    """Tokens: lower-cased runs of letters, digits and their marks, and single characters of scripts without spaces."""
 
     def tokenize(self, text: str) -> list[str]:
         """Split a text into words."""
@@ -83,15 +83,15 @@ def rouge(
 ) -> dict:
     """ROUGE-1, ROUGE-2 and ROUGE-L F-measures in 0..100 by rouge_score, with a signature that names the tokenizer.
 
-    With several references the one with the best value counts, for each measure by itself.
+    With several references, the best value counts, separately for each measure.
 
     Args:
         predictions (`Sequence[str]`): answers.
         references (`Sequence[Sequence[str]]`): the accepted answers of each.
         resamples (`int`, *optional*, defaults to 1000): of the bootstrap.
-        tokenize (`str`, *optional*): `english`, rouge_score's own, which sees ASCII letters and digits only and stems
-            words; or `unicode`, which stems nothing. If unset, `unicode` where more than one in a hundred of the
-            references' letters is not ASCII.
+        tokenize (`str`, *optional*): `english`, rouge_score's own, which keeps ASCII letters and digits only and stems
+            words; or `unicode`, without stemming. If unset, `unicode` if more than 1% of the references' letters are
+            not ASCII.
     """
     _check_pairs(predictions, references)
     names = ("rouge1", "rouge2", "rougeL")
@@ -114,7 +114,7 @@ def rouge(
 
 
 def squad(predictions: Sequence[str], references: Sequence[Sequence[str]], resamples: int = RESAMPLES) -> dict:
-    """SQuAD's exact match and token F1, `exact_match` and `f1` in 0..100, best over the accepted answers.
+    """SQuAD's exact match and token F1, `exact_match` and `f1` in 0..100, the best over the accepted answers.
 
     Text is lower-cased, stripped of punctuation and of the articles a, an, the; each character of a script without
     spaces is a token of its own, as in MLQA (arXiv 1910.07475). A question without accepted answers
@@ -123,7 +123,7 @@ def squad(predictions: Sequence[str], references: Sequence[Sequence[str]], resam
     _check_pairs(predictions, references)
     exact, overlap = [], []
     for text, answers in zip(predictions, references, strict=True):
-        # answers that normalise to the empty string are ignored
+        # answers that are empty after normalization are ignored
         accepted = [answer for answer in answers if normalize_answer(answer)] or [""]
         exact.append(100.0 * max(normalize_answer(text) == normalize_answer(answer) for answer in accepted))
         overlap.append(100.0 * max(_token_f1(text, answer) for answer in accepted))
@@ -131,12 +131,12 @@ def squad(predictions: Sequence[str], references: Sequence[Sequence[str]], resam
 
 
 def normalize_answer(text: str) -> str:
-    """Lower-case, without punctuation, English articles and extra blanks: the normalisation of SQuAD's script."""
+    """SQuAD's normalization: lower case, without punctuation, English articles and extra spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def classification(predictions: Sequence[int], references: Sequence[int], resamples: int = RESAMPLES) -> dict:
-    """Accuracy and macro-averaged F1 over the classes that occur, `accuracy` and `f1_macro` in 0..100."""
+    """Accuracy, and F1 averaged over the classes that occur, `accuracy` and `f1_macro` in 0..100."""
     _check_pairs(predictions, references)
     found, expected = np.asarray(predictions), np.asarray(references)
     result = with_interval("accuracy", 100.0 * (found == expected), resamples)
@@ -163,7 +163,7 @@ def likelihood(
     loss = np.asarray(nll, dtype=np.float64)
     counts = np.asarray([words, tokens, n_bytes], dtype=np.float64)
     if not loss.size or not counts.sum(1).all():
-        raise ValueError("0 words, tokens or bytes were scored, but a perplexity needs at least one of each.")
+        raise ValueError("No words, tokens or bytes were scored, but a perplexity needs at least one of each.")
     picks = np.stack(list(_resampled_indices(len(loss), resamples))) if resamples else None
     result = {}
     for name, count, final in (
@@ -211,12 +211,12 @@ def _sacrebleu(name: str, metric: Any, predictions, references, resamples: int) 
     # sacreBLEU wants one list per reference number, with None where a sentence has fewer
     count = max(len(answers) for answers in references)
     if not count:
-        raise ValueError("All references are empty, but a score needs some; check the target column.")
+        raise ValueError("All references are empty, so there is nothing to score; check the target column.")
     references = [list(answers) or [""] for answers in references]
     padded = [[answers[i] if i < len(answers) else None for answers in references] for i in range(count)]
     score = metric.corpus_score(list(predictions), padded).score
     result = {name: float(score), f"{name}_signature": str(metric.get_signature())}
-    # sacreBLEU's bootstrap fails where a resample scores 0, so the sentence statistics are resampled here
+    # sacreBLEU's bootstrap fails if a resample scores 0, so sentence statistics are resampled here
     counts = np.asarray(metric._extract_corpus_statistics(list(predictions), padded))
     samples = [
         float(metric._compute_score_from_stats(counts[picks].sum(0).tolist()).score)
@@ -226,7 +226,7 @@ def _sacrebleu(name: str, metric: Any, predictions, references, resamples: int) 
 
 
 def _letters(references: Sequence[Sequence[str]]) -> str:
-    """All letters of all references, one after another."""
+    """All letters of all references, concatenated."""
     return "".join(char for answers in references for answer in answers for char in answer if char.isalpha())
 
 
@@ -252,6 +252,6 @@ def _exp(nats: float) -> float:
 def _check_pairs(predictions: Sequence, references: Sequence) -> None:
     if not len(predictions) or len(predictions) != len(references):
         raise ValueError(
-            f"{len(predictions)} predictions and {len(references)} references were given, but there must be as many "
-            "of both and at least one; check the data set."
+            f"There are {len(predictions)} predictions and {len(references)} references, but their numbers must be "
+            f"equal and positive; check the data set."
         )

@@ -1,4 +1,4 @@
-"""Metrics of the `evaluate` library, by name or from a file of one's own, beside those of a task."""
+"""Metrics of the `evaluate` library in addition to those of a task: by name on the Hub, or from a local file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def score_predictions(metrics: CombinedEvaluations, predictions: Sequence[Mappin
 
 
 def _library():
-    """The `evaluate` library, also within `scripts/evaluate.py`, whose folder comes first on Python's path."""
+    """Import the `evaluate` library; `scripts/evaluate.py`, whose folder comes first on the path, would shadow it."""
     found, sys.path = sys.path, [place for place in sys.path if not (Path(place) / "evaluate.py").is_file()]
     try:
         import evaluate

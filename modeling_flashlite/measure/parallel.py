@@ -1,4 +1,4 @@
-"""Training steps of a small model on several gloo processes: their time, and the bytes that they send."""
+"""Time and traffic of training steps of a small model on several gloo processes."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ KINDS = ("ddp", "fsdp", "tp")
 
 
 class BytesSent(TorchDispatchMode):
-    """Counts what a device sends by ring algorithms for every collective that runs inside; `bytes` is the sum."""
+    """Counts the bytes that a device sends by ring algorithms in all collectives inside the context."""
 
     def __init__(self, devices: int):
         super().__init__()
@@ -37,7 +37,7 @@ class BytesSent(TorchDispatchMode):
                 sum(x.numel() * x.element_size() for x in tree_leaves(part) if isinstance(x, torch.Tensor))
                 for part in (*args[:2], out)
             ]
-            # the larger of input and output; a reduction travels twice
+            # the larger of input and output; an all-reduce sends it twice
             twice = 2 if "reduce" in name and "scatter" not in name else 1
             self.bytes += twice * self.share * max(sizes)
         return out
@@ -56,11 +56,11 @@ def measure_parallel(
     """Time and traffic of a training step of the model in `folder`, on `world` processes of one thread each.
 
     Args:
-        kind (`str`): "ddp", "fsdp" (FSDP2, every layer by itself) or "tp" (the model's own plan).
+        kind (`str`): "ddp", "fsdp" (FSDP2, one unit per layer) or "tp" (the model's tensor-parallel plan).
         folder (`str` or `Path`): a `FlashLiteForCausalLM` in float32.
         world (`int`): processes.
-        batch, length (`int`): rows of a step, all processes together, and their tokens.
-        steps (`int`): that are measured, after two that are not.
+        batch, length (`int`): rows of a step over all processes, and tokens per row.
+        steps (`int`): measured steps, after two warm-up steps.
 
     Returns:
         `dict`: `ms` and `spread_ms` of a step; per process and step `sent_MB` (counted at the collectives), `wire_MB`
@@ -123,7 +123,7 @@ def _work(
 
 
 def _distribute(kind: str, folder: str, world: int) -> torch.nn.Module:
-    """The model in `folder`, spread over the processes."""
+    """The model in `folder`, distributed over the processes."""
     if kind == "tp":
         from transformers import DistributedConfig
 

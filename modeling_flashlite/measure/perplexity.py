@@ -1,4 +1,4 @@
-"""Likelihood of text under a language model: segment by segment through the memory, or in windows without it."""
+"""Likelihood of text under a language model, by segments with memory or by windows without."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .metrics import RESAMPLES, likelihood
 
-# bootstrap pieces of one text: enough for an interval, long enough to be nearly independent
+# bootstrap pieces of one text: enough of them for an interval, and long enough to be nearly independent
 _PIECES = 200
 
 
@@ -26,32 +26,33 @@ def text_likelihood(
     end: str | None = None,
     resamples: int = RESAMPLES,
 ) -> tuple[dict, dict]:
-    """Perplexities and bits per byte of rows of text that follow one another.
+    """Perplexities and bits per byte of consecutive rows of text.
 
     Every token of every row is scored exactly once; the end-of-sequence token before the first row is only context.
     Word-level perplexity follows WikiText-103: the total negative log-likelihood over the original number of words,
-    where each line counts one more for its `<eos>`, whatever the tokenizer; so models with different vocabularies
-    compare. Bits per byte divides by the UTF-8 bytes of the rows and one for the end of each.
+    where each line counts one more for its `<eos>`, so that models with different tokenizers are comparable. Bits per
+    byte divides by the UTF-8 bytes of the rows, plus one for the end of each.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
         tokenizer (`PreTrainedTokenizerBase`): of the model.
         rows (`Sequence[str]`): lines of a text or whole documents, in order.
         segment_length (`int`, *optional*, defaults to 512): tokens that the model reads at once.
-        memory (`bool`, *optional*): carry the segment memory from segment to segment; if unset, where there is one.
-        stride (`int`, *optional*): without memory, windows start every `stride` tokens and score what the window
-            before has not; `segment_length` (no overlap) if unset.
-        batch_size (`int`, *optional*, defaults to 1): with memory, streams that the text is cut into, each of which
-            starts with an empty memory: 1 is the exact protocol. Without, windows at a time.
-        end (`str`, *optional*): what closes a row for the model; the end-of-sequence token if unset. A newline for
-            WikiText, where rows are lines.
+        memory (`bool`, *optional*): carry the segment memory from segment to segment; if unset, wherever the model has
+            one.
+        stride (`int`, *optional*): without memory, windows start every `stride` tokens and score the tokens that the
+            previous window has not; `segment_length` (no overlap) if unset.
+        batch_size (`int`, *optional*, defaults to 1): with memory, the number of streams that the text is cut into,
+            each starting with an empty memory (1 is the exact protocol); without memory, windows per batch.
+        end (`str`, *optional*): text after each row; the end-of-sequence token if unset. Use a newline for WikiText,
+            where rows are lines.
         resamples (`int`, *optional*, defaults to 1000): of the bootstrap; 0 for no intervals.
 
     Returns:
-        `tuple[dict, dict]`: the metrics of `metrics.likelihood`, and the protocol they were measured under.
+        `tuple[dict, dict]`: the metrics of `metrics.likelihood`, and the protocol of the measurement.
     """
     if not len(rows):
-        raise ValueError("0 rows were given, but a likelihood needs text; check the split and the column.")
+        raise ValueError("There are 0 rows to score; check the split and the column.")
     stride = stride or segment_length
     memory = hasattr(model, "new_memory") if memory is None else memory
     if segment_length < 2 or batch_size < 1 or not 1 <= stride <= segment_length:
@@ -62,9 +63,7 @@ def text_likelihood(
     if memory and not hasattr(model, "new_memory"):
         raise ValueError(f"{type(model).__name__} has no segment memory; set memory=False, and stride for overlap.")
     if memory and stride != segment_length:
-        raise ValueError(
-            f"stride is {stride} with memory, but segments that follow one another cannot overlap; leave stride out."
-        )
+        raise ValueError(f"stride is {stride} with memory, but consecutive segments cannot overlap; leave stride out.")
     first = tokenizer.eos_token_id
     last = [first] if end is None else tokenizer(end, add_special_tokens=False)["input_ids"]
     encoded = tokenizer(list(rows), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -76,7 +75,7 @@ def text_likelihood(
         nll = _through_memory(model, tokens, segment_length, batch_size)
     else:
         nll = _in_windows(model, tokens, segment_length, stride, batch_size)
-    # rows to pieces, then sums over each piece
+    # assign rows to pieces, then sum over each piece
     piece = np.arange(len(rows)) * min(_PIECES, len(rows)) // len(rows)
     words = [sum(len(line.split()) + 1 for line in row.split("\n")) for row in rows]
     sizes = [len(row.encode("utf-8", "replace")) + 1 for row in rows]
@@ -89,8 +88,8 @@ def text_likelihood(
         resamples=resamples,
     )
     protocol = {
-        "words": "original words, and one line end per line",
-        "bytes": "UTF-8, and one for the end of each row",
+        "words": "original words, plus one per line",
+        "bytes": "UTF-8, plus one per row",
         "segment_length": segment_length,
         "memory": memory,
         "memory_blocks": getattr(model.config, "memory_blocks", None) if memory else 0,
@@ -117,13 +116,13 @@ def _through_memory(model, tokens: np.ndarray, length: int, streams: int) -> np.
 
 def _in_windows(model, tokens: np.ndarray, length: int, stride: int, batch_size: int) -> np.ndarray:
     nll = np.zeros(len(tokens) - 1)
-    # the last window is the first that reaches the end
+    # stop at the first window that reaches the end
     count = 1 + max(0, -(-(len(tokens) - 1 - length) // stride))
     starts = np.arange(count) * stride
     for batch in tqdm(np.array_split(starts, -(-count // batch_size)), desc="perplexity", unit="batch"):
         losses, _ = _score(model, tokens, batch, length, None)
         for place, loss in zip(batch, losses):
-            # tokens scored by the previous window stay; this one only adds its end
+            # keep the scores of the previous window; this one only adds the new tokens
             fresh = 0 if place == 0 else length - stride
             nll[place + fresh : place + len(loss)] = loss[fresh:]
     return nll
@@ -138,7 +137,7 @@ def _score(model, tokens: np.ndarray, places: np.ndarray, length: int, memory):
     mask = np.zeros((len(parts), width), dtype=np.int64)
     for row, (part, size) in enumerate(zip(parts, sizes)):
         ids[row, : size + 1] = part[: size + 1] if size else 0
-        mask[row, : max(size, 1)] = 1  # an ended text keeps one token
+        mask[row, : max(size, 1)] = 1  # attention needs at least one token, even where a text has ended
     ids = torch.from_numpy(ids).to(model.device)
     given = {} if memory is None else {"memory": memory}
     attention_mask = None if mask.all() else torch.from_numpy(mask).to(model.device)
@@ -152,7 +151,8 @@ def _score(model, tokens: np.ndarray, places: np.ndarray, length: int, memory):
 
 @torch.inference_mode()
 def label_likelihood(model: PreTrainedModel, batches) -> dict[str, float]:
-    """Mean negative log-likelihood of all labels, `loss` in nats, and `token_perplexity`; each token weighs the same.
+    """Mean negative log-likelihood of all labels, `loss` in nats, and `token_perplexity`; every token has the same
+    weight.
 
     Args:
         model (`PreTrainedModel`): a model with a language-model head.
@@ -162,7 +162,7 @@ def label_likelihood(model: PreTrainedModel, batches) -> dict[str, float]:
     total, count = 0.0, 0
     for batch in tqdm(batches, desc="loss", unit="batch"):
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        # packed rows are separated only when no cache is filled
+        # with a cache, transformers would ignore the boundaries of packed rows
         logits, labels = model(**batch, use_cache=False).logits, batch["labels"]
         if not model.config.is_encoder_decoder:
             logits, labels = logits[:, :-1], labels[:, 1:]
@@ -170,6 +170,6 @@ def label_likelihood(model: PreTrainedModel, batches) -> dict[str, float]:
             total += float(torch.nn.functional.cross_entropy(row.float(), targets, reduction="sum"))
         count += int((labels != -100).sum())
     if not count:
-        raise ValueError("0 labels were scored, but a loss needs at least one; check the data set.")
+        raise ValueError("No labels were scored, but a loss needs at least one; check the data set.")
     loss = total / count
     return {"loss": loss, "token_perplexity": float(np.exp(min(loss, 700))), "tokens": count}

@@ -1,4 +1,4 @@
-"""Plots in one style, as SVG files without a date, so that equal numbers give equal files."""
+"""Plots in one style, as SVG files without dates, so that equal numbers give identical files."""
 
 import importlib.util
 from pathlib import Path
@@ -48,7 +48,7 @@ def plot_losses(log_history: list[dict], path: str | Path) -> Path | None:
     if not any(curves.values()) or not can_draw():
         return None
     axes = new_axes("step", "nats per token")
-    # a key keeps its colour whichever others were logged
+    # each key has a fixed colour
     for colour, (key, points) in zip(COLOURS, curves.items()):
         if points:
             steps, values = zip(*points)

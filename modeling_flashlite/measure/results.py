@@ -1,4 +1,4 @@
-"""Results files, one per run: numbers, hardware, versions, command and commit; all tables are made from them."""
+"""Results files, one per run: numbers with hardware, versions, command and commit; the source of all tables."""
 
 import datetime
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-# an absolute path at the beginning of a text or after a space, quote, equals sign or comma
+# an absolute path at the start of a text or after a space, quote, equals sign or comma
 _ABSOLUTE = re.compile(r"(^|[\s=,'\"])(/[\w.~-]+(?:/[\w.*~-]+)+)")
 _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "peft", "sacrebleu", "rouge_score", "numpy")
 
@@ -38,10 +38,10 @@ def write_results(
         path (`str` or `Path`): a `.json` file; its directory is made.
         metrics (`Mapping[str, float]`): name to number.
         task, dataset, split, model (`str`, *optional*): what was measured on what.
-        config (`Mapping`, *optional*): settings that a repetition needs.
+        config (`Mapping`, *optional*): settings needed to repeat the run.
         seed (`int`, *optional*): of the run; also listed as `seeds`.
-        **fields: more of it, as JSON: `intervals`, `protocol`, `speed` (rows of `name`, `value`, `unit`), `size`,
-            `teacher`, `std`, `recipe`, ...; a field given here replaces the gathered one.
+        **fields: further JSON fields: `intervals`, `protocol`, `speed` (rows of `name`, `value`, `unit`), `size`,
+            `teacher`, `std`, `recipe`, ...; they override the collected ones.
 
     Returns:
         `dict`: the content of the file, with `hardware`, `versions`, `commit` (`None` outside a git checkout, `-dirty`
@@ -98,11 +98,11 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def describe_hardware() -> str:
-    """Device, its count or threads, and memory in one line, e.g. `AMD EPYC 9354, 2 threads, 8 GiB`."""
+    """Device, count or threads, and memory in one line, e.g. `AMD EPYC 9354, 2 threads, 8 GiB`."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    # spinning idle threads avoid a wake-up per operation
+    # idle threads that spin avoid a wake-up per operation
     waiting = os.environ.get("OMP_WAIT_POLICY", "").lower()
     parts = [_processor_name(), f"{torch.get_num_threads()} threads{f' waiting {waiting}ly' if waiting else ''}"]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -111,7 +111,7 @@ def describe_hardware() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on, those installed."""
+    """Versions of Python and of the installed packages that results depend on."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -122,7 +122,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Short hash of the checkout that this package runs from, or `None`."""
+    """Short commit hash of the checkout that this package runs from, or `None`."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -142,7 +142,7 @@ def command_line() -> str:
 
 
 def relative_paths(value: object) -> object:
-    """Make absolute paths in a text relative to the working directory, so that no results file names a machine."""
+    """Make absolute paths in a text relative to the working directory, so that results files reveal no machine."""
     if not isinstance(value, str):
         return value
     return _ABSOLUTE.sub(lambda match: match[1] + os.path.relpath(match[2]), value)

@@ -1,9 +1,9 @@
-"""Training cost of a Flash-Lite decoder per device as formulas: memory, time and communication.
+"""Formulas for the training cost of a Flash-Lite decoder per device: memory, time and communication.
 
-Bytes unless a name says otherwise. Notation: P parameters, L layers, D width, V vocabulary, T tokens per device and
-step, n devices. Mixed precision as in FSDP2: shards of the weights, of the gradients and of AdamW's two moments in
-float32, what a layer computes with in bfloat16. `scripts/studies/bench_parallel.py` compares the communication with
-what two processes send, `tests/test_bench.py` the parameters with those of a real model.
+Units are bytes unless a name says otherwise. Notation: P parameters, L layers, D width, V vocabulary, T tokens per
+device and step, n devices. Mixed precision as in FSDP2: weights, gradients and AdamW's two moments are sharded in
+float32; layers compute in bfloat16. `scripts/studies/bench_parallel.py` compares the communication with the traffic of
+two processes, `tests/test_bench.py` the parameters with a real model.
 """
 
 from dataclasses import dataclass
@@ -54,19 +54,19 @@ def attention_visits(config: FlashLiteConfig, length: int) -> float:
     total = dense * (dense + 1) / 2
     for block in range(dense // b, -(-length // b)):
         queries = min((block + 1) * b, length) - max(block * b, dense)
-        # candidates are neither the first block, which every query reads, nor the own and the previous one
+        # the first, the previous and the own block are read by every query and are no candidates
         older = block - 2 if c.memory_blocks is None else min(block - 2, c.memory_blocks - 1)
         total += max(queries, 0) * (2.5 * b + min(top or 0, older) * b + max(older - (top or 0), 0))
     return total / length
 
 
 def training_flops(config: FlashLiteConfig, length: int, checkpointing: bool = True) -> float:
-    """Operations per token of forward and backward, with every layer's forward repeated if `checkpointing`."""
+    """Operations per token of forward and backward pass; `checkpointing` repeats the forward of every layer."""
     c = config.get_text_config(decoder=True)
     passes = 4 if checkpointing else 3
     products = 2 * (count_decoder_parameters(config) - c.vocab_size * c.hidden_size) * passes
     head = 2 * c.vocab_size * c.hidden_size * 3
-    # keys have as many position dimensions again, unless positions are rotary
+    # without rotary positions, keys have twice the dimensions
     width = c.num_attention_heads * c.head_dim * (2 if c.position_encoding == "rotary" else 3)
     return products + head + 2 * width * attention_visits(config, length) * c.num_hidden_layers * passes
 
@@ -84,8 +84,8 @@ def communication(
     """Bytes that each device sends in a training step, by ring algorithms.
 
     Args:
-        parameters: bytes of all weights as they are sent.
-        devices: how many share the work.
+        parameters: bytes of all weights in the type in which they are sent.
+        devices: number of devices.
         kind: "ddp" (gradients summed: twice the weights), "fsdp" (weights gathered for forward and for backward,
             gradients scattered: three times) or "tp" (per layer seven sums of its states, two in forward and one in
             backward for each of q, k, v, gate and up; two at the ends; the logits gathered).
@@ -102,11 +102,11 @@ def communication(
 def plan(config: FlashLiteConfig, devices: int, *, tokens: int, length: int, device: Device | None = None) -> dict:
     """Memory and time of a training step per device under FSDP2 with activation checkpointing.
 
-    Weights and gradients travel as bfloat16 while the step computes, so the longer of the two is the step's time.
+    Weights and gradients are sent as bfloat16 during computation, so a step takes the longer of both times.
 
     Args:
         config ([`FlashLiteConfig`]): of a decoder.
-        devices (`int`): over which everything is sharded.
+        devices (`int`): over which weights, gradients and optimizer state are sharded.
         tokens (`int`): per device and step.
         length (`int`): of a text.
         device ([`Device`], *optional*): by default 80 GB, 989 TFLOP/s.
@@ -115,7 +115,7 @@ def plan(config: FlashLiteConfig, devices: int, *, tokens: int, length: int, dev
     parameters = count_decoder_parameters(config)
     layer = (parameters - c.vocab_size * c.hidden_size) / c.num_hidden_layers
     states = tokens * c.hidden_size * NARROW
-    # activations of the layer being computed, about 12 tensors of its states, and the float32 loss chunk of 8 MiB
+    # inputs of all layers, about 12 tensors within the current layer, and the float32 loss chunk of 8 MiB
     memory = {
         "parameters": WIDE * parameters / devices,
         "gradients": WIDE * parameters / devices,

@@ -1,4 +1,4 @@
-"""Common part of the benchmark scripts: options, table, results file and growth curves."""
+"""What the benchmark scripts share: options, table, results file and growth curves."""
 
 import sys
 from collections.abc import Callable
@@ -19,7 +19,7 @@ __all__ = ["BenchArgs", "run_bench"]
 
 @dataclass
 class BenchArgs:
-    """Options that all benchmarks share; each reads those that apply to it."""
+    """Options of all benchmarks; each uses those that apply to it."""
 
     lengths: list[int] = field(default_factory=list, metadata={"help": "tokens; each benchmark's own if unset"})
     shape: list[int] = field(
@@ -65,7 +65,7 @@ def run_bench(
     """
     (args,) = parse_args((BenchArgs,), description=sys.modules[measure.__module__].__doc__)
     torch.set_num_threads(args.threads)
-    # glibc returns freed memory after every call until a large block was freed once, as in any program with a model
+    # until a large block is freed once, as in any program with a model, glibc returns freed memory after every call
     torch.empty(2**22)
     found, skipped = installed(args.peers)
     if against_packages and skipped:

@@ -1,4 +1,4 @@
-"""Checks before a training script runs, and metrics while it runs."""
+"""Checks of a training script's options before it runs, and task metrics during training."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,36 +14,36 @@ from .trainers import LAST_FILE
 __all__ = ["Unset", "check_resume", "shape_changes", "task_measures"]
 
 logger = logging.get_logger(__name__)
-# of a Flash-Lite decoder: what no weight depends on
+# config fields of a Flash-Lite decoder on which no weight depends
 _FREE = ("block_size", "sub_block_size", "relevance_top_k", "memory_blocks")
-# what other families call the dropout of embeddings and residual branches, and that of attention
+# names of the dropout of embeddings and residual branches, and of attention, in all families
 _RESIDUAL_DROPOUT = ("dropout_rate", "dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "hidden_dropout_prob")
 _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "activation_dropout")
-# what the Trainer and the callback of a distillation add to an evaluation's numbers
+# metrics that the Trainer and the distillation callback add to every evaluation
 _ALWAYS = ("loss", "kd", "ce", "agree", "runtime", "samples_per_second", "steps_per_second")
 
 
 class Unset(int):
-    """A default value that differs from the same value given explicitly."""
+    """A default value, distinguishable from the same value given explicitly."""
 
 
 def check_resume(folder: str | None) -> None:
     """Raise `ValueError` unless `resume_from_checkpoint` is unset or names a complete checkpoint."""
     if folder is not None and not (Path(folder) / LAST_FILE).is_file():
         raise ValueError(
-            f"resume_from_checkpoint is {folder}, which has no {LAST_FILE}, so it is no complete checkpoint; name "
-            "one, or use --resume for the newest of output_dir."
+            f"resume_from_checkpoint is {folder}, which has no {LAST_FILE} and is therefore incomplete; name a "
+            f"complete checkpoint, or use --resume."
         )
 
 
 def shape_changes(shape, config: PreTrainedConfig, origin: str) -> dict[str, object]:
-    """What options of a model's shape change in a checkpoint's config: dropout, and what no weight depends on.
+    """Changes that shape options make to a checkpoint's config: dropout, and fields without weights.
 
-    Another width or depth than the weights have is refused, unless it comes from a recipe, which may be that of a new
-    model: then it is left out with a warning.
+    A width or depth that differs from the weights is refused on the command line. In a recipe, which may describe a
+    new model, it is ignored with a warning.
 
     Args:
-        shape (`ArchitectureArgs`): `None` or [`Unset`] where nothing was asked for.
+        shape (`ArchitectureArgs`): `None` or [`Unset`] for options that were not given.
         config (`PreTrainedConfig`): of the checkpoint.
         origin (`str`): its name, for the message.
 
@@ -61,7 +61,7 @@ def shape_changes(shape, config: PreTrainedConfig, origin: str) -> dict[str, obj
             continue
         held = _held(name, config)
         if held != value and name not in given:
-            logger.warning(f"{name} {value} of the recipe is left out: {origin} has {held}.")
+            logger.warning(f"The recipe's {name} {value} is ignored: {origin} has {held}.")
         elif held != value:
             raise ValueError(
                 f"{name} is {value}, but {origin} has {held}, and a loaded model keeps its shape; leave {name} out, "
@@ -79,7 +79,8 @@ def _dropout_changes(rate: float, config: PreTrainedConfig) -> dict[str, float]:
     known = [name for name in _RESIDUAL_DROPOUT if hasattr(config, name)]
     if rate and not known:
         raise ValueError(
-            f"dropout_rate is {rate}, but a {config.model_type} has no dropout of its residual branches; leave it out."
+            f"dropout_rate is {rate}, but {config.model_type} models have no dropout in their residual branches; "
+            f"leave it out."
         )
     others = [name for name in _ATTENTION_DROPOUT if hasattr(config, name)] if not rate else []
     return dict.fromkeys([*known, *others], rate)
@@ -88,13 +89,13 @@ def _dropout_changes(rate: float, config: PreTrainedConfig) -> dict[str, float]:
 def task_measures(
     task: Task, args, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_target_length: int
 ) -> dict[str, Callable]:
-    """What a `Trainer` measures of a task at every evaluation, as its keyword arguments.
+    """Keyword arguments of a `Trainer` for the task's metrics at every evaluation.
 
     Accuracy of classes; the metrics of generated text with `predict_with_generate`, greedy unless
     `generation_num_beams` says otherwise. Conversations and plain text have no single answer to generate.
 
     Raises:
-        `ValueError`: `predict_with_generate` of such a task, or `metric_for_best_model` that nothing measures.
+        `ValueError`: `predict_with_generate` for such a task, or a `metric_for_best_model` that is not measured.
     """
     measures: dict[str, Callable] = {}
     names: tuple[str, ...] = ()
@@ -123,7 +124,7 @@ def task_measures(
 
 
 class _TextMeasures:
-    """Metrics of a task over generated and accepted token ids, -100 being none."""
+    """Metrics of a task from generated and reference token ids, where -100 is padding."""
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase):
         self.task, self.tokenizer = task, tokenizer

@@ -1,4 +1,4 @@
-"""Shared by the training scripts: options, tokenizer, model, rows, and the training run itself."""
+"""What the training scripts share: options, task, tokenizer, model, rows, and the training run."""
 
 import sys
 from dataclasses import asdict, dataclass, field
@@ -45,7 +45,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class ModelArgs:
-    """Where model and tokenizer come from."""
+    """Which model and tokenizer."""
 
     model: str | None = field(default=None, metadata={"help": "weights to start from; a new model if unset"})
     tokenizer: str | None = field(default=None, metadata={"help": "its folder or Hub id; the model's own if unset"})
@@ -61,7 +61,7 @@ class ModelArgs:
 
 @dataclass
 class ArchitectureArgs:
-    """Shape of a new model; a loaded one keeps its own, but for dropout and what no weight depends on."""
+    """Shape of a new model. A loaded one keeps its shape; only dropout and fields without weights can be changed."""
 
     hidden_size: int = field(default=Unset(256), metadata={"help": "width of the layers"})
     num_hidden_layers: int = field(default=Unset(6), metadata={"help": "layers of each stack"})
@@ -91,7 +91,7 @@ class DataArgs:
     )
     dataset_name: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
     columns: str | None = field(default=None, metadata={"help": "role=column,role=column, e.g. source=en,target=de"})
-    streaming: bool = field(default=False, metadata={"help": "read the data as it is needed; needs max_steps"})
+    streaming: bool = field(default=False, metadata={"help": "read rows on demand; needs max_steps"})
     limit: int | None = field(default=None, metadata={"help": "rows of every split; all if unset"})
     eval_limit: int | None = field(default=None, metadata={"help": "examples of the validation split; all if unset"})
     max_source_length: int = field(default=512, metadata={"help": "tokens of an input, or of a packed row"})
@@ -101,26 +101,26 @@ class DataArgs:
         default=None, metadata={"help": "tokens of a segment; turns segment recurrence on"}
     )
     document_column: str | None = field(
-        default=None, metadata={"help": "text generation: neighbouring rows that agree in it are one document"}
+        default=None, metadata={"help": "text generation: consecutive rows with the same value are one document"}
     )
 
 
 @dataclass
 class TrainArgs(Seq2SeqTrainingArguments):
-    """The Trainer's own arguments, and how a run begins."""
+    """The Trainer's arguments, and whether a run resumes."""
 
     output_dir: str = field(default="runs/train", metadata={"help": "checkpoints, model and loss curve"})
     resume: bool = field(default=False, metadata={"help": "continue from the newest complete checkpoint"})
 
     def __post_init__(self):
-        # without an accelerator the Trainer refuses half precision unless use_cpu is set
+        # without an accelerator, the Trainer allows half precision only with use_cpu
         self.use_cpu = self.use_cpu or torch.accelerator.current_accelerator() is None
         super().__post_init__()
         check_resume(self.resume_from_checkpoint)
 
 
 def is_encoder_decoder(data: DataArgs, model: ModelArgs) -> bool:
-    """Kind of model: as asked for, else that of the model to start from, else decoder-only for text and chat."""
+    """Kind of model: as requested, else that of the initial model, else the usual one of the task."""
     if data.encoder_decoder is not None:
         return data.encoder_decoder
     if model.model:
@@ -143,7 +143,7 @@ def load_task(data: DataArgs, model: ModelArgs, splits) -> TaskData:
     """
     rows, encoder_decoder = pick_split(splits, "train"), is_encoder_decoder(data, model)
     task = resolve_task(get_task(data.task), rows, columns=data.columns, encoder_decoder=encoder_decoder)
-    if task.classes is not None and len(task.classes) < 2:  # with one output transformers does regression
+    if task.classes is not None and len(task.classes) < 2:  # with a single output, transformers trains a regression
         raise ValueError(
             f"The labels of {data.dataset} are all {task.classes[0]!r}, but 2 classes are needed; check the rows."
         )
@@ -151,7 +151,7 @@ def load_task(data: DataArgs, model: ModelArgs, splits) -> TaskData:
 
 
 def load_tokenizer(model: ModelArgs, task: TaskData, output_dir: str, splits) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, or train one on the dataset's texts and keep it in the run's folder."""
+    """Load the tokenizer, or train one on the data set's texts and save it in the run's folder."""
     if source := model.tokenizer or model.model:
         return read_tokenizer(source, **model.hub)
     folder = Path(output_dir) / "tokenizer"
@@ -166,19 +166,19 @@ def load_tokenizer(model: ModelArgs, task: TaskData, output_dir: str, splits) ->
 
 
 def label_tables(classes: list[str]) -> dict:
-    """The two tables of a config that name the classes."""
+    """The two config fields that name the classes."""
     return {"id2label": dict(enumerate(classes)), "label2id": {name: number for number, name in enumerate(classes)}}
 
 
 def head_changes(config, classes: list[str]) -> dict:
-    """What must be changed of a checkpoint so that its head has `classes`; its own where it has learned them before.
+    """Config changes so that a checkpoint's head has `classes`; none if it has learned all of them already.
 
-    A trained head keeps its own order of the classes: the rows find their ids by name.
+    A trained head keeps its order of the classes; rows are matched by name.
     """
     known = classes_of(config)
     ids = ids_by_name(known)
     if all(class_id(name, ids) is not None for name in classes):
-        return label_tables(known)  # an adapter's base may have others
+        return label_tables(known)  # stated explicitly, since the base of an adapter may have other classes
     trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     changes = label_tables(classes)
     if trained and len(known) != len(classes):
@@ -189,21 +189,20 @@ def head_changes(config, classes: list[str]) -> dict:
 def load_model(
     model: ModelArgs, shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, task: TaskData
 ) -> PreTrainedModel:
-    """Weights to start from, or a new model for the tokenizer, with the head of the task.
+    """Load the initial model, or make a new one for the tokenizer, with the head of the task.
 
-    A decoder-only model that answers in its tokenizer's chat template stops at the end of a turn, wherever it is
-    loaded.
+    A decoder-only model that answers in a chat template gets the end-of-turn token in its generation settings.
 
     Raises:
-        ValueError: another kind or shape is asked for than the weights have, see [`shape_changes`].
+        ValueError: the requested kind or shape differs from that of the weights, see [`shape_changes`].
     """
     auto = getattr(transformers, task.auto_class)
     if model.model:
         config = read_config(model.model, **model.hub)
         if bool(config.is_encoder_decoder) != task.encoder_decoder:
             raise ValueError(
-                f"encoder_decoder is {task.encoder_decoder}, but that of {model.model} is "
-                f"{config.is_encoder_decoder}; leave it out."
+                f"encoder_decoder is {task.encoder_decoder}, but {model.model} has {config.is_encoder_decoder}; "
+                f"leave it out."
             )
         changed = shape_changes(shape, config, model.model)
         if task.classes is not None:
@@ -221,7 +220,7 @@ def new_config(shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, task
     fields = {name: value for name, value in asdict(shape).items() if value is not None}
     encoder_layers = fields.pop("encoder_layers", None)
     if encoder_layers is not None and not task.encoder_decoder:
-        logger.warning(f"encoder_layers is {encoder_layers}, but the model has no encoder: it is left out.")
+        logger.warning(f"encoder_layers is {encoder_layers}, but the model has no encoder; the option is ignored.")
         encoder_layers = None
     return FlashLiteConfig(
         vocab_size=len(tokenizer),
@@ -236,7 +235,7 @@ def new_config(shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, task
 
 
 def stop_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let generation end where the chat template ends a turn; `generation_config.json` keeps it for every tool."""
+    """Add the end-of-turn token of the chat template to `generation_config.json`, so that every tool stops there."""
     model.generation_config.eos_token_id = end_tokens(tokenizer, model.generation_config)
 
 
@@ -302,17 +301,18 @@ def _first(examples, count: int):
 def make_trainer(
     trainer_class: type[CarefulTrainer], model, args, tokenizer, rows: tuple, **options
 ) -> CarefulTrainer:
-    """A trainer of `model` on the `rows` of [`load_rows`]; `options` are what its class takes beside those of all.
+    """A trainer of `model` on the `rows` of [`load_rows`]; `options` are further arguments of its class.
 
     Raises:
-        ValueError: the model does not know all tokens, or the rows are packed and it reads across their documents.
+        ValueError: the vocabulary exceeds the model's, or the rows are packed and the model attends across documents.
     """
     if "position_ids" in column_names(rows[0]):
         check_separation(model)
     known = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if known is not None and len(tokenizer) > known:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the model knows {known} only; use the model's own."
+            f"The tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {known} only; use the "
+            f"model's own tokenizer."
         )
     return trainer_class(
         model=model,
@@ -326,11 +326,11 @@ def make_trainer(
 
 
 def run(trainer: CarefulTrainer, name: str) -> dict:
-    """Train, save, evaluate and plot; returns the metrics that are printed last.
+    """Train, save, evaluate and plot; returns the final metrics.
 
-    `--resume` continues from the newest complete checkpoint, and starts from scratch where there is none;
-    `--resume_from_checkpoint` continues from that checkpoint. The generation settings of the base, which may have
-    gained an end token, are saved beside adapters.
+    `--resume` continues from the newest complete checkpoint, or starts anew if there is none;
+    `--resume_from_checkpoint` continues from the given one. The generation settings of the base, which may have a new
+    end token, are saved beside adapters.
     """
     args = trainer.args
     if trainer.is_world_process_zero():

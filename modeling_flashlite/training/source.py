@@ -30,8 +30,8 @@ _PICKLES = re.compile(r"(pytorch_model|model|consolidated)[\w.-]*\.(bin|pt|pth|c
 class Source:
     """A checkpoint to convert: its config, and its weights, read on demand.
 
-    `shapes` gives the shape of every weight by its name, and `read` the weight itself. `folder` is `None` for a model
-    in memory, `gguf` the name of a GGUF file in the folder.
+    `shapes` maps each weight's name to its shape, and `read` loads one by name. `folder` is `None` for a model in
+    memory; `gguf` is the name of a GGUF file in the folder.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Source:
 
     @classmethod
     def of_flashlite(cls, folder: str, model: PreTrainedModel) -> "Source":
-        """A Flash-Lite checkpoint, as the origin of what is made of it."""
+        """A Flash-Lite checkpoint as the source of a derived model."""
         weights = model.state_dict()
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         return cls(folder, model.config, shapes, weights.__getitem__, model.generation_config, Path(folder))
@@ -55,24 +55,26 @@ class Source:
             return None
         try:
             return AutoTokenizer.from_pretrained(self.folder, **({"gguf_file": self.gguf} if self.gguf else {}))
-        except Exception as error:  # tokenizers raise whatever their files make them
+        except Exception as error:  # damaged tokenizer files can raise any exception
             raise ConversionError(f"The tokenizer of {self.name} cannot be read: {first_line(error)}") from error
 
 
 def open_source(model: PreTrainedModel | str | Path, max_length: int | None = None) -> Source:
-    """Find a checkpoint and refuse, before a weight is read, what cannot be converted.
+    """Find a checkpoint and check that it can be converted, before any weight is read.
 
     Args:
         model: a model in memory, a folder, a `.gguf` file, or a Hub id.
         max_length (`int`, *optional*): see [`convert`].
 
     Raises:
-        ConversionError: with one sentence.
+        ConversionError: the checkpoint cannot be converted; the message says why.
     """
     if isinstance(model, PreTrainedModel):
         flashlite_config(model.config, max_length)
         if type(model).__name__.removesuffix("ForCausalLM") == type(model).__name__:
-            raise ConversionError(f"{type(model).__name__} has no language-model head; give the ...ForCausalLM.")
+            raise ConversionError(
+                f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM."
+            )
         weights = model.state_dict()
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         return Source(
@@ -122,7 +124,7 @@ def _read_config(name: str, **kwargs) -> PreTrainedConfig:
 def _open_gguf(path: Path, max_length: int | None) -> Source:
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # the reader of these files raises whatever it stumbles over
+    except Exception as error:  # the GGUF reader can raise any exception on damaged files
         raise ConversionError(f"{path} cannot be read as GGUF: {first_line(error)}") from error
     flashlite_config(config, max_length)
     try:
