@@ -176,6 +176,11 @@ class FlashLiteStackConfig(PreTrainedConfig):
         return plan | {"head": _TP_PLAN_HEAD_NORM, "projection": _TP_PLAN_PROJECTION_NORM}.get(self.qk_norm or "", {})
 
     @property
+    def key_dim(self) -> int:
+        """Dimensions of a key head: the position of `transformer_xl` takes as many again as the content."""
+        return (self.head_dim or 0) * (1 if self.position_encoding == "rotary" else 2)
+
+    @property
     def rope_kinds(self) -> list[str | None]:
         """The rotary embedding of each layer: `None` for that of `rope_parameters`, `"local"`, or `"none"`."""
         rotated = self.no_rope_layers or [1] * self.num_hidden_layers

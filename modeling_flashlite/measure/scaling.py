@@ -66,8 +66,7 @@ def training_flops(config: FlashLiteConfig, length: int, checkpointing: bool = T
     passes = 4 if checkpointing else 3
     products = 2 * (count_decoder_parameters(config) - c.vocab_size * c.hidden_size) * passes
     head = 2 * c.vocab_size * c.hidden_size * 3
-    # without rotary positions, keys have twice the dimensions
-    width = c.num_attention_heads * c.head_dim * (2 if c.position_encoding == "rotary" else 3)
+    width = c.num_attention_heads * (c.key_dim + c.head_dim)
     return products + head + 2 * width * attention_visits(config, length) * c.num_hidden_layers * passes
 
 

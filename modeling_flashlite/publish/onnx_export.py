@@ -107,9 +107,8 @@ def check_exportable(model, max_length: int) -> None:
 def cache_shapes(model, max_length: int, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the decoder graph's keys and values."""
     config = model.model.decoder.config
-    key_size = config.head_dim * (1 if config.position_encoding == "rotary" else 2)
     outer = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length)
-    return (*outer, key_size), (*outer, config.head_dim)
+    return (*outer, config.key_dim), (*outer, config.head_dim)
 
 
 def export_onnx(model, folder: str | Path, max_length: int = 512) -> list[Path]:

@@ -249,8 +249,7 @@ def read_memories(path: Path, model, slots: int, rows: int, device) -> dict[int,
 def _check_memory(state: dict[str, torch.Tensor], config, rows: int) -> None:
     keys, values, *counts = state.values()
     slots, heads = keys.shape[-2] if keys.dim() == 4 else 0, config.num_key_value_heads
-    width = config.head_dim * (1 if config.position_encoding == "rotary" else 2)
-    expected = (rows, heads, slots, width), (rows, heads, slots, config.head_dim)
+    expected = (rows, heads, slots, config.key_dim), (rows, heads, slots, config.head_dim)
     if (
         (tuple(keys.shape), tuple(values.shape)) != expected
         or not keys.is_floating_point()
@@ -258,7 +257,7 @@ def _check_memory(state: dict[str, torch.Tensor], config, rows: int) -> None:
     ):
         raise ValueError(
             f"keys {list(keys.shape)} {keys.dtype} and values {list(values.shape)} {values.dtype} for {rows} rows, "
-            f"{heads} heads and sizes {width} and {config.head_dim}"
+            f"{heads} heads and sizes {config.key_dim} and {config.head_dim}"
         )
     for name, value in zip(MEMORY_STATE[2:], counts):
         most = slots if name == "fill" else torch.iinfo(torch.int64).max
