@@ -470,18 +470,30 @@ def _coded_names(checkpoint_files) -> set[str] | None:
     for path in checkpoint_files:
         if not str(path).endswith(".safetensors"):
             raise ValueError(f"Coded checkpoints are safetensors files only, got {path}.")
-        try:
-            with open(path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                if length > 100_000_000:
-                    raise ValueError(f"it claims {length} bytes")
-                header = dict(json.loads(file.read(length)))
-        except (struct.error, ValueError, TypeError) as error:
-            raise ValueError(f"The header of {path} is damaged ({error}); fetch the file again.") from error
-        for name, entry in header.items():
-            if entry.get("dtype") == "U8" and len(entry.get("shape", ())) == 1:
-                names.add(name)
+        entries, _ = safetensors_header(path)
+        names |= {name for name, entry in entries.items() if entry["dtype"] == "U8" and len(entry["shape"]) == 1}
     return names
+
+
+def safetensors_header(path) -> tuple[dict[str, dict], int]:
+    """Dtype, shape and data offsets of every tensor in a safetensors file, and the byte where the data begin.
+
+    Raises:
+        ValueError: the header is damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > 100_000_000:
+                raise ValueError(f"it claims {length} bytes")
+            entries = dict(json.loads(file.read(length)))
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            if not {"dtype", "shape", "data_offsets"} <= set(entry):
+                raise ValueError(f"{name} has no dtype, shape or data_offsets")
+    except (struct.error, ValueError, TypeError) as error:
+        raise ValueError(f"The header of {path} is damaged ({error}); fetch the file again.") from error
+    return entries, 8 + length
 
 
 def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[str], list]]:

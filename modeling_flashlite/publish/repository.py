@@ -5,13 +5,13 @@ import hashlib
 import json
 import re
 import shutil
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..data.tasks import TASKS
+from ..quantization_flashlite import safetensors_header
 from ..saving_flashlite import fitting_auto_map
 
 PACKAGE = Path(__file__).parents[1]
@@ -162,17 +162,13 @@ def check_weights(folder: Path, checkpoint: Path | None = None) -> None:
 
 
 def read_safetensors_header(path: Path) -> dict[str, dict]:
-    """Return `{tensor: {"dtype", "shape", "data_offsets"}}` without `__metadata__`; refuse a truncated file."""
+    """Return `{tensor: {"dtype", "shape", "data_offsets"}}`; refuse a damaged or truncated file."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
-        raw = file.read(length) if 0 < length < min(size, 100_000_000) else b""
     try:
-        header = json.loads(raw)
+        header, start = safetensors_header(path)
     except ValueError:
         raise PublishError(f"{path.name} is not a safetensors file ({size} bytes); save the model again.") from None
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
         raise PublishError(f"{path.name} has {size} bytes, its header asks for {end}; save the model again.")
     return header
