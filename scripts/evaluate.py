@@ -33,6 +33,10 @@ class DataArgs:
     split: str = field(default="test", metadata={"help": "split to evaluate on"})
     columns: str | None = field(default=None, metadata={"help": "role=column,role=column, e.g. source=en,target=de"})
     limit: int | None = field(default=None, metadata={"help": "rows to evaluate; all if unset"})
+    prompt: str | None = field(
+        default=None, metadata={"help": "input with {role} placeholders; the task's own, or its instruction, if unset"}
+    )
+    shots: int = field(default=0, metadata={"help": "examples, the first of the train split, before every prompt"})
     streaming: bool = field(default=False, metadata={"help": "read the data as it is needed"})
     label: str | None = field(default=None, metadata={"help": "name of the data set in tables; as given if unset"})
 
@@ -82,7 +86,10 @@ def on_task(model_args: CheckpointArgs, data_args: DataArgs, eval_args: EvalArgs
     rows = pick_split(splits, data_args.split)
     tokenizer = read_tokenizer(model_args.model, **model_args.hub)
     model = load_for_task(model_args, task, eval_args.memory_blocks)
-    data = resolve_task(task, rows, columns=data_args.columns, config=model.config)
+    data = resolve_task(task, rows, columns=data_args.columns, config=model.config, prompt=data_args.prompt)
+    if data_args.shots:
+        instruct = tokenizer.chat_template is not None
+        data = data.with_shots(pick_split(splits, "train"), data_args.shots, instruct)
     chosen = {"num_beams": eval_args.num_beams, "max_new_tokens": eval_args.max_new_tokens}
     result = evaluate_task(
         data,

@@ -105,7 +105,8 @@ def test_declarations_are_consistent(name):
     task = TASKS[name]
     assert task.name == name and task.target in task.columns
     assert task.name == "text-generation" or set(task.metrics) <= set(METRICS)
-    task.prompt.format(**dict.fromkeys(task.columns, "x"))
+    for prompt in (task.prompt, task.instruction or ""):
+        prompt.format(**dict.fromkeys([*task.columns, *(f"{role}_column" for role in task.columns)], "x"))
 
 
 @pytest.mark.parametrize("encoder_decoder", [True, False])
@@ -126,7 +127,7 @@ def test_encoder_decoder_rows(closing):
 
 def test_decoder_only_rows_learn_the_answer_alone(tokenizer):
     row = prepared("translation", tokenizer, encoder_decoder=False)[0]
-    assert tokenizer.decode(row["input_ids"]) == "<|user|>one two<|end|><|assistant|>eins zwei<|end|>"
+    assert tokenizer.decode(row["input_ids"]).endswith("\n\none two<|end|><|assistant|>eins zwei<|end|>")
     assert shown(tokenizer, row["labels"]) == "eins zwei<|end|>"
     assert len(row["input_ids"]) == len(row["labels"])
 
@@ -163,11 +164,34 @@ def test_chat_learns_every_turn_of_the_assistant(tokenizer):
     assert chat_turns([{"role": "assistant", "content": "first"}]) == []
 
 
-def test_chat_needs_a_template_that_marks_turns():
-    tokenizer = train_tokenizer(["one two"] * 3, 300)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ValueError, match="marks 0 tokens of the assistant"):
-        prepared("chat", tokenizer, encoder_decoder=False)
+def test_instructions_and_prompts_of_ones_own(tokenizer):
+    rows = Dataset.from_dict(DATA["translation"])
+    task = get_task("translation")
+    first = rows[0]
+
+    def asked(encoder_decoder=False, tok=tokenizer, shots=0, **options):
+        data = resolve_task(task, rows, encoder_decoder=encoder_decoder, **options)
+        if shots:
+            data = data.with_shots(rows, shots, tok.chat_template is not None)
+        return prompts_and_references(data, first, tok)[0][0]
+
+    columns = list(resolve_task(task, rows).columns.values())
+    instruction = f"Translate from {columns[0]} to {columns[1]}.\n\none two"
+    assert asked() == f"<|user|>{instruction}<|end|><|assistant|>" and asked(encoder_decoder=True) == "one two"
+    assert asked(prompt="{source}\\nin German:") == "<|user|>one two\nin German:<|end|><|assistant|>"
+    assert asked(shots=1) == f"<|user|>{instruction}<|end|><|assistant|>eins zwei<|end|>{asked()}"
+    plain = train_tokenizer(["one two eins zwei"] * 3, 300)
+    plain.chat_template = None
+    assert asked(tok=plain, shots=1) == "one two\neins zwei\n\none two\n"
+    with pytest.raises(ValueError, match="takes no examples"):
+        asked(encoder_decoder=True, shots=1)
+    with pytest.raises(ValueError, match="only 2 rows have an answer"):
+        asked(shots=3)
+    for wrong in ("no role", "{source} {x}", "{source"):
+        with pytest.raises(ValueError, match="prompt is"):
+            asked(prompt=wrong)
+    with pytest.raises(ValueError, match="chat has no prompt"):
+        resolve_task(get_task("chat"), Dataset.from_dict(DATA["chat"]), prompt="{messages}")
 
 
 def test_text_generation_with_an_encoder_continues(tokenizer):

@@ -7,6 +7,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from ..spans_flashlite import question_windows
+from .conversations import cut_at_turns, encode_conversation
 from .loading import column_names, join_rows, pack, require_columns, tokenize_texts
 from .tasks import (
     TaskData,
@@ -32,6 +33,7 @@ def preprocess(
     max_source_length: int = 512,
     max_target_length: int = 128,
     too_long: str = "truncate",
+    packed: bool = False,
     document_column: str | None = None,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
@@ -51,7 +53,10 @@ def preprocess(
             decoder-only models.
         max_target_length (`int`, *optional*, defaults to 128): tokens of the labels, `</s>` included.
         too_long (`str`, *optional*, defaults to `"truncate"`): what to do with rows above these limits: `truncate`,
-            `drop` the row, or `error`. Extractive question answering uses sliding windows instead.
+            `drop` the row, or `error`. Conversations lose their last turns. Extractive question answering uses sliding
+            windows instead.
+        packed (`bool`, *optional*, defaults to `False`): conversations and prompts with answers, without an encoder:
+            several in one row of `max_source_length` tokens, which see only themselves.
         num_proc (`int`, *optional*): worker processes.
         document_column (`str`, *optional*): text generation without an encoder: consecutive rows with the same value
             are joined to one document.
@@ -74,6 +79,10 @@ def preprocess(
             f"max_target_length is {max_target_length}, but without an encoder it is part of max_source_length, "
             f"{max_source_length}; raise the latter."
         )
+    if packed and (data.encoder_decoder or not task.generates):
+        raise ValueError(
+            f"packed is set, but {task.name} by this kind of model has a row for each answer; leave it out."
+        )
     names = names_of(dataset, data.columns["label"]) if data.classes is not None else None
     encode = _Encoder(data, tokenizer, max_source_length, max_target_length, too_long, names)
     options = {"batched": True, "remove_columns": column_names(dataset)}
@@ -84,7 +93,7 @@ def preprocess(
         raise ValueError(
             f"0 examples came out of {len(dataset)} rows; check the columns, the lengths, and too_long={too_long!r}."
         )
-    return examples
+    return pack(examples, max_source_length) if packed else examples
 
 
 @dataclass
@@ -149,23 +158,17 @@ class _Encoder:
         return [{"input_ids": source + target, "labels": [-100] * len(source) + target}]
 
     def _conversation(self, messages: list[dict]) -> list[dict]:
-        encoded = self.tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
-        )
-        ids, spoken = encoded["input_ids"], encoded["assistant_masks"]
-        if not any(spoken) and any(message["role"] == "assistant" for message in messages):
-            raise ValueError(
-                "The chat template marks 0 tokens of the assistant's turns; put {% generation %} around them, or use "
-                "the template of train_tokenizer."
-            )
-        limit = self.max_source_length
-        if len(ids) > limit and self.too_long == "error":
-            _raise_too_long("conversation", len(ids), limit, "max_source_length")
-        if len(ids) > limit and self.too_long == "drop":
-            return []
-        ids, spoken = ids[:limit], spoken[:limit]
-        labels = [token if said else -100 for token, said in zip(ids, spoken, strict=True)]
-        return [{"input_ids": ids, "labels": labels}] if any(spoken) else []
+        limit, examples = self.max_source_length, []
+        for ids, spoken in encode_conversation(self.tokenizer, messages):
+            if len(ids) > limit and self.too_long == "error":
+                _raise_too_long("conversation", len(ids), limit, "max_source_length")
+            if len(ids) > limit and self.too_long == "drop":
+                continue
+            ids, spoken = cut_at_turns(ids, spoken, limit)
+            labels = [token if said else -100 for token, said in zip(ids, spoken, strict=True)]
+            if any(spoken):
+                examples.append({"input_ids": ids, "labels": labels})
+        return examples
 
     def _continued(self, row: dict) -> list[dict]:
         ids = self._ids(text_of(row[self.data.columns["text"]])) + [self.tokenizer.eos_token_id]

@@ -1,6 +1,8 @@
 """Tasks: their columns, prompts, generation settings and metrics."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+import string
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +38,7 @@ class Task:
     metrics: tuple[str, ...]
     auto_class: str = "AutoModelForSeq2SeqLM"
     generation: Mapping[str, int | float | bool] = field(default_factory=dict)
+    instruction: str | None = None
 
     @property
     def generates(self) -> bool:
@@ -58,6 +61,7 @@ TASKS = {
             prompt="{source}",
             metrics=("bleu", "chrf"),
             generation={"num_beams": 4, "max_new_tokens": 128},
+            instruction="Translate from {source_column} to {target_column}.\n\n{source}",
         ),
         Task(
             name="text2text-generation",
@@ -77,6 +81,7 @@ TASKS = {
             prompt="{document}",
             metrics=("rouge",),
             generation={"num_beams": 4, "max_new_tokens": 128, "no_repeat_ngram_size": 3},
+            instruction="Summarize in one or two sentences.\n\n{document}",
         ),
         Task(
             name="extractive-qa",
@@ -93,6 +98,7 @@ TASKS = {
             prompt="question: {question} context: {context}",
             metrics=("squad", "rouge"),
             generation={"max_new_tokens": 48},
+            instruction="{context}\n\nAnswer with a few words of this text: {question}",
         ),
         Task(
             name="chat",
@@ -178,12 +184,16 @@ class TaskData:
         columns (`dict[str, str]`): the column of each role.
         encoder_decoder (`bool`): kind of the model.
         classes (`list[str]`, *optional*): class names in the order of their ids; `None` for tasks without classes.
+        prompt (`str`, *optional*): in place of the task's own prompt or instruction.
+        shots (`tuple`, *optional*): (prompt, answer) pairs that stand before every prompt.
     """
 
     task: Task
     columns: Mapping[str, str]
     encoder_decoder: bool
     classes: list[str] | None = None
+    prompt: str | None = None
+    shots: tuple[tuple[str, str], ...] = ()
 
     @property
     def templated(self) -> bool:
@@ -200,6 +210,30 @@ class TaskData:
         classes = None if self.classes is None else classes_of(config)
         return replace(self, encoder_decoder=bool(config.is_encoder_decoder), classes=classes)
 
+    def prompt_of(self, row: Mapping, instruct: bool) -> str:
+        """Input for a row by the prompt given, else by the task's own; `instruct` prefers its instruction."""
+        template = self.prompt or (instruct and self.task.instruction) or self.task.prompt
+        parts = {f"{role}_column": column for role, column in self.columns.items()}
+        parts |= {role: text_of(row[column]) for role, column in self.columns.items() if role != self.task.target}
+        return template.format(**parts)
+
+    def with_shots(self, rows: Iterable[Mapping], count: int, instruct: bool) -> "TaskData":
+        """The same task with the first `count` rows that have an answer as examples before every prompt.
+
+        Raises:
+            `ValueError`: the task or the kind of model takes no examples, or there are fewer rows.
+        """
+        if self.encoder_decoder or not self.task.generates or self.task.name in ("chat", "text-generation"):
+            raise ValueError(
+                f"shots is {count}, but {self.task.name} by this kind of model takes no examples; leave it out."
+            )
+        answered = ((row, references_of(row[self.columns[self.task.target]])) for row in rows)
+        pairs = ((self.prompt_of(row, instruct), found[0]) for row, found in answered if found)
+        shots = tuple(itertools.islice(pairs, count))
+        if len(shots) < count:
+            raise ValueError(f"shots is {count}, but only {len(shots)} rows have an answer; ask for fewer.")
+        return replace(self, shots=shots)
+
 
 def resolve_task(
     task: Task,
@@ -208,6 +242,7 @@ def resolve_task(
     columns: str | Mapping[str, str] | None = None,
     encoder_decoder: bool = True,
     config: PreTrainedConfig | None = None,
+    prompt: str | None = None,
 ) -> TaskData:
     """Resolve a task for a data set.
 
@@ -218,17 +253,35 @@ def resolve_task(
         encoder_decoder (`bool`, *optional*, defaults to `True`): kind of the model, where there is no `config`.
         config (`PreTrainedConfig`, *optional*): of a loaded model, which decides its kind and the order of the
             classes; without it the classes are those of the data set.
+        prompt (`str`, *optional*): in place of the task's own, with `{role}` placeholders; `\\n` is a new line.
 
     Raises:
-        `ValueError`: see [`resolve_columns`] and [`label_names`].
+        `ValueError`: an unknown placeholder, or see [`resolve_columns`] and [`label_names`].
     """
     found = resolve_columns(task, dataset, columns)
     if config is not None:
         encoder_decoder = bool(config.is_encoder_decoder)
+    prompt = None if prompt is None else _checked_prompt(task, prompt.replace("\\n", "\n"))
     if task.target != "label":
-        return TaskData(task, found, encoder_decoder)
+        return TaskData(task, found, encoder_decoder, prompt=prompt)
     classes = label_names(dataset, found["label"]) if config is None else classes_of(config)
-    return TaskData(task, found, encoder_decoder, classes)
+    return TaskData(task, found, encoder_decoder, classes, prompt)
+
+
+def _checked_prompt(task: Task, prompt: str) -> str:
+    roles = [role for role in task.columns if role != task.target]
+    if not task.generates or task.name in ("chat", "text-generation"):
+        raise ValueError(f"prompt is {prompt!r}, but {task.name} has no prompt; leave it out.")
+    try:
+        used = {name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"prompt is {prompt!r}: {error}; write {{{{ for a brace.") from error
+    known = {*roles, *(f"{role}_column" for role in task.columns)}
+    if not used & set(roles) or not used <= known:
+        raise ValueError(
+            f"prompt is {prompt!r}, but must name {' and '.join(f'{{{role}}}' for role in roles)}, and nothing else."
+        )
+    return prompt
 
 
 def references_of(value: Any) -> list[str]:
@@ -341,8 +394,8 @@ def prompts_and_references(
 ) -> list[tuple[str, list[str]]]:
     """Turn one row into (prompt, accepted answers) pairs, as text: one pair, or one per assistant turn of a chat.
 
-    A decoder-only model gets the prompt inside the tokenizer's chat template if it has one, else with a newline after
-    it; an encoder-decoder model gets the prompt as it is.
+    A decoder-only model gets the prompt, after the examples, inside the tokenizer's chat template if it has one, else
+    with a newline after it; an encoder-decoder model gets the prompt as it is.
     """
     task, columns = data.task, data.columns
     if task.name == "chat":
@@ -350,13 +403,12 @@ def prompts_and_references(
             (tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True), [reply])
             for history, reply in chat_turns(messages_of(row[columns["messages"]]))
         ]
-    prompt = task.prompt.format(
-        **{role: text_of(row[column]) for role, column in columns.items() if role != task.target}
-    )
+    prompt = data.prompt_of(row, tokenizer.chat_template is not None and not data.encoder_decoder)
     references = references_of(row[columns[task.target]])
     if data.encoder_decoder:
         return [(prompt, references)]
     if tokenizer.chat_template is None:
-        return [(prompt + "\n", references)]
-    messages = [{"role": "user", "content": prompt}]
+        return [("".join(f"{asked}\n{answer}\n\n" for asked, answer in data.shots) + prompt + "\n", references)]
+    turns = [*(text for shot in data.shots for text in shot), prompt]
+    messages = [{"role": "assistant" if turn % 2 else "user", "content": text} for turn, text in enumerate(turns)]
     return [(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), references)]

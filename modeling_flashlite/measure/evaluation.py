@@ -83,6 +83,7 @@ def evaluate_task(
     limits = {"batch_size": batch_size, "max_source_length": max_source_length}
     protocol: dict = {"max_source_length": max_source_length}
     said: dict = {}
+    targets: Dataset | None = None
     references: list
     inputs: list
     if task.name == "classification":
@@ -97,14 +98,16 @@ def evaluate_task(
         protocol["generation"] = {**task.generation, **(generation or {})}
         pairs = [pair for row in rows for pair in prompts_and_references(data, row, tokenizer)]
         inputs, references = [prompt for prompt, _ in pairs], [accepted for _, accepted in pairs]
+        # good replies seldom equal the reference, so its likelihood is computed too; what is wrong with the
+        # conversations shows before anything is generated
+        targets = _targets(data, tokenizer, rows, max_source_length)[0] if task.name == "chat" else None
         ends = {"templated": data.templated, "from_start": task.name == "chat"}
         found = generate_texts(model, tokenizer, inputs, **limits, **ends, **protocol["generation"])
     scores = {**said}
     for group in task.metrics:
         scores |= METRICS[group](found, references, resamples)
     if task.name == "chat":
-        # good replies seldom equal the reference, so its likelihood is reported too
-        scores |= _label_scores(data, model, tokenizer, rows, batch_size, max_source_length)[0]
+        scores |= label_likelihood(model, DataLoader(targets, batch_size, collate_fn=PaddingCollator(tokenizer)))
     predictions = [
         {"input": given, "prediction": answer, "references": accepted}
         for given, answer, accepted in zip(inputs, found, references, strict=True)
@@ -121,10 +124,15 @@ def _likelihood(data: TaskData, model, tokenizer, rows, batch_size, max_source_l
 
 def _label_scores(data: TaskData, model, tokenizer, rows, batch_size, max_source_length) -> tuple[dict, dict]:
     """Loss on the training targets of these rows, and the length limits used."""
-    limits = {"max_source_length": max_source_length, "max_target_length": max(2, max_source_length // 4)}
-    examples = preprocess(data, Dataset.from_list(rows), tokenizer, **limits)
+    examples, limits = _targets(data, tokenizer, rows, max_source_length)
     batches = DataLoader(examples, batch_size, collate_fn=PaddingCollator(tokenizer))
     return label_likelihood(model, batches), limits
+
+
+def _targets(data: TaskData, tokenizer, rows, max_source_length) -> tuple[Dataset, dict]:
+    """What a training would learn from these rows, and the length limits used."""
+    limits = {"max_source_length": max_source_length, "max_target_length": max(2, max_source_length // 4)}
+    return preprocess(data, Dataset.from_list(rows), tokenizer, **limits), limits
 
 
 @torch.inference_mode()

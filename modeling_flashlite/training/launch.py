@@ -97,6 +97,10 @@ class DataArgs:
     max_source_length: int = field(default=512, metadata={"help": "tokens of an input, or of a packed row"})
     max_target_length: int = field(default=128, metadata={"help": "tokens of a target"})
     too_long: str = field(default="truncate", metadata={"help": "rows above the limits: truncate, drop or error"})
+    prompt: str | None = field(
+        default=None, metadata={"help": "input with {role} placeholders; the task's own, or its instruction, if unset"}
+    )
+    packed: bool = field(default=False, metadata={"help": "several conversations or answers in one row"})
     segment_length: int | None = field(
         default=None, metadata={"help": "tokens of a segment; turns segment recurrence on"}
     )
@@ -142,7 +146,9 @@ def load_task(data: DataArgs, model: ModelArgs, splits) -> TaskData:
         ValueError: the columns do not fit the task (see `resolve_columns`), or there are fewer than two classes.
     """
     rows, encoder_decoder = pick_split(splits, "train"), is_encoder_decoder(data, model)
-    task = resolve_task(get_task(data.task), rows, columns=data.columns, encoder_decoder=encoder_decoder)
+    task = resolve_task(
+        get_task(data.task), rows, columns=data.columns, encoder_decoder=encoder_decoder, prompt=data.prompt
+    )
     if task.classes is not None and len(task.classes) < 2:  # with a single output, transformers trains a regression
         raise ValueError(
             f"The labels of {data.dataset} are all {task.classes[0]!r}, but 2 classes are needed; check the rows."
@@ -253,6 +259,8 @@ def load_rows(
             f"segment_length is {data.segment_length}, but {task.task.name} has no segments; leave it out, or train "
             "for text-generation."
         )
+    if data.packed and args.predict_with_generate:
+        raise ValueError("packed is set, but an evaluation that generates needs one answer in a row; leave out one.")
     names = ["train"] + [name for name in ("validation", "valid", "val", "dev") if name in splits][:1]
     prepared = []
     with args.main_process_first(desc="prepare the data"):
@@ -268,6 +276,7 @@ def load_rows(
                     max_source_length=data.max_source_length,
                     max_target_length=data.max_target_length,
                     too_long=data.too_long,
+                    packed=data.packed,
                     document_column=data.document_column,
                 )
             if isinstance(examples, IterableDataset) and training:
