@@ -1,16 +1,24 @@
 """README is true: its Python runs, the files and commands it names exist, its tables equal the results files."""
 
 import ast
+import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from checkpoints import make_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from verbs import TINY_RUN, argument_classes, load_script
+
+from modeling_flashlite.cli import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIVE = ("convert", "finetune", "quantize", "evaluate", "chat")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
@@ -73,6 +81,42 @@ def test_notebook_runs_and_shows_its_outputs(tmp_path):
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
     printed = run("-c", "\n".join("".join(cell["source"]) for cell in cells), cwd=tmp_path)
     assert 3.3 < float(re.search(r"([\d.]+) bits per weight", printed).group(1)) < 3.6  # 3.5 were asked for
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_a_chat_model_of_ones_own_in_five_commands(tmp_path, monkeypatch, capsys):
+    """Each as README has it, on a tiny model of another family and a few conversations."""
+    block = re.search(r"from a Hub name.*?```bash\n(.*?)```", README, re.DOTALL)[1].replace("\\\n", " ")
+    commands = [shlex.split(line) for line in block.splitlines()]
+    assert [words[1] for words in commands] == [f"scripts/{name}.py" for name in FIVE]
+    monkeypatch.chdir(tmp_path)
+    Path("scripts").symlink_to(ROOT / "scripts")
+    turns = [{"from": "human", "value": "who grants?"}, {"from": "gpt", "value": "the licensor"}]
+    for name in "abc":
+        Path(f"{name}.jsonl").write_text(json.dumps({"conversations": turns}) + "\n", encoding="utf-8")
+    tokenizer = make_tokenizer()
+    turn, asked = "<|{{ m.role }}|>{{ m.content }}<|end|>", "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}{asked}"
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 0}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained("llama")
+    tokenizer.save_pretrained("llama")
+    tiny = {
+        "convert": ["--model=llama", "--report_tokens=0"],
+        "finetune": [*TINY_RUN, "--columns=messages=conversations", "--lora_r=2", "--load_best_model_at_end=false"],
+        "quantize": [*TINY_RUN, "--columns=messages=conversations", "--calibration_batches=1", "--target_bits=6"],
+        "evaluate": ["--columns=messages=conversations", "--max_new_tokens=4", "--speed_tokens=2", "--resamples=0"],
+        "chat": ["--max_tokens=4"],
+    }
+    monkeypatch.setattr(sys, "stdin", io.StringIO("who grants?\n"))
+    for name, words in zip(FIVE, commands):
+        script, argv = load_script(name), [*words[2:], *tiny[name]]
+        if name == "chat":
+            assert script.main(argv) == 0
+        else:
+            script.main(*parse_args(argument_classes(script), argv))
+    assert AutoModelForCausalLM.from_pretrained("runs/small").is_quantized
 
 
 def test_experiment_log_names_commits_and_files():
