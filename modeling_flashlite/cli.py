@@ -1,5 +1,6 @@
 """Command lines of the scripts: dataclasses filled from a YAML recipe and overrides, with hints for unknown keys."""
 
+import contextlib
 import json
 import linecache
 import re
@@ -15,7 +16,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 from .measure.cost import count_parameters
 from .spelling import did_you_mean
 
-__all__ = ["banner", "finish", "parse_args", "start"]
+__all__ = ["banner", "finish", "needs", "parse_args", "start"]
 
 # errors that always describe the input, and errors that do so only when raised by our own code
 _REFUSALS = ValueError, OSError, ImportError, FloatingPointError
@@ -47,6 +48,15 @@ def start(main: Callable, classes: Sequence[type] | None = None, description: st
             raise
         _refuse(_sentence(error))
     raise SystemExit(result if isinstance(result, int) else 0)
+
+
+@contextlib.contextmanager
+def needs(extra: str):
+    """Refuse in one sentence, with exit code 2, where a package of an optional `extra` is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        _refuse(f"{error.name} is not installed; run `pip install 'flashlite[{extra}]'`.")
 
 
 def _take_debug(argv: list[str]) -> bool:

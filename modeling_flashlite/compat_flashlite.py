@@ -9,6 +9,7 @@ import copy
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -70,10 +71,14 @@ def takes_cache(forward):
 
     @functools.wraps(forward)
     def wrapper(self, *args, cache=None, **kwargs):
+        old = kwargs.get("past_key_values")
         if cache is not None:
-            if kwargs.get("past_key_values") is not None:
+            if old is not None:
                 raise ValueError("Got both `cache` and `past_key_values`, two names of one argument; give one.")
             kwargs["past_key_values"] = cache
+        elif old is not None and CACHE == "cache" and not torch.compiler.is_compiling():
+            # as the library's own models say it since 5.24
+            warnings.warn("`past_key_values` is deprecated; use `cache` instead.", FutureWarning, stacklevel=2)
         return forward(self, *args, **kwargs)
 
     signature = inspect.signature(forward)

@@ -122,13 +122,14 @@ class DecodeSession:
         self._tables: Any = None
         self._shift: Any = None
 
-    def __call__(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs) -> FlashLiteDecoderOutput:
+    def __call__(self, input_ids=None, attention_mask=None, **kwargs) -> FlashLiteDecoderOutput:
         """The decoder's output for its arguments; see [`FlashLiteDecoder.forward`]."""
+        past_key_values = kwargs.pop(CACHE, None)
         if not self._takes(input_ids, attention_mask, past_key_values, kwargs):
             is_new = past_key_values is None or not past_key_values.get_seq_length()
             if is_new and kwargs.get("use_cache") is not False:
                 self.forget()  # weights may have changed before a new text
-            arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
+            arguments = {"attention_mask": attention_mask, CACHE: past_key_values, **kwargs}
             return self.decoder(input_ids=input_ids, **arguments)
         decoder, own = self.decoder, own_cache(past_key_values)
         check_inputs(decoder.config, input_ids, None, attention_mask, own.layers[0].columns)

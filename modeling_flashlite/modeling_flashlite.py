@@ -128,7 +128,7 @@ class FlashLiteModel(FlashLitePreTrainedModel):
         check_arguments(self, kwargs, packed=position_ids is not None)
         recorded = self._recorded(kwargs)
         recorded["return_dict"] = True
-        own = {"past_key_values": past_key_values, "use_cache": use_cache, "memory": memory, **recorded}
+        own = {CACHE: past_key_values, "use_cache": use_cache, "memory": memory, **recorded}
         if not self.config.is_encoder_decoder:
             self._refuse_encoder_arguments(
                 decoder_input_ids=decoder_input_ids,
@@ -376,7 +376,7 @@ class FlashLiteForConditionalGeneration(FlashLiteHeadModel, GenerationMixin):
             decoder_attention_mask=decoder_attention_mask,
             decoder_position_ids=decoder_position_ids,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
@@ -435,7 +435,7 @@ class FlashLiteForCausalLM(FlashLiteHeadModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             memory=memory,

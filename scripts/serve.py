@@ -17,15 +17,17 @@ import socket
 import sys
 from dataclasses import dataclass, field, replace
 
-import uvicorn
-
 import modeling_flashlite  # noqa: F401  (registers the architecture)
 from modeling_flashlite.checkpoint import CheckpointArgs
-from modeling_flashlite.cli import parse_args, start
+from modeling_flashlite.cli import needs, parse_args, start
 from modeling_flashlite.publish.hub import DownloadError, download
 from modeling_flashlite.serve.engine import Engine
 from modeling_flashlite.serve.jobs import Limits
-from modeling_flashlite.serve.server import create_app
+
+with needs("serve"):
+    import uvicorn
+
+    from modeling_flashlite.serve.server import create_app
 
 
 @dataclass
@@ -94,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     others = [Engine(replace(checkpoint, model=at), called, args.limits, engine) for called, at in adapters.items()]
     app = create_app(engine, key, args.max_body, others)
     if args.web:
-        from modeling_flashlite.serve.page import mount_page
+        with needs("web"):
+            from modeling_flashlite.serve.page import mount_page
 
         app = mount_page(app, engine, key)
     host, port = listener.getsockname()[:2]

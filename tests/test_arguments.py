@@ -134,6 +134,21 @@ def test_the_cache_has_two_names_on_every_version(make, model_class, encoder):
     assert model(**{**source, column: IDS}, use_cache=False).cache is None
 
 
+@pytest.mark.skipif(CACHE != "cache", reason="5.24 deprecates the old name of the cache")
+@pytest.mark.parametrize(("model_class", "encoder"), FORMS[:4])
+def test_the_old_name_of_the_cache_warns_and_is_not_used_inside(make, model_class, encoder, recwarn):
+    model = make(model_class, encoder)
+    inputs = {"input_ids": IDS, **({"decoder_input_ids": IDS} if encoder else {})}
+    cache = model(**inputs, use_cache=True).cache
+    if model.can_generate():
+        model.generate(IDS, max_new_tokens=3, pad_token_id=0)
+        model.generate(IDS, max_new_tokens=3, pad_token_id=0, num_beams=2)
+    assert not [warning for warning in recwarn if "deprecated" in str(warning.message)]
+    model(**inputs, past_key_values=cache)
+    (warning,) = [warning for warning in recwarn if "deprecated" in str(warning.message)]
+    assert "`past_key_values` is deprecated; use `cache` instead." in str(warning.message)
+
+
 def test_a_memory_is_not_taken_for_something_else(make):
     model = make(FlashLiteForCausalLM, False)
     for wrong in (DynamicCache(), IDS):

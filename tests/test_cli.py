@@ -3,14 +3,16 @@
 import json
 import runpy
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from checkpoints import make_tokenizer
 
 from modeling_flashlite import EcqConfig, FlashLiteForCausalLM
-from modeling_flashlite.cli import banner, finish, parse_args, start
-from modeling_flashlite.training.launch import TrainArgs
+from modeling_flashlite.cli import banner, finish, needs, parse_args, start
+from modeling_flashlite.data.tasks import TASKS, TaskData
+from modeling_flashlite.training.launch import ArchitectureArgs, TrainArgs, new_config
 from modeling_flashlite.training.lora import add_lora
 
 
@@ -123,6 +125,29 @@ def test_a_refusal_is_one_sentence_and_exit_code_2(monkeypatch, capsys, error, s
     with pytest.raises(type(error)):
         start(main)
     assert sys.argv == ["run.py"]
+
+
+def test_an_extra_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+
+    def main():
+        with needs("serve"):
+            import uvicorn  # noqa: F401
+
+    assert stopped(main, capsys) == (
+        2,
+        "run.py: uvicorn is not installed; run `pip install 'flashlite[serve]'`.\n",
+    )
+
+
+def test_layers_of_an_encoder_that_is_not_there():
+    tokenizer, alone = make_tokenizer(), TaskData(TASKS["text-generation"], {}, encoder_decoder=False)
+    (typed,) = parse_args((ArchitectureArgs,), ["--encoder_layers=2"])
+    with pytest.raises(ValueError, match="encoder_layers is 2, but the model has no encoder"):
+        new_config(typed, tokenizer, alone)
+    assert new_config(typed, tokenizer, replace(alone, encoder_decoder=True)).encoder.num_hidden_layers == 2
+    assert new_config(ArchitectureArgs(encoder_layers=2), tokenizer, alone).encoder is None  # a recipe's
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..attention_flashlite import multi_axis_attention_reference
+from ..compat_flashlite import CACHE
 from ..layers_flashlite import LENGTH_ROPES, layer_angles, nearer, shift_angles
 from ..modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 
@@ -219,7 +220,7 @@ def measure_parity(model, folder: str | Path, steps: int = 8, seed: int = 0) -> 
             else:
                 grown = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
                 inputs = {"input_ids": torch.tensor(token), "attention_mask": grown}
-            outputs = model(**inputs, past_key_values=past, use_cache=True)
+            outputs = model(**inputs, **{CACHE: past}, use_cache=True)
             logits, cache = runner.step(token, position, cache, fixed)
             found["step"] = max(found["step"], float(np.abs(logits - outputs.logits.numpy()).max()))
             past, position = outputs.past_key_values, position + 1

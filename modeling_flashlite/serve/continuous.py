@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..compat_flashlite import CACHE
 from .jobs import Answer, Job, Limits, TokenLogprob, token_logprobs
 
 # prompt tokens read between two steps of the batch, and when nothing else runs
@@ -177,7 +178,7 @@ class ContinuousBatch:
         each other cache.
         """
         ids = torch.tensor([tokens], device=self.model.device)
-        arguments = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+        arguments = {"input_ids": ids, CACHE: cache, "use_cache": True}
         if not whole:
             arguments["logits_to_keep"] = 1
         outputs = contextvars.Context().run(self.model, **arguments)
@@ -239,7 +240,7 @@ class ContinuousBatch:
             input_ids=torch.tensor(self.newest, device=self.model.device)[:, None],
             attention_mask=mask,
             position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             use_cache=True,
         ).logits[:, -1]
         for row, answer in enumerate(self.answers):

@@ -226,7 +226,10 @@ def new_config(shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, task
     fields = {name: value for name, value in asdict(shape).items() if value is not None}
     encoder_layers = fields.pop("encoder_layers", None)
     if encoder_layers is not None and not task.encoder_decoder:
-        logger.warning(f"encoder_layers is {encoder_layers}, but the model has no encoder; the option is ignored.")
+        said = f"encoder_layers is {encoder_layers}, but the model has no encoder"
+        if "encoder_layers" in getattr(shape, "given", ()):
+            raise ValueError(f"{said}; leave it out, or set encoder_decoder.")
+        logger.warning(f"{said}: it is left out.")  # a recipe's, whose encoder_decoder the command line overrides
         encoder_layers = None
     return FlashLiteConfig(
         vocab_size=len(tokenizer),
