@@ -31,7 +31,7 @@ from .attention_flashlite import WorkingSet, fits_working_set, joint_weights, mu
 from .cache_flashlite import EncoderCacheLayer, FlashLiteCacheLayer, axis_spec, own_cache
 from .compat_flashlite import CACHE
 from .ecq_modules_flashlite import EcqLinear, join
-from .int4_flashlite import TILE_ROWS, int4_few_rows, is_few_rows
+from .int4_flashlite import int4_few_rows, is_few_rows
 from .layers_flashlite import (
     LENGTH_ROPES,
     FlashLiteDecoderAttention,
@@ -46,6 +46,7 @@ from .layers_flashlite import (
 )
 from .linear_flashlite import Linear, is_hooked, linear
 from .stacks_flashlite import FlashLiteDecoder, FlashLiteDecoderOutput, check_inputs
+from .tiles_flashlite import TILE_ROWS
 
 # positions whose angles are computed together, if they depend on nothing else
 _ANGLES = 64

@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from .ecq_stream_flashlite import QuantizedWeight, TiledWeight
 from .int4_flashlite import (
-    TILE_ROWS,
     KernelWeight,
     int4_embedding,
     int4_few_rows,
@@ -26,6 +25,7 @@ from .int4_flashlite import (
     kernel_weight,
 )
 from .linear_flashlite import Linear
+from .tiles_flashlite import TILE_ROWS
 
 # the mixins below are always mixed into a layer
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class EcqModule(_Layer):
     """Base of [`EcqLinear`] and [`EcqEmbedding`]: the codes, and a `weight` placeholder without elements.
 
     Parameters:
-        tiles (uint8, the layout of `int4_flashlite`), step (float32 `[rows]`): codes and steps.
+        tiles (uint8, the layout of `tiles_flashlite`), step (float32 `[rows]`): codes and steps.
         numbers (int64), factors (float32): what the tiles' columns multiply, `None` where that is just the input; see
             [`TiledWeight.inputs`].
         weight (float `[rows, 0]`): has the dtype and device that other code asks a layer for; tied layers share it.

@@ -29,7 +29,7 @@ Weight stream, version 1 (little endian), one uint8 tensor under the name of the
     ======  =====  ====================================================================================================
 
 Chunks are those of `codec_flashlite`. Columns of alike spread form a group with Huffman tables of its own. The rows
-are cut into *bands* of whole tiles (64 rows, see `int4_flashlite`) of about 4 MiB; every band has for every group, in
+are cut into *bands* of whole tiles (64 rows, see `tiles_flashlite`) of about 4 MiB; every band has for every group, in
 order, one chunk of bytes, or two where the group has three digits:
     1 digit   `[tiles, columns of the group, 32]`, byte j of a tile holds digit + 8 of row j in its low and of row
               j + 32 in its high nibble: the order of a loaded model's memory
@@ -55,7 +55,7 @@ import numpy as np
 import torch
 
 from .codec_flashlite import CodecError, chunk_bytes, decode_chunk, encode_chunk
-from .int4_flashlite import TILE_ROWS, empty_tiles, tile_codes, untile_codes
+from .tiles_flashlite import TILE_ROWS, empty_tiles, tile_codes, untile_codes
 
 CODE_RANGE = -2184, 1911  # three balanced digits of base 16
 GRID = 16
@@ -142,7 +142,7 @@ class TiledWeight(_Scaled):
 
     Attributes:
         shape (`tuple[int, int]`): rows, columns.
-        tiles (`torch.Tensor` uint8 `[ceil(rows / 64), padded, 32]`): tiles of `int4_flashlite` of a matrix whose
+        tiles (`torch.Tensor` uint8 `[ceil(rows / 64), padded, 32]`): tiles of `tiles_flashlite` of a matrix whose
             columns are the first digits of all columns, then the second of `wide[0]`, then the third of `wide[1]`.
         wide (pair of `torch.Tensor` int64): increasing numbers of the columns with two or more, and with three digits.
         base, exponents, grid, column_exponents: as in [`QuantizedWeight`].

@@ -1,9 +1,4 @@
-"""Packed int4 weights in memory and the products that use them: one storage for linear layers, embeddings, tied heads.
-
-A weight is w[n, k] = code[n, k] * step[n] with codes -8..7 and one float32 step per row. Codes lie in *tiles*, uint8
-`[ceil(N / 64), Kp, 32]` with Kp = K rounded up to 32: byte (b, k, j) holds code + 8 of row 64 b + j in its low nibble
-and of row 64 b + j + 32 in its high nibble; padding is code 0. That is what PyTorch's AVX-512 int4 kernel reads, so
-half a byte per weight is all there is: nothing is kept twice, and the same tiles serve products, look-ups and saving.
+"""Products and look-ups of packed 4-bit weights (see `tiles_flashlite`): linear layers, embeddings, tied heads.
 
 `int4_linear` picks a way by the number of activation rows M. Microseconds of a layer with bfloat16 activations, one
 thread of an AVX-512 core with VNNI and BF16, weights as far in the cache as they fit, minima (PyTorch 2.13). "held" is
@@ -38,101 +33,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-TILE_ROWS = 64
+from .int8_flashlite import digits_of, held_codes, held_linear, int8_matmul
+from .tiles_flashlite import (
+    TILE_ROWS,
+    dequantize_int4,
+    derived,
+    group_of,
+    join_columns,
+    kernel_group,
+    tile_codes,
+    unpack,
+)
+
 _KERNEL_ROWS = 16  # M up to which the int4 kernel beats unpacking to int8
 _KERNEL_ROWS_EXACT = 36  # ... and unpacking to bfloat16
-_INT8_ERROR = 0.015  # relative error of the output that int8 activations may cost
-_GROUP_WEIGHTS = 1 << 20  # weights unpacked at a time, to stay in the cache
-
-
-def _padded(columns: int) -> int:
-    """Columns of tiles for so many columns of codes.
-
-    A multiple of 32. A few more than needed can take less memory, since the kernel's scales are then fewer:
-    608 = 19 * 32 columns need one per 32 weights, 640 = 5 * 128 one per 128.
-    """
-    least = -(-columns // 32) * 32
-    return min(range(least, least + 256, 32), key=lambda padded: padded * (1 + 8 / _kernel_group(padded)))
-
-
-def empty_tiles(rows: int, columns: int, device=None) -> torch.Tensor:
-    """Room for the tiles of codes `[N, K]`, not initialised: uint8 `[ceil(N / 64), Kp, 32]`."""
-    return torch.empty(-(-rows // TILE_ROWS), _padded(columns), 32, dtype=torch.uint8, device=device)
-
-
-def tile_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Tiles of codes.
-
-    Args:
-        codes (`torch.Tensor` int8 `[N, K]`): -8..7.
-
-    Returns:
-        `torch.Tensor` uint8 `[ceil(N / 64), Kp, 32]`.
-    """
-    if codes.dtype != torch.int8 or codes.numel() and (codes.min() < -8 or codes.max() > 7):
-        raise ValueError(
-            f"Tiles hold int8 codes -8..7, not {codes.dtype} of {codes.min()}..{codes.max()}; clamp them first."
-        )
-    rows, columns = codes.shape
-    tiles = empty_tiles(rows, columns, codes.device)
-    padded, group = tiles.shape[1], _group(TILE_ROWS * tiles.shape[1], codes.device)
-    for first in range(0, len(tiles), group):
-        part = (codes[TILE_ROWS * first : TILE_ROWS * (first + group)] + 8).view(torch.uint8)
-        if len(part) % TILE_ROWS or padded != columns:
-            part = F.pad(part, (0, padded - columns, 0, -len(part) % TILE_ROWS), value=8)
-        halves = part.view(-1, 2, 32, padded)
-        tiles[first : first + group] = (halves[:, 0] | (halves[:, 1] << 4)).transpose(1, 2)
-    return tiles
-
-
-def untile_codes(tiles: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Inverse of [`tile_codes`]: int8 `[rows, columns]`."""
-    codes = tiles.new_empty(rows, columns, dtype=torch.int8)
-    group = _group(TILE_ROWS * tiles.shape[1], tiles.device)
-    for first in range(0, len(tiles), group):
-        part = tiles[first : first + group, :columns]
-        nibbles = torch.stack([part & 15, part >> 4], 1).view(torch.int8).transpose(2, 3).reshape(-1, columns)
-        into = codes[TILE_ROWS * first : TILE_ROWS * (first + group)]
-        torch.sub(nibbles[: len(into)], 8, out=into)
-    return codes
-
-
-def _codes(tiles: torch.Tensor) -> torch.Tensor:
-    """Codes as int8, K first: `[columns of the tiles, 64 * tiles]`."""
-    low, high = (half.view(torch.int8).sub_(8) for half in (tiles & 15, tiles >> 4))
-    # one cat moves 32 bytes at a time, three times as fast as a strided copy
-    return torch.cat([half for pair in zip(low.unbind(0), high.unbind(0)) for half in pair], 1)
-
-
-def _group(size: int, device: torch.device) -> int:
-    """How many slices of `size` weights to unpack at a time: what stays in a processor's cache, or all on a GPU."""
-    return max(1, _GROUP_WEIGHTS // size) if device.type == "cpu" else 1 << 30
-
-
-def dequantize_int4(
-    tiles: torch.Tensor, step: torch.Tensor, in_features: int, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """The float weight: code * step.
-
-    Args:
-        tiles (`torch.Tensor` uint8 `[ceil(N / 64), Kp, 32]`): see [`tile_codes`].
-        step (`torch.Tensor` `[N]`): one step per row; its length is N.
-        in_features (`int`): K.
-        dtype (`torch.dtype`): of the result; the product is rounded once.
-
-    Returns:
-        `torch.Tensor` `[N, K]`.
-    """
-    return (_codes(tiles)[:in_features, : step.numel()] * step).to(dtype).t().contiguous()
+_HELD_ROWS = 4  # M up to which it beats codes that are held as int8
 
 
 def int4_linear_reference(
@@ -146,10 +67,6 @@ def int4_linear_reference(
     return F.linear(x, dequantize_int4(tiles, step, in_features, x.dtype), bias)
 
 
-def _join(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
 @functools.lru_cache(maxsize=1)
 def _tiles_fit_kernel() -> bool:
     """Whether this processor's int4 kernel reads tiles as they are (AVX-512 does)."""
@@ -159,16 +76,6 @@ def _tiles_fit_kernel() -> bool:
 
 
 _kernel_forms = WeakIdKeyDictionary()
-
-
-def _derived(held: WeakIdKeyDictionary, tiles: torch.Tensor, make: Callable[[torch.Tensor], Any]) -> Any:
-    """What `make` makes of the tiles: made once, made again after they changed, held while they live."""
-    version = None if tiles.is_inference() else tiles._version
-    entry = held.get(tiles)
-    if entry is None or entry[0] != version:
-        with torch.inference_mode(tiles.is_inference()):  # else it may be used in training later
-            entry = held[tiles] = version, make(tiles)
-    return entry[1]
 
 
 def _reordered(tiles: torch.Tensor) -> torch.Tensor:
@@ -183,7 +90,7 @@ def _kernel_form(tiles: torch.Tensor) -> torch.Tensor:
     """Weights as the kernel wants them: the tiles' own memory, or a copy made once and kept while they live."""
     if _tiles_fit_kernel():
         return tiles.view(tiles.shape[0] * TILE_ROWS, tiles.shape[1] // 2)
-    return _derived(_kernel_forms, tiles, _reordered)
+    return derived(_kernel_forms, tiles, _reordered)
 
 
 @functools.lru_cache(maxsize=64)
@@ -194,13 +101,8 @@ def _unit_scales(groups: int, rows: int) -> torch.Tensor:
         return torch.stack([ones, torch.zeros_like(ones)], -1)
 
 
-def _kernel_group(padded: int) -> int:
-    """How many columns share a scale, the kernel's largest choice that divides Kp."""
-    return min(256, padded & -padded)
-
-
 def _kernel_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
-    group = _kernel_group(tiles.shape[1])
+    group = kernel_group(tiles.shape[1])
     scales = _unit_scales(tiles.shape[1] // group, tiles.shape[0] * TILE_ROWS)
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, _kernel_form(tiles), group, scales)
 
@@ -230,7 +132,7 @@ def kernel_weight(
     factors: torch.Tensor | None = None,
 ) -> KernelWeight:
     """Tiles and steps made ready for [`int4_few_rows`]: one byte more for every 16 to 64 weights."""
-    group = _kernel_group(tiles.shape[1])
+    group = kernel_group(tiles.shape[1])
     steps = F.pad(step.detach().to(torch.bfloat16), (0, len(tiles) * TILE_ROWS - len(step)))
     scales = torch.stack([steps, torch.zeros_like(steps)], -1).expand(tiles.shape[1] // group, -1, -1)
     factors = None if factors is None else factors.detach().to(torch.bfloat16)
@@ -256,7 +158,8 @@ def is_plain(x: torch.Tensor) -> bool:
 
 def is_few_rows(x: torch.Tensor) -> bool:
     """Whether [`int4_few_rows`] is the way for so many rows, if x is plain."""
-    return 0 < x.numel() <= _KERNEL_ROWS * x.shape[-1]
+    most = _KERNEL_ROWS if held_codes() is None else _HELD_ROWS
+    return 0 < x.numel() <= most * x.shape[-1]
 
 
 def int4_few_rows(x: torch.Tensor, weight: KernelWeight, out_features: int) -> torch.Tensor:
@@ -288,79 +191,6 @@ def int4_few_rows(x: torch.Tensor, weight: KernelWeight, out_features: int) -> t
     return out.to(x.dtype).view(*batch, out_features)
 
 
-_int8_held: ContextVar[WeakIdKeyDictionary | None] = ContextVar("int8_codes", default=None)
-
-
-@contextlib.contextmanager
-def int8_codes(held: WeakIdKeyDictionary | None = None) -> Iterator[WeakIdKeyDictionary]:
-    """Within it, weights of products of more than 16 rows are held as int8 for oneDNN, one byte more per weight.
-
-    For decoding in large batches, which multiplies by every weight for each token: unpacking is then most of the work.
-    Making them ready takes as long as unpacking them twenty times. It changes nothing on processors other than x86.
-
-    Args:
-        held (`WeakIdKeyDictionary`, *optional*): what an earlier region held, to go on with; entries live no longer
-            than their tiles. By default all is let go of at the end.
-
-    Yields:
-        `WeakIdKeyDictionary` of what is held, by tiles.
-    """
-    held = WeakIdKeyDictionary() if held is None else held
-    capable = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    token = _int8_held.set(held if capable else None)
-    try:
-        yield held
-    finally:
-        _int8_held.reset(token)
-
-
-def _int8_scale(x: torch.Tensor) -> torch.Tensor | None:
-    """Scales `[M, 1]` that bring the rows of float32 x into int8, or None if outliers forbid it."""
-    peak = x.abs().amax(-1, keepdim=True)
-    # rounding to a quantum q has variance q^2 / 12, against the mean square of x
-    noise = float(torch.linalg.vector_norm(peak)) / 127 * math.sqrt(x.shape[1] / 12)
-    if not noise <= _INT8_ERROR * float(torch.linalg.vector_norm(x)):
-        return None
-    return peak.clamp_(min=torch.finfo(torch.float32).tiny * 127).div_(127)
-
-
-def _held_linear(
-    x: torch.Tensor, tiles: torch.Tensor, step: torch.Tensor, held: WeakIdKeyDictionary
-) -> torch.Tensor | None:
-    """x `[M, K]` times the weights that are held as int8: `[M, N]` in x's dtype, or None if outliers forbid it."""
-    out_features, in_features = len(step), x.shape[1]
-
-    def pack(tiles):
-        codes = _codes(tiles)[:in_features, :out_features].t().contiguous()
-        return torch.ops.onednn.qlinear_prepack(codes, None), torch.zeros(out_features, dtype=torch.long, device="cpu")
-
-    states = x.to(torch.float32, copy=True)
-    scale = _int8_scale(states)
-    if scale is None:
-        return None
-    # few significant bits, so that scaling bfloat16 sums is one operation and exact
-    scale = scale.bfloat16()
-    # oneDNN needs unsigned activations: flipping the sign bit adds 128
-    states = states.div_(scale).round_().to(torch.int8).view(torch.uint8).bitwise_xor(128)
-    packed, zeros = _derived(held, tiles, pack)
-    dtype = x.dtype if x.dtype in (torch.bfloat16, torch.float32) else torch.float32
-    out = torch.ops.onednn.qlinear_pointwise.default(
-        states, 1.0, 128, packed, step.detach(), zeros, None, 1.0, 0, dtype, "none", [], ""
-    )
-    return out.mul_(scale).to(x.dtype)
-
-
-def _int8_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor | None:
-    """x `[M, Kp]` times codes, x rounded to int8 with a scale per row: float32, or None if outliers forbid it."""
-    x = x.float()
-    scale = _int8_scale(x)
-    if scale is None:
-        return None
-    quantized = x.div(scale).round_().to(torch.int8)
-    group = _group(TILE_ROWS * tiles.shape[1], x.device)
-    return _join([torch._int_mm(quantized, _codes(part)) * scale for part in tiles.split(group)])
-
-
 def _no_autocast(x: torch.Tensor):
     """Sums over unscaled codes reach past float16's range, so an autocast region around us must not reach in."""
     device = x.device.type
@@ -369,9 +199,9 @@ def _no_autocast(x: torch.Tensor):
 
 def _exact_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
     """x `[M, Kp]` times codes unpacked to bfloat16, a few tiles at a time."""
-    group = _group(TILE_ROWS * tiles.shape[1], x.device)
+    group = group_of(TILE_ROWS * tiles.shape[1], x.device)
     with _no_autocast(x):
-        return _join([x @ _codes(part).to(torch.bfloat16) for part in tiles.split(group)])
+        return join_columns([x @ unpack(part).to(torch.bfloat16) for part in tiles.split(group)])
 
 
 def _matmul(x: torch.Tensor, tiles: torch.Tensor, out_features: int, int8: bool) -> torch.Tensor:
@@ -384,7 +214,7 @@ def _matmul(x: torch.Tensor, tiles: torch.Tensor, out_features: int, int8: bool)
     elif rows <= (_KERNEL_ROWS if int8 else _KERNEL_ROWS_EXACT):
         out = _kernel_matmul(x.contiguous(), tiles)
     else:
-        out = _int8_matmul(x, tiles) if int8 else None
+        out = int8_matmul(x, tiles) if int8 else None
         out = _exact_matmul(x, tiles) if out is None else out
     return out[:, :out_features].contiguous() if out.shape[1] != out_features else out
 
@@ -416,10 +246,10 @@ def int4_matmul_backward(grad: torch.Tensor, tiles: torch.Tensor, in_features: i
     """Gradient `[M, N]` times the codes `[N, K]`: bfloat16 `[M, K]`."""
     grad, out_features = grad.to(torch.bfloat16), grad.shape[1]
     out = grad.new_empty(grad.shape[0], in_features)
-    group = _group(TILE_ROWS * tiles.shape[0], grad.device)
+    group = group_of(TILE_ROWS * tiles.shape[0], grad.device)
     with _no_autocast(grad):
         for first in range(0, in_features, group):
-            codes = _codes(tiles[:, first : min(first + group, in_features)]).to(torch.bfloat16)
+            codes = unpack(tiles[:, first : min(first + group, in_features)]).to(torch.bfloat16)
             out[:, first : first + group] = grad @ codes[:, :out_features].t()
     return out
 
@@ -432,44 +262,39 @@ def _(grad, tiles, in_features):
 int4_matmul.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _unpacked_matmul(x, tiles, step, numbers, digits) -> torch.Tensor:
-    """x `[M, K]` times the weights, unpacked once to bfloat16 with their steps: bfloat16 `[M, N]`.
+def _unpacked_matmul(x, tiles, steps, numbers, factors) -> torch.Tensor:
+    """x `[M, K]` times the weights, unpacked once to bfloat16 with their steps: bfloat16 `[M, 64 * tiles]`.
 
     Few passes over the weights and none over the output, so that oneDNN's product is most of the time.
     """
-    x, columns, steps = x.to(torch.bfloat16), x.shape[1], step.to(torch.bfloat16)
-    steps = F.pad(steps, (0, len(tiles) * TILE_ROWS - len(step)))
-    group, parts = _group(TILE_ROWS * tiles.shape[1], x.device), []
+    columns, digits, parts = x.shape[1], None, []
+    if factors is not None:
+        x = x * factors[:columns].to(x.dtype)
+    if numbers is not None:
+        digits = digits_of(numbers, factors, columns).to(torch.bfloat16)
+    x, steps, group = x.to(torch.bfloat16), steps.to(torch.bfloat16), group_of(TILE_ROWS * tiles.shape[1], x.device)
     with _no_autocast(x):
         for part, own in zip(tiles.split(group), steps.split(group * TILE_ROWS)):
-            weight = _codes(part).to(torch.bfloat16)
-            if numbers is not None:
+            weight = unpack(part).to(torch.bfloat16)
+            if digits is not None:
                 weight[:columns].index_add_(0, numbers[columns:], weight[columns:].mul_(digits))
             parts.append(x @ weight[:columns].mul_(own))
-    return _join(parts)
+    return join_columns(parts)
 
 
 def _plain_linear(x, tiles, step, numbers, factors, int8: bool) -> torch.Tensor:
-    """[`int4_linear`] of x `[M, K]` without gradient, in eager mode: `[M, N]`, float32 or bfloat16."""
-    held, columns = _int8_held.get(), x.shape[1]
-    if x.device.type != "cpu" or len(x) <= (_KERNEL_ROWS if int8 else _KERNEL_ROWS_EXACT):
+    """[`int4_linear`] of x `[M, K]` without gradient, in eager mode: `[M, N]` of some floating dtype."""
+    on_cpu = x.device.type == "cpu"
+    if int8 and on_cpu and len(x) > _HELD_ROWS and not step.requires_grad:
+        out = held_linear(x, tiles, step, numbers, factors)
+        if out is not None:
+            return out
+    if not on_cpu or len(x) <= (_KERNEL_ROWS if int8 else _KERNEL_ROWS_EXACT):
         return _matmul(spread(x, numbers, factors), tiles, len(step), False) * step
-    digits, out = None, None
-    if factors is not None:
-        scale = factors[:columns]
-        x = x * scale.to(x.dtype)
-        if numbers is not None:
-            digits = (factors[columns:] / scale[numbers[columns:]]).to(torch.bfloat16)[:, None]
-    if int8 and numbers is None:
-        if held is not None and not step.requires_grad:
-            out = _held_linear(x, tiles, step, held)
-        if out is None:
-            padded = F.pad(x, (0, tiles.shape[1] - columns)) if tiles.shape[1] != columns else x
-            out = _int8_matmul(padded.to(torch.bfloat16), tiles)
-            out = None if out is None else out[:, : len(step)] * step
-    if out is None:
-        out = _unpacked_matmul(x, tiles, step, numbers, digits)[:, : len(step)]
-    return out
+    steps = F.pad(step, (0, len(tiles) * TILE_ROWS - len(step)))
+    out = int8_matmul(x, tiles, steps, numbers, factors) if int8 else None
+    out = _unpacked_matmul(x, tiles, steps, numbers, factors) if out is None else out
+    return out[:, : len(step)]
 
 
 def int4_linear(
@@ -491,8 +316,7 @@ def int4_linear(
         in_features (`int`): K.
         bias (`torch.Tensor` `[N]`, *optional*).
         int8_activations (`bool`): many rows without a gradient may be rounded to int8, one scale per row, as long as
-            that costs at most 1.5% of the output's root mean square; False keeps bfloat16. Weights with `numbers`
-            always keep it.
+            that costs at most 1.5% of the output's root mean square; False keeps bfloat16.
         numbers, factors (`torch.Tensor`, *optional*): what the columns of the tiles multiply, see [`spread`].
 
     Returns:

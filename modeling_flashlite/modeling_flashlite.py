@@ -31,7 +31,7 @@ from .cache_flashlite import FlashLiteCache
 from .compat_flashlite import CACHE, CacheNames, check_arguments, named_arguments, takes_cache
 from .configuration_flashlite import FlashLiteConfig
 from .decode_flashlite import decode_session, decoding
-from .int4_flashlite import int8_codes
+from .int8_flashlite import int8_codes
 from .linear_flashlite import Linear
 from .loss_flashlite import chunked_cross_entropy
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from verbs import load_script
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
 from modeling_flashlite.attention_flashlite import AxisSpec, _axis_masks, summarize_blocks
 from modeling_flashlite.measure.benchmark import draw_growth, fit_growth, race, summarize_race
 from modeling_flashlite.measure.parallel import measure_parallel
+from modeling_flashlite.measure.peers import llama_bench
 from modeling_flashlite.measure.scaling import Device, attention_visits, communication, count_decoder_parameters, plan
 from modeling_flashlite.measure.study import BenchArgs
 
@@ -47,6 +49,22 @@ def test_peers_that_are_installed_race_too():
     rows = rows_of("generate", peers=["ctranslate2"])
     assert {"CTranslate2 float32", "CTranslate2 int8"} <= {row["name"] for row in rows}
     assert all(row["than_CTranslate2_int8"] > 0 for row in rows if row["work"].endswith("sequence to sequence"))
+
+
+def test_real_models_race_and_older_rows_stay(tmp_path):
+    real = load_script("bench_real")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+    LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, head_dim=16)).save_pretrained(tmp_path / "llama")
+    args = real.RealArgs(model=str(tmp_path / "llama"), repeats=1, target_bits=6.0, output=str(tmp_path / "r.json"))
+    models = real.load_models(args, tmp_path)
+    for work, length in (("decode", 1), ("prefill", 512), ("decode", 1)):
+        rows = real.measure(work, length, 1, models, args)
+        assert [row["name"] for row in rows] == list(models) and all(row["tokens_per_s"] > 0 for row in rows)
+        real.write(rows, args)
+    rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["work"] for row in rows] == ["decode"] * 3 + ["prefill"] * 3
+    with pytest.raises(RuntimeError, match="code 1"):
+        llama_bench("false", "none.gguf", 1, new=1)
 
 
 def test_runner_runs_each_bench_and_lists_the_files(tmp_path):

@@ -28,7 +28,9 @@ EDGES = {
     "configuration": {"compat", "lora_targets", "quantization"},
     "codec": set(),
     "coded": set(),
-    "int4": set(),
+    "int4": {"int8", "tiles"},
+    "int8": {"tiles"},
+    "tiles": set(),
     "linear": {"compat"},
     "ecq_parents": set(),
     "lora_targets": set(),
@@ -36,8 +38,8 @@ EDGES = {
     "spans": set(),
     "saving": set(),
     "attention": {"attention_tiles"},
-    "ecq_stream": {"codec", "int4"},
-    "ecq_modules": {"ecq_stream", "int4", "linear"},
+    "ecq_stream": {"codec", "tiles"},
+    "ecq_modules": {"ecq_stream", "int4", "linear", "tiles"},
     "ecq_probe": {"ecq_search"},
     "ecq_search": {"ecq_stream"},
     "loss": {"ecq_modules", "linear"},
@@ -54,8 +56,8 @@ EDGES = {
     "cache": {"attention"},
     "layers": {"attention", "cache", "configuration", "linear"},
     "stacks": {"cache", "compat", "configuration", "layers", "linear", "quantization", "saving"},
-    "decode": {"attention", "cache", "compat", "ecq_modules", "int4", "layers", "linear", "stacks"},
-    "modeling": {"cache", "compat", "configuration", "decode", "int4", "linear", "loss", "quantization", "stacks"},
+    "decode": {"attention", "cache", "compat", "ecq_modules", "int4", "layers", "linear", "stacks", "tiles"},
+    "modeling": {"cache", "compat", "configuration", "decode", "int8", "linear", "loss", "quantization", "stacks"},
 }
 # floor 2, the workshop, one folder per activity: it stands on everything that travels, and on these of its own floor
 WORKSHOP_EDGES = {

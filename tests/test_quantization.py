@@ -41,7 +41,7 @@ from transformers import (
 
 from modeling_flashlite import quantization_flashlite
 from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, join
-from modeling_flashlite.int4_flashlite import int8_codes
+from modeling_flashlite.int8_flashlite import int8_codes
 from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers, quantizable_layers
 from modeling_flashlite.training.calibration import merge_adapters, quantize
 from modeling_flashlite.training.lora import add_lora

@@ -15,6 +15,7 @@ from .plots import COLOURS, can_draw, new_axes, save_axes
 
 __all__ = [
     "copy_bandwidth",
+    "cpu_features",
     "draw_growth",
     "faster_than",
     "fit_growth",
@@ -204,6 +205,16 @@ def copy_bandwidth(size: int = 2**28, device: str = "cpu") -> float:
     target = torch.empty_like(source)
     times = race({"copy": lambda: target.copy_(source)}, repeats=5)["copy"]
     return 2 * size / statistics.median(times)
+
+
+def cpu_features() -> list[str]:
+    """Instruction sets of this processor that decide which matrix kernels run; empty off Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return [
+        name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16") if name in flags
+    ]
 
 
 def kernel_seconds(function: Callable[[], object]) -> float:

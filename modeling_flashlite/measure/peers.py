@@ -3,6 +3,8 @@
 import contextlib
 import importlib.util
 import io
+import json
+import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 
@@ -22,7 +24,7 @@ from transformers import (
 from ..configuration_flashlite import FlashLiteConfig
 from ..modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 
-__all__ = ["CTranslate2Bart", "four_bit_linear", "installed", "make_models", "make_peer"]
+__all__ = ["CTranslate2Bart", "four_bit_linear", "installed", "llama_bench", "make_models", "make_peer"]
 
 
 def installed(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -178,3 +180,29 @@ def four_bit_linear(package: str, linear: torch.nn.Linear, dtype: torch.dtype) -
         copy = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4")
         copy.load_state_dict({"weight": weight})
         return copy.to("cpu")
+
+
+def llama_bench(
+    binary: str, gguf: str, threads: int, *, prompt: int = 0, new: int = 0, depth: int = 0, repeats: int = 1
+) -> list[float]:
+    """Seconds of each repetition that llama.cpp's `llama-bench` takes to read or to generate tokens.
+
+    Args:
+        binary (`str`): the program.
+        gguf (`str`): the model.
+        threads (`int`): of llama.cpp.
+        prompt, new (`int`): tokens to read, or to generate; one of them.
+        depth (`int`): tokens that stand in the cache before.
+        repeats (`int`): repetitions; the tokens of `depth` are read once for all of them.
+
+    Raises:
+        RuntimeError: the program fails, e.g. by an illegal instruction where it was built for another processor.
+    """
+    sizes = {"-t": threads, "-p": prompt, "-n": new, "-d": depth, "-r": repeats}
+    options = [word for name, value in sizes.items() for word in (name, str(value))]
+    done = subprocess.run([binary, "-m", gguf, *options, "-o", "json"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip()[-300:]
+        raise RuntimeError(f"{binary} ended with code {done.returncode} ({reason}); build it for this processor.")
+    (result,) = json.loads(done.stdout)
+    return [nanoseconds / 1e9 for nanoseconds in result["samples_ns"]]

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 from ..attention_flashlite import AxisSpec, multi_axis_attention
+from ..cache_flashlite import FlashLiteCache
 from ..configuration_flashlite import FlashLiteConfig
 from ..modeling_flashlite import FlashLiteForCausalLM
 from ..training.divergence import KDLoss
@@ -21,6 +23,7 @@ __all__ = [
     "SPEC",
     "attention_inputs",
     "attention_work",
+    "continuation",
     "greedy",
     "random_decoder",
     "random_tokens",
@@ -125,6 +128,26 @@ def greedy(model, ids: torch.Tensor, **kwargs) -> Callable[[], torch.Tensor]:
     model.generation_config.eos_token_id = None
     count = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1, **kwargs}
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **count)
+
+
+def continuation(model, length: int, new_tokens: int, seed: int = 0) -> Callable[[], None]:
+    """Greedy decoding after `length` tokens, with random states in the cache: their values do not change the cost."""
+    config = model.config.get_text_config(decoder=True)
+    ours = isinstance(model, FlashLiteForCausalLM)
+    cache = FlashLiteCache(config) if ours else DynamicCache(config=config)
+    one, whole = (random_tokens(1, n, config.vocab_size, seed=seed, device=model.device) for n in (1, length))
+    model(one, past_key_values=cache)
+    for index, layer in enumerate(list(cache.layers) if length > 2 else ()):
+        keys = layer._keys if ours else layer.keys
+        widths = keys.shape[3], layer.values.shape[3]
+        cache.update(*(torch.randn(1, keys.shape[1], length - 2, width).to(keys) for width in widths), index)
+    run = greedy(model, whole, max_new_tokens=new_tokens, past_key_values=cache)
+
+    def step():
+        run()
+        cache.crop(length - 1 - cache.get_seq_length())
+
+    return step
 
 
 def loss_step(seed: int, vocabulary: int, name: str) -> Callable[[], None]:

@@ -7,9 +7,8 @@ import copy
 import functools
 
 import torch
-from transformers import DynamicCache
 
-from modeling_flashlite import EcqConfig, FlashLiteCache, FlashLiteForCausalLM, quantize
+from modeling_flashlite import EcqConfig, quantize
 from modeling_flashlite.cli import start
 from modeling_flashlite.measure.benchmark import copy_bandwidth, faster_than, kernel_seconds, race, summarize_race
 from modeling_flashlite.measure.peers import CTranslate2Bart, make_models
@@ -21,6 +20,7 @@ from modeling_flashlite.measure.workloads import (
     OUR_MODEL,
     SOURCE_TOKENS,
     T5GEMMA,
+    continuation,
     greedy,
     random_tokens,
 )
@@ -70,7 +70,10 @@ def continuations(args: BenchArgs, shape) -> list[dict]:
     """`LONG_NEW_TOKENS` tokens after a long context."""
     rows, models = [], make_models([LLAMA, OUR_MODEL], shape)
     for length in args.lengths or LENGTHS:
-        contenders = {name: continuation(args, model.to(args.device).eval(), length) for name, model in models.items()}
+        contenders = {
+            name: continuation(model.to(args.device).eval(), length, LONG_NEW_TOKENS, args.seed)
+            for name, model in models.items()
+        }
         times = race(contenders, repeats=args.repeats, seconds=args.seconds)
         rows += summarize_race(times, [LLAMA], work=f"{LONG_NEW_TOKENS} tokens, causal", length=length, batch=1)
     return rows
@@ -89,25 +92,6 @@ def where_time_goes(model, run, seconds: float, bandwidth: float) -> dict:
         "of_copy_bandwidth": round(moved * NEW_TOKENS / seconds / bandwidth, 3),
         "copy_GB_per_s": round(bandwidth / 1e9, 2),
     }
-
-
-def continuation(args: BenchArgs, model, length: int):
-    """Greedy decoding after `length` tokens, with random states in the cache: their values do not change the cost."""
-    config = model.config.get_text_config(decoder=True)
-    cache = FlashLiteCache(config) if isinstance(model, FlashLiteForCausalLM) else DynamicCache(config=config)
-    tokens = functools.partial(random_tokens, vocabulary=config.vocab_size, seed=args.seed, device=args.device)
-    model(tokens(1, 2), past_key_values=cache)
-    for index, layer in enumerate(list(cache.layers)):
-        keys = layer._keys if isinstance(cache, FlashLiteCache) else layer.keys
-        widths = keys.shape[3], layer.values.shape[3]
-        cache.update(*(torch.randn(1, keys.shape[1], length - 3, width).to(keys) for width in widths), index)
-    run = greedy(model, tokens(1, length), max_new_tokens=LONG_NEW_TOKENS, past_key_values=cache)
-
-    def step():
-        run()
-        cache.crop(length - 1 - cache.get_seq_length())
-
-    return step
 
 
 if __name__ == "__main__":

@@ -1,0 +1,180 @@
+"""Products with 4-bit weights in int8: activations are rounded to int8 too, so that a processor's integer units work.
+
+Integer products take half the time of bfloat16 ones. What is rounded is `x * factor`, one scale per row. Rows with few
+large columns, as every language model has, keep these in bfloat16 (https://huggingface.co/papers/2208.07339).
+Codes of more than one digit (see `ecq_stream_flashlite`) are put together first, where they fit into int8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .tiles_flashlite import TILE_ROWS, derived, group_of, join_columns, unpack
+
+_INT8_ERROR = 0.015  # relative error of the output that rounding activations may cost
+_OUTLIERS = 16  # columns of the activations that may stay in bfloat16
+
+_int8_held: ContextVar[WeakIdKeyDictionary | None] = ContextVar("int8_codes", default=None)
+_fitting = WeakIdKeyDictionary()
+
+
+@contextlib.contextmanager
+def int8_codes(held: WeakIdKeyDictionary | None = None) -> Iterator[WeakIdKeyDictionary]:
+    """Within it, weights of products of several rows are held as int8 for oneDNN, one byte more per weight.
+
+    For decoding in batches, which multiplies by every weight for each token: unpacking is then most of the work.
+    Making them ready takes as long as unpacking them twenty times. It changes nothing on processors other than x86.
+
+    Args:
+        held (`WeakIdKeyDictionary`, *optional*): what an earlier region held, to go on with; entries live no longer
+            than their tiles. By default all is let go of at the end.
+
+    Yields:
+        `WeakIdKeyDictionary` of what is held, by tiles.
+    """
+    held = WeakIdKeyDictionary() if held is None else held
+    capable = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    token = _int8_held.set(held if capable else None)
+    try:
+        yield held
+    finally:
+        _int8_held.reset(token)
+
+
+def held_codes() -> WeakIdKeyDictionary | None:
+    """What the region around holds; `None` outside of [`int8_codes`]."""
+    return _int8_held.get()
+
+
+def digits_of(numbers: torch.Tensor, factors: torch.Tensor, columns: int) -> torch.Tensor:
+    """What a code of the tiles' columns from `columns` on counts, `[Kp - K, 1]`: 16 or 256, and 0 for padding."""
+    return (factors[columns:] / factors[numbers[columns:]])[:, None]
+
+
+def _whole(tiles: torch.Tensor, columns: int, numbers, factors) -> torch.Tensor:
+    """Codes with all their digits, int8 `[K, 64 * tiles]`; see [`_fits`]."""
+    codes = unpack(tiles)
+    if numbers is None:
+        return codes[:columns]
+    wide = codes[columns:].to(torch.int16).mul_(digits_of(numbers, factors, columns).to(torch.int16))
+    return codes[:columns].to(torch.int16).index_add_(0, numbers[columns:], wide).to(torch.int8)
+
+
+def _fits(tiles: torch.Tensor, columns: int, numbers, factors) -> bool:
+    """Whether codes with all their digits surely lie in -128..127."""
+
+    def look(tiles: torch.Tensor) -> bool:
+        second = tiles[:, columns:]
+        # a digit of -8 is the nibble 0, and the sum of 16 * -8 and a negative code is below -128
+        lowest = min(int((second & 15).min()), int((second >> 4).min()))
+        return lowest > 0 and float(digits_of(numbers, factors, columns).max()) <= 16
+
+    return numbers is None or derived(_fitting, tiles, look)
+
+
+def _noise(x: torch.Tensor, peak: torch.Tensor) -> float:
+    """Root of the summed squared error that rounding rows of x `[M, K]` with these peaks `[M, 1]` to int8 makes."""
+    # rounding to a quantum q has variance q^2 / 12
+    return float(torch.linalg.vector_norm(peak)) / 127 * math.sqrt(x.shape[1] / 12)
+
+
+def _peak(x: torch.Tensor) -> torch.Tensor:
+    return x.abs().amax(-1, keepdim=True)
+
+
+def _scale(peak: torch.Tensor) -> torch.Tensor:
+    return peak.clamp(min=torch.finfo(torch.float32).tiny * 127).div_(127)
+
+
+def held_linear(x: torch.Tensor, tiles: torch.Tensor, step: torch.Tensor, numbers=None, factors=None):
+    """x `[M, K]` times the weights, held as int8: `[M, N]` in x's dtype. Arguments as in `int4_linear`.
+
+    Where one byte of activations is not enough, a second one takes what the first leaves, in M more rows of the same
+    product. `None` for codes that do not fit, and for activations that are not finite.
+    """
+    held, out_features, columns = held_codes(), len(step), x.shape[1]
+    if held is None or not _fits(tiles, columns, numbers, factors):
+        return None
+
+    def pack(tiles):
+        group = group_of(TILE_ROWS * tiles.shape[1], tiles.device)
+        parts = [_whole(part, columns, numbers, factors).t() for part in tiles.split(group)]
+        codes = torch.cat(parts)[:out_features]
+        return torch.ops.onednn.qlinear_prepack(codes, None), torch.zeros(out_features, dtype=torch.long, device="cpu")
+
+    states = x.to(torch.float32, copy=True) if factors is None else x.to(torch.float32) * factors[:columns]
+    peak = _peak(states)
+    error, norm = _noise(states, peak), float(torch.linalg.vector_norm(states))
+    if not math.isfinite(error + norm):
+        return None
+    # few significant bits, so that scaling bfloat16 sums is one operation and exact
+    scale = _scale(peak).bfloat16()
+    rounded = states.div_(scale).round()
+    if error > _INT8_ERROR * norm:
+        rounded = torch.cat([rounded, states.sub_(rounded).mul_(254).round_().clamp_(-127, 127)])
+    # oneDNN needs unsigned activations: flipping the sign bit adds 128
+    rounded = rounded.to(torch.int8).view(torch.uint8).bitwise_xor(128)
+    packed, zeros = derived(held, tiles, pack)
+    dtype = x.dtype if x.dtype in (torch.bfloat16, torch.float32) else torch.float32
+    out = torch.ops.onednn.qlinear_pointwise.default(
+        rounded, 1.0, 128, packed, step.detach(), zeros, None, 1.0, 0, dtype, "none", [], ""
+    )
+    if len(out) > len(x):
+        out = torch.add(out[: len(x)], out[len(x) :], alpha=1 / 254)
+    return out.mul_(scale).to(x.dtype)
+
+
+def _rounded(x: torch.Tensor):
+    """x `[M, K]` float32 as int8, the scales `[M, 1]` of its rows, and the columns that are left out, if any.
+
+    `None` where rounding costs too much all the same.
+    """
+    peak, columns = _peak(x), None
+    limit = _INT8_ERROR * float(torch.linalg.vector_norm(x))
+    if not _noise(x, peak) <= limit and x.shape[1] >= 8 * _OUTLIERS:
+        columns = x.abs().amax(0).topk(_OUTLIERS).indices
+        x = x.index_fill(1, columns, 0.0)
+        peak = _peak(x)
+    if not _noise(x, peak) <= limit:
+        return None
+    scale = _scale(peak)
+    return x.div(scale).round_().to(torch.int8), scale, columns
+
+
+def int8_matmul(x: torch.Tensor, tiles: torch.Tensor, steps: torch.Tensor | None = None, numbers=None, factors=None):
+    """x `[M, K]` times the weights, both as int8, for many rows; `None` where outliers or codes forbid it.
+
+    Args:
+        x, tiles, numbers, factors: as in `int4_linear`.
+        steps (`torch.Tensor` `[64 * tiles]`, *optional*): of the rows of the weight; without them, codes are taken.
+
+    Returns:
+        `torch.Tensor` `[M, 64 * tiles]`, bfloat16 with steps, float32 without.
+    """
+    columns = x.shape[1]
+    if not _fits(tiles, columns, numbers, factors):
+        return None
+    states = x.to(torch.float32) if factors is None else x.to(torch.float32) * factors[:columns]
+    found = _rounded(states)
+    if found is None:
+        return None
+    rounded, scale, outliers = found
+    apart = None if outliers is None else states.index_select(1, outliers).to(torch.bfloat16)
+    group, parts = group_of(TILE_ROWS * tiles.shape[1], x.device), []
+    for index, part in enumerate(tiles.split(group)):
+        codes = _whole(part, columns, numbers, factors)
+        out = torch._int_mm(rounded, codes).to(torch.float32).mul_(scale)
+        if apart is not None:
+            out.add_(F.linear(apart, codes.index_select(0, outliers).t().to(torch.bfloat16)))
+        if steps is not None:
+            own = steps[index * group * TILE_ROWS :][: out.shape[1]]
+            out = out.mul_(own).to(torch.bfloat16)
+        parts.append(out)
+    return join_columns(parts)
