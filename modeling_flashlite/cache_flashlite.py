@@ -225,6 +225,8 @@ class FlashLiteCacheLayer(DynamicLayer):
         end = self._used + tokens
         self._reserve(end)
         self.start = self.fill
+        if ragged and rows is None and tokens == 1:
+            return self._append_one(key_states, value_states, end)
         if not ragged:
             # `narrow` costs a third of indexing, which matters for a single token
             self._keys.narrow(2, self.fill, tokens).copy_(key_states)
@@ -242,6 +244,28 @@ class FlashLiteCacheLayer(DynamicLayer):
         self._record_columns(tokens, rows)
         # up to the last slot written, used or not: a padding query behind a short row asks for these blocks too
         self._summarize(first // self.spec.block_size, end // self.spec.block_size)
+        return self._keys.narrow(2, 0, end), self._values.narrow(2, 0, end)
+
+    def _append_one(self, key_states, value_states, end: int):
+        """[`update`] by one token for each of rows of different lengths; refreshes the summaries of what closes."""
+        fill, block = self._fill_tensor(key_states.device), self.spec.block_size
+        index = torch.arange(len(fill), device=fill.device)
+        for states, new in ((self._keys, key_states), (self._values, value_states)):
+            states[:, :, end - 1] = 0  # a slot that a shorter row does not write gets weight zero
+            states[index, :, fill] = new[:, :, 0].to(states.dtype)
+        self.fill = fill + 1
+        self._record_columns(1, None)
+        if end // block > self.summarized:
+            self._summarize(self.summarized, end // block)
+        for row in (self.fill % block == 0).nonzero()[:, 0].tolist():
+            last = int(self.fill[row])
+            slots = slice(last - block, last)
+            fresh = summarize_blocks(
+                self._keys[row : row + 1, :, slots], self._values[row : row + 1, :, slots], self.spec
+            )
+            whole = _slice_summaries(self._summaries, self.spec, last // block - 1, last // block)
+            for part, new in zip(whole, fresh):
+                part[row] = new[0]
         return self._keys.narrow(2, 0, end), self._values.narrow(2, 0, end)
 
     def _fill_tensor(self, device) -> torch.Tensor:

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 
 from modeling_flashlite import FlashLiteCache
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
-from modeling_flashlite.decode_flashlite import DecodeSession, EncoderKeys, decode_session, decoding
+from modeling_flashlite.decode_flashlite import DecodeSession, decode_session, decoding
+from modeling_flashlite.layer_step_flashlite import EncoderKeys
 from modeling_flashlite.quantization_flashlite import EcqConfig, quantize_data_free
 
 
@@ -150,15 +151,32 @@ def test_states_and_weights_are_recorded_when_asked_for(steps):
     assert len(out.hidden_states) == 3 and not steps[-1]
 
 
-def test_padded_rows_and_training_go_through_the_layers(steps):
-    model = causal_model()
-    mask = torch.ones(2, 6, dtype=torch.long)
-    mask[0, :3] = 0
-    with decode_session(model), torch.no_grad():
-        past = model(tokens(2, 6), attention_mask=mask, use_cache=True).past_key_values
-        model(tokens(2, 1), attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1), past_key_values=past)
-    model.train()
-    one_by_one(model, tokens(1, 4))
+@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
+@pytest.mark.parametrize("axes", [{}, {"relevance_top_k": None, "memory_blocks": None}, {"memory_blocks": 3}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rows_of_different_lengths_equal_the_layers(encoding, axes, dtype, steps):
+    model = causal_model(position_encoding=encoding, num_attention_heads=4, num_key_value_heads=2, **axes).to(dtype)
+    ids, mask = tokens(3, 60), torch.ones(3, 60, dtype=torch.long)
+    mask[0, :9], mask[1, :4] = 0, 0
+
+    def run(context):
+        with context, torch.no_grad():
+            outputs = model(ids[:, :12], attention_mask=mask[:, :12], use_cache=True)
+            found = [outputs.logits[:, -1]]
+            for end in range(13, 61):
+                past = {"past_key_values": outputs.past_key_values}
+                outputs = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], **past)
+                found.append(outputs.logits[:, -1])
+        return torch.stack(found)
+
+    ours, truth = run(decode_session(model)), run(contextlib.nullcontext())
+    assert steps == [False] + [True] * 48
+    error = (ours - truth).abs().max()
+    assert error < (1e-11 if dtype == torch.float64 else 0.05)
+
+
+def test_training_goes_through_the_layers(steps):
+    one_by_one(causal_model().train(), tokens(1, 4))
     assert not any(steps)
 
 

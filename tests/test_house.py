@@ -56,7 +56,8 @@ EDGES = {
     "cache": {"attention"},
     "layers": {"attention", "cache", "configuration", "linear"},
     "stacks": {"cache", "compat", "configuration", "layers", "linear", "quantization", "saving"},
-    "decode": {"attention", "cache", "compat", "ecq_modules", "int4", "layers", "linear", "stacks", "tiles"},
+    "layer_step": {"attention", "cache", "ecq_modules", "int4", "layers", "linear", "tiles"},
+    "decode": {"cache", "compat", "layer_step", "layers", "linear", "stacks"},
     "modeling": {"cache", "compat", "configuration", "decode", "int8", "linear", "loss", "quantization", "stacks"},
 }
 # floor 2, the workshop, one folder per activity: it stands on everything that travels, and on these of its own floor

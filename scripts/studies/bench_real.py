@@ -36,7 +36,8 @@ from modeling_flashlite.measure.peers import llama_bench
 from modeling_flashlite.measure.results import git_commit, read_results, write_results
 from modeling_flashlite.measure.study import BenchArgs
 from modeling_flashlite.measure.workloads import continuation, random_tokens
-from modeling_flashlite.training.conversion import open_source, transplant
+from modeling_flashlite.training.conversion import transplant
+from modeling_flashlite.training.source import open_source
 
 LLAMA_CPP, LLAMA, FLOAT, CODED = (
     "llama.cpp",
