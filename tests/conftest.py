@@ -68,3 +68,16 @@ def causal_config(tiny_config):
 def seq2seq_config(tiny_config):
     """Encoder-decoder tiny config."""
     return tiny_config(is_encoder_decoder=True)
+
+
+@pytest.fixture
+def make(tiny_config):
+    """Factory of small random heads in evaluation mode: ``make(FlashLiteForCausalLM, encoder=False, **config)``."""
+
+    def build(model_class, encoder, **overrides):
+        config = tiny_config(is_encoder_decoder=encoder, **overrides)
+        # wide initial weights: a tiny random model of the usual scale tells no path from another
+        config.initializer_range = 0.2
+        return model_class(config).eval()
+
+    return build

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
+from heads import FORMS, every_form
 from torch.nn import functional as F
 from transformers import DynamicCache, Trainer, TrainingArguments
 
@@ -16,23 +17,9 @@ from modeling_flashlite import (
     FlashLiteForQuestionAnswering,
     FlashLiteForSequenceClassification,
     FlashLiteForTokenClassification,
-    FlashLiteModel,
 )
 from modeling_flashlite.compat_flashlite import CACHE, NEWEST, OLDEST, check_version, named_module, private_operator
 
-FORMS = [
-    (FlashLiteModel, False),
-    (FlashLiteModel, True),
-    (FlashLiteForCausalLM, False),
-    (FlashLiteForConditionalGeneration, True),
-    (FlashLiteForSequenceClassification, False),
-    (FlashLiteForSequenceClassification, True),
-    (FlashLiteForTokenClassification, False),
-    (FlashLiteForTokenClassification, True),
-    (FlashLiteForQuestionAnswering, False),
-    (FlashLiteForQuestionAnswering, True),
-]
-every_form = pytest.mark.parametrize(("model_class", "encoder"), FORMS)
 # made up, of other models, of older libraries, misspelled, or of the library and of no use here
 UNREAD = [
     "made_up",

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_quantization import MODELS, build, inputs_of, logits_of
+from coded import MODELS, build, inputs_of, logits_of
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,

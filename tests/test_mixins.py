@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from heads import both_generators, every_form
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -15,22 +16,9 @@ from transformers import (
     pipeline,
 )
 
-from modeling_flashlite import (
-    FlashLiteForCausalLM,
-    FlashLiteForConditionalGeneration,
-    FlashLiteForQuestionAnswering,
-    FlashLiteForSequenceClassification,
-    FlashLiteForTokenClassification,
-    FlashLiteModel,
-)
+from modeling_flashlite import FlashLiteForSequenceClassification, FlashLiteForTokenClassification
 from modeling_flashlite.compat_flashlite import CACHE
 
-GENERATORS = [(FlashLiteForCausalLM, False), (FlashLiteForConditionalGeneration, True)]
-TASKS = [FlashLiteForSequenceClassification, FlashLiteForTokenClassification, FlashLiteForQuestionAnswering]
-FORMS = [(FlashLiteModel, False), (FlashLiteModel, True), *GENERATORS]
-FORMS += [(model_class, encoder) for model_class in TASKS for encoder in (False, True)]
-both_generators = pytest.mark.parametrize(("model_class", "encoder"), GENERATORS)
-every_form = pytest.mark.parametrize(("model_class", "encoder"), FORMS)
 BATCH, LENGTH, NEW = 2, 11, 6
 SETTINGS = {
     "max_new_tokens": NEW,
@@ -223,7 +211,7 @@ def test_copies_pickles_and_other_types_compute_the_same(make, model_class, enco
     torch.testing.assert_close(mixed(ids())[0], truth, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_class", TASKS[:2])
+@pytest.mark.parametrize("model_class", [FlashLiteForSequenceClassification, FlashLiteForTokenClassification])
 @pytest.mark.parametrize("encoder", [False, True])
 def test_a_head_of_another_size_is_made_anew(make, model_class, encoder, tmp_path):
     make(model_class, encoder, num_labels=2).save_pretrained(tmp_path)

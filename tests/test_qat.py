@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_quantization import build, logits_of
+from coded import build, logits_of
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
