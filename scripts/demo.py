@@ -24,8 +24,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from modeling_flashlite import EcqConfig, PaddingCollator, convert, quantize, train_tokenizer
 from modeling_flashlite.cli import finish, start
+from modeling_flashlite.data.batching import pack, tokenize_texts
 from modeling_flashlite.data.corpus import python_corpus
-from modeling_flashlite.data.loading import pack, tokenize_texts
 from modeling_flashlite.measure.cost import measure_generation, model_size
 from modeling_flashlite.measure.parity import full_attention, perplexity
 from modeling_flashlite.measure.perplexity import label_likelihood

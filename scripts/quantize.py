@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers.trainer_utils import SaveStrategy
 
 from modeling_flashlite.cli import finish, start
-from modeling_flashlite.data.loading import PaddingCollator
+from modeling_flashlite.data.batching import PaddingCollator
 from modeling_flashlite.measure.benchmark import format_table
 from modeling_flashlite.measure.compression import draw_report, rate_curve
 from modeling_flashlite.measure.results import command_line, read_results, write_results

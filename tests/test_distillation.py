@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
-from modeling_flashlite.data.loading import PaddingCollator
+from modeling_flashlite.data.batching import PaddingCollator
 from modeling_flashlite.training.distillation import (
     DistillationCallback,
     DistillationTrainer,

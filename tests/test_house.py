@@ -64,17 +64,24 @@ EDGES = {
 WORKSHOP_EDGES = {
     "checkpoint": {"data.tasks"},
     "cli": {"measure.cost", "spelling"},
+    "data.batching": {"data.loading"},
     "data.corpus": set(),
     "data.loading": {"data.corpus", "spelling"},
     "data.conversations": set(),
-    "data.preprocessing": {"data.conversations", "data.loading", "data.tasks", "data.tokenization"},
+    "data.preprocessing": {
+        "data.batching",
+        "data.conversations",
+        "data.loading",
+        "data.tasks",
+        "data.tokenization",
+    },
     "data.tasks": {"data.loading", "spelling"},
     "data.tokenization": set(),
     "measure.benchmark": {"measure.cost", "measure.plots"},
     "measure.compression": {"measure.plots", "training.calibration", "training.moments"},
     "measure.cost": set(),
     "measure.evaluation": {
-        "data.loading",
+        "data.batching",
         "data.preprocessing",
         "data.tasks",
         "data.tokenization",
@@ -127,6 +134,7 @@ WORKSHOP_EDGES = {
     "training.launch": {
         "checkpoint",
         "cli",
+        "data.batching",
         "data.loading",
         "data.preprocessing",
         "data.tasks",
@@ -145,7 +153,13 @@ WORKSHOP_EDGES = {
     "training.sampling": {"data.tokenization"},
     "spelling": set(),
     "training.teacher": set(),
-    "training.teacher_cache": {"checkpoint", "data.loading", "training.divergence", "training.teacher"},
+    "training.teacher_cache": {
+        "checkpoint",
+        "data.batching",
+        "data.loading",
+        "training.divergence",
+        "training.teacher",
+    },
     "training.trainers": {"data.loading"},
 }
 # huggingface_hub gives configurations their `strict` decorator; transformers itself cannot be installed without it

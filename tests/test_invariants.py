@@ -28,7 +28,7 @@ from modeling_flashlite import (
     FlashLiteForConditionalGeneration,
     FlashLiteForQuestionAnswering,
 )
-from modeling_flashlite.data.loading import PaddingCollator
+from modeling_flashlite.data.batching import PaddingCollator
 from modeling_flashlite.measure.plots import plot_losses
 from modeling_flashlite.training.distillation import set_loss_function
 from modeling_flashlite.training.divergence import KDLoss

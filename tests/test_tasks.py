@@ -10,7 +10,7 @@ from modeling_flashlite import (
     FlashLiteForQuestionAnswering,
     FlashLiteForSequenceClassification,
 )
-from modeling_flashlite.data.loading import PaddingCollator
+from modeling_flashlite.data.batching import PaddingCollator
 from modeling_flashlite.data.preprocessing import answer_span, cut_prompt, preprocess
 from modeling_flashlite.data.tasks import (
     TASKS,

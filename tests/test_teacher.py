@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
-from modeling_flashlite.data.loading import PaddingCollator, pack
+from modeling_flashlite.data.batching import PaddingCollator, pack
 from modeling_flashlite.training.calibration import mean_loss
 from modeling_flashlite.training.distillation import (
     DistillationTrainer,

@@ -3,7 +3,7 @@
 import numpy as np
 from datasets import Dataset
 
-from modeling_flashlite.data.loading import segment_streams
+from modeling_flashlite.data.batching import segment_streams
 
 V = 97
 

@@ -7,8 +7,9 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from ..spans_flashlite import question_windows
+from .batching import join_rows, pack, tokenize_texts
 from .conversations import cut_at_turns, encode_conversation
-from .loading import column_names, join_rows, pack, require_columns, tokenize_texts
+from .loading import column_names, require_columns
 from .tasks import (
     TaskData,
     class_id,

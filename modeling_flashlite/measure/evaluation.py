@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data.loading import PaddingCollator
+from ..data.batching import PaddingCollator
 from ..data.preprocessing import cut_prompt, preprocess
 from ..data.tasks import (
     TaskData,

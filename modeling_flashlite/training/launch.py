@@ -18,7 +18,8 @@ from transformers.utils import logging
 from ..checkpoint import BASE_CONFIG, read_config, read_tokenizer
 from ..cli import banner
 from ..configuration_flashlite import FlashLiteConfig
-from ..data.loading import PaddingCollator, column_names, load_data, pick_split, segment_streams, tokenize_texts
+from ..data.batching import PaddingCollator, segment_streams, tokenize_texts
+from ..data.loading import column_names, load_data, pick_split
 from ..data.preprocessing import preprocess
 from ..data.tasks import TaskData, class_id, classes_of, get_task, ids_by_name, resolve_task, texts_of
 from ..data.tokenization import end_tokens, train_tokenizer

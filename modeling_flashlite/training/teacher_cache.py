@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..checkpoint import load_language_model
-from ..data.loading import PaddingCollator, require_columns
+from ..data.batching import PaddingCollator
+from ..data.loading import require_columns
 from .divergence import pack_weights
 from .teacher import teacher_logits
 

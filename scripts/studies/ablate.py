@@ -22,7 +22,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
 from modeling_flashlite.cli import start
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
-from modeling_flashlite.data.loading import PaddingCollator, load_data, pack, pick_split, tokenize_texts
+from modeling_flashlite.data.batching import PaddingCollator, pack, tokenize_texts
+from modeling_flashlite.data.loading import load_data, pick_split
 from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.measure.results import write_results
 

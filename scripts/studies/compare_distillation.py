@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
 from modeling_flashlite.cli import finish, start
-from modeling_flashlite.data.loading import PaddingCollator, load_data, pack, pick_split, tokenize_texts
+from modeling_flashlite.data.batching import PaddingCollator, pack, tokenize_texts
+from modeling_flashlite.data.loading import load_data, pick_split
 from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.measure.results import write_json, write_results
 from modeling_flashlite.training.distillation import DistillationTrainer
