@@ -69,7 +69,7 @@ def test_merged_conv1d_adapters_keep_their_effect():
 
 def test_training_a_coded_module_in_full_names_the_way_out():
     model = quantize(build("llama-untied"), EcqConfig(target_bits=4))
-    with pytest.raises(ValueError, match=r"lm_head .*codes cannot be trained; call dequantize\(\).*modules_to_not"):
+    with pytest.raises(ValueError, match=r"lm_head .*which cannot be trained; call dequantize\(\).*modules_to_not"):
         add_lora(model, modules_to_save=["lm_head"])
     add_lora(model.dequantize(), modules_to_save=["lm_head"])
     kept = quantize(build("llama-untied"), EcqConfig(target_bits=6, modules_to_not_convert=["lm_head"]))
