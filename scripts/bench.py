@@ -1,10 +1,10 @@
-"""Run benchmarks one after the other, each in a process of its own, and list their results files.
+"""Run benchmarks one after another, each in its own process, and list their results files.
 
     python scripts/bench.py attention decode train generate
     python scripts/bench.py prefill --lengths 1024 4096 --threads 1 --repeats 9
     python scripts/bench.py decode --help
 
-A name is a file `scripts/studies/bench_<name>.py`; the options after the names go to each of them.
+Each name stands for `scripts/studies/bench_<name>.py`; options after the names are passed to all of them.
 """
 
 import json

@@ -28,7 +28,7 @@ from modeling_flashlite.training.source import Source, open_source
 
 @dataclass
 class ConvertArgs:
-    model: str = field(metadata={"help": "folder, Hub id or .gguf file; of a Flash-Lite model for all but converting"})
+    model: str = field(metadata={"help": "folder, Hub id or .gguf file, or a Flash-Lite model to change"})
     output: str = field(metadata={"help": "folder of the new checkpoint; it must not exist"})
     to: str | None = field(
         default=None, metadata={"help": "write this family instead of Flash-Lite: llama, qwen3, ..."}
@@ -38,7 +38,7 @@ class ConvertArgs:
         default=None, metadata={"help": "sizes to reach: layers=20,intermediate_size=1152 or parameters=90M"}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "tokens of the longest text, where that is not the trained length"}
+        default=None, metadata={"help": "tokens of the longest text, if not the trained length"}
     )
     relevance_top_k: int | None = field(default=None, metadata={"help": "blocks read in full; by the trained length"})
     memory_blocks: int | None = field(default=None, metadata={"help": "blocks reached back; by the trained length"})
@@ -51,7 +51,7 @@ class ConvertArgs:
 
 
 def read_text(args: ConvertArgs) -> str:
-    """Text to measure on: the dataset's, else the language topics that every Python carries."""
+    """Text to measure on: from the data set, else the language topics in the Python installation."""
     if args.dataset is None:
         from pydoc_data.topics import topics
 
@@ -100,7 +100,7 @@ def from_parent(args: ConvertArgs) -> dict:
 
 
 def from_flashlite(args: ConvertArgs) -> dict:
-    """Back to a family of the library, with an encoder, or smaller."""
+    """Convert back to a family of transformers, add an encoder, or prune."""
     model = AutoModelForCausalLM.from_pretrained(args.model)
     tokenizer = read_tokenizer(args.model) if any(Path(args.model).glob("tokenizer*")) else None
     source = Source.of_flashlite(args.model, model)
@@ -119,11 +119,11 @@ def from_flashlite(args: ConvertArgs) -> dict:
     write_checkpoint(model, source, args.output)
     print(f"{type(model).__name__} with {found['parameters']:,} parameters in {args.output}")
     if args.to:
-        print("Its attention is full at every length: the family has no sparse one.")
+        print("Its attention is full at every length: the family has no sparse attention.")
     if args.prune:
-        print(f"It has to be trained now: python scripts/distill.py --model {args.output} --teacher {args.model} ...")
+        print(f"It needs training now: python scripts/distill.py --model {args.output} --teacher {args.model} ...")
     if args.encoder_decoder:
-        print("It has to be trained now: --config scripts/recipes/adapt_seq2seq.yaml shows how.")
+        print("It needs training now: see scripts/recipes/adapt_seq2seq.yaml.")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Distil a student from a teacher: cached once into the dataset (the default), or live.
+"""Distil a student from a teacher that annotates the data once (the default), or runs in every step (`--live`).
 
 python scripts/distill.py --config scripts/recipes/distill_tiny.yaml --teacher runs/train_tiny
 accelerate launch scripts/distill.py --config scripts/recipes/distill_base.yaml --learning_rate 2e-4 --resume
@@ -37,7 +37,7 @@ from modeling_flashlite.training.teacher_cache import TeacherCache, check_vocabu
 class DistillArgs:
     teacher: str | None = field(default=None, metadata={"help": "folder or Hub id of the teacher"})
     full_attention: bool = field(
-        default=False, metadata={"help": "let a Flash-Lite teacher read everything: heals its own sparse attention"}
+        default=False, metadata={"help": "let a Flash-Lite teacher attend to everything: heals sparse attention"}
     )
     live: bool = field(default=False, metadata={"help": "run the teacher in every step instead of caching it"})
     teacher_cache: str | None = field(
@@ -53,14 +53,15 @@ class DistillArgs:
     encoder_match: str | None = field(default=None, metadata={"help": "live only: states or relations"})
     encoder_weight: float = field(default=1.0, metadata={"help": "of the encoder term"})
     keep_layers: int | None = field(
-        default=None, metadata={"help": "start from the teacher with so many decoder layers"}
+        default=None, metadata={"help": "start from the teacher with this many decoder layers"}
     )
     keep_encoder_layers: int | None = field(default=None, metadata={"help": "the same for its encoder"})
     lora_r: int = field(default=0, metadata={"help": "train adapters of this rank instead of all weights"})
 
 
 def cached_rows(distill: DistillArgs, args: TrainArgs, teacher, tokenizer, rows):
-    """The annotated training rows, see `TeacherCache.annotated`; without a teacher, those of the folder or the Hub."""
+    """The annotated training rows (see `TeacherCache.annotated`), or without a teacher those in the folder or on the
+    Hub."""
     folder = Path(distill.teacher_cache or f"{args.output_dir}/teacher_cache")
     if teacher is None and folder.is_dir():
         return load_from_disk(folder)
@@ -79,7 +80,7 @@ def cached_rows(distill: DistillArgs, args: TrainArgs, teacher, tokenizer, rows)
 
 
 def refuse_what_would_be_ignored(model_args: ModelArgs, data: DataArgs, distill: DistillArgs) -> None:
-    """End the program for options that exclude each other or lack what they need."""
+    """Refuse options that exclude each other or are incomplete."""
     kept = distill.keep_layers or distill.keep_encoder_layers
     if distill.teacher is None and (distill.live or kept or not distill.teacher_cache):
         raise SystemExit("distill.py: no teacher is given; pass --teacher, or --teacher_cache with annotated rows.")
@@ -111,7 +112,7 @@ def main(
     teacher = load_language_model(distill.teacher, device="cpu", **code, **full) if distill.teacher else None
     tokenizer = read_tokenizer(model_args.tokenizer or model_args.model or distill.teacher, **code)
     if teacher is not None and (model_args.tokenizer or model_args.model):
-        with contextlib.suppress(OSError):  # a teacher without a tokenizer is taken at its word
+        with contextlib.suppress(OSError):  # a teacher without a tokenizer cannot be checked
             check_vocabulary(read_tokenizer(distill.teacher, **code), tokenizer)
     if teacher is not None and not model_args.model and data.encoder_decoder is None:
         data.encoder_decoder = teacher.config.is_encoder_decoder

@@ -21,7 +21,7 @@ from modeling_flashlite.measure.long_context import KINDS, evaluate_long_context
 from modeling_flashlite.measure.own_metrics import load_metrics, score_predictions
 from modeling_flashlite.measure.results import read_results, write_json, write_results
 
-# the start of a text that is continued when the speed of text generation is measured
+# characters of a text that serve as prompt when the speed of text generation is measured
 PROMPT_CHARACTERS = 400
 
 
@@ -128,7 +128,7 @@ def on_task(model_args: CheckpointArgs, data_args: DataArgs, eval_args: EvalArgs
 
 
 def on_long_context(model_args: CheckpointArgs, data_args: DataArgs, eval_args: EvalArgs) -> dict:
-    """Retrieval from texts made on the spot, as fields of the results file."""
+    """Retrieval from generated long texts, as fields of the results file."""
     model = load_for_task(model_args, get_task("text-generation"), eval_args.memory_blocks)
     result = evaluate_long_context(
         model,

@@ -1,11 +1,12 @@
 """Export a checkpoint to ONNX and compare it with the model in ONNX Runtime.
 
     python scripts/export.py --model you/flash-lite-x --output exported
-    python scripts/export.py --model runs/x --output exported --max-length 1024
+    python scripts/export.py --model runs/x --output exported --max_length 1024
 
 Writes decoder.onnx (one graph for prompt and token steps, its cache as plain tensors), for an encoder-decoder also
 encoder.onnx, and onnx_config.json; `OnnxGenerator` in modeling_flashlite/publish/onnx_export.py runs them. GGUF and
-vLLM are not supported: they need the architecture in their own code. Needs the `export` extra. The last line is JSON.
+vLLM are not supported: they need the architecture in their own code. Needs the `export` extra. The last line of output
+is JSON.
 """
 
 import json

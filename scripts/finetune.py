@@ -25,7 +25,7 @@ from modeling_flashlite.training.launch import (
 from modeling_flashlite.training.lora import add_lora
 from modeling_flashlite.training.trainers import CarefulTrainer
 
-# to round the merged weights of a coded base on
+# for quantizing the merged weights of a coded base
 CALIBRATION_BATCHES = 16
 
 
@@ -46,7 +46,7 @@ def names(text: str | None) -> list[str] | str | None:
 
 
 def merge(trainer: CarefulTrainer, tokenizer, rows) -> str:
-    """Save the model with its adapters merged into it, which is coded anew where the base is; return the folder."""
+    """Save the model with its adapters merged, quantized again if the base is; return the folder."""
     folder = f"{trainer.args.output_dir}/merged"
     model = trainer.accelerator.unwrap_model(trainer.model)
     if getattr(model.get_base_model(), "hf_quantizer", None) is None:

@@ -53,7 +53,7 @@ class DemoArgs:
 
 @dataclass(frozen=True)
 class Size:
-    """What one run costs: widths, depths, steps; rows of `length` tokens, `batch` rows a step."""
+    """The size of a run: widths, depths, steps; rows of `length` tokens, `batch` rows per step."""
 
     vocab_size: int
     length: int
@@ -65,7 +65,7 @@ class Size:
     validation_rows: int
 
 
-SMALL_BLOCKS = {"block_size": 16, "relevance_top_k": 1}  # rows of 64 tokens are then sparse already
+SMALL_BLOCKS = {"block_size": 16, "relevance_top_k": 1}  # so that attention is sparse in rows of 64 tokens
 SIZES = {
     "default": Size(
         vocab_size=4096,
@@ -92,7 +92,7 @@ PROMPT = "Return a list of"
 
 
 class Demo(Stages):
-    """The stages; each is a method that fills its folder and returns a row of the table."""
+    """The stages; each method fills its folder and returns a row of the table."""
 
     def __init__(self, args: DemoArgs):
         if args.size not in SIZES:
@@ -131,7 +131,7 @@ class Demo(Stages):
         return AutoModelForCausalLM.from_config(config)
 
     def keep(self, model, folder: Path) -> dict:
-        """Save, load what was saved, and measure that."""
+        """Save, reload and measure a model."""
         model.save_pretrained(folder)
         self.tok.save_pretrained(folder)
         return self.measure(AutoModelForCausalLM.from_pretrained(folder), folder)
@@ -160,7 +160,7 @@ class Demo(Stages):
         return self.keep(model, folder)
 
     def annotations(self, folder: Path) -> None:
-        """The teacher reads the training rows once; its opinion becomes columns of the data set."""
+        """Annotate the training rows with the teacher's distributions, once."""
         teacher = AutoModelForCausalLM.from_pretrained(self.root / "teacher")
         count = min(len(self.rows), self.size.steps["student"] * self.size.batch)
         used = self.rows.shuffle(self.args.seed).select(range(count))
@@ -168,7 +168,7 @@ class Demo(Stages):
         cache.annotate(used, batch_size=16).save_to_disk(folder / "rows")
 
     def fit_to_teacher(self, model, folder: Path, kind: str, learning_rate: float, callbacks=()) -> None:
-        """Train with the teacher's columns in the loss."""
+        """Train on the annotated rows."""
         loss = KDLoss("forward", alpha=0.3, temperature=1.0)
         set_loss_function(model, loss)
         rows = load_from_disk(self.root / "annotations" / "rows")
@@ -180,23 +180,23 @@ class Demo(Stages):
         return self.keep(model, folder)
 
     def quantize_with(self, function):
-        """The distilled student after `calibration.quantize` or `qat.prepare_qat`, which read some training rows."""
+        """The distilled student after `calibration.quantize` or `qat.prepare_qat` on some training rows."""
         model = AutoModelForCausalLM.from_pretrained(self.root / "distilled")
         some = self.rows.select(range(min(len(self.rows), 16 * self.size.batch)))
         return function(model, EcqConfig(target_bits=self.args.target_bits), some, data_collator=self.collator)
 
     def quantized(self, folder: Path) -> dict:
-        """Round the student to a file of the asked size."""
+        """Quantize the student to the budget after training."""
         return self.keep(self.quantize_with(quantize), folder)
 
     def qat(self, folder: Path) -> dict:
-        """Train on under rounding, the size of the file being steered to the budget."""
+        """Quantization-aware training, with the file size steered to the budget."""
         model = self.quantize_with(prepare_qat)
         self.fit_to_teacher(model, folder, "qat", 1e-3, [EcqCallback()])
         return self.keep(model, folder)
 
     def lora(self, folder: Path) -> dict:
-        """Low-rank adapters on the 4-bit model win back some of what rounding lost."""
+        """Low-rank adapters on the 4-bit model recover some of the quality lost by quantization."""
         base = self.root / "qat"
         model = add_lora(AutoModelForCausalLM.from_pretrained(base), r=4)
         self.fit_to_teacher(model, folder, "lora", 1e-3)

@@ -1,4 +1,4 @@
-"""Draw the loss curves of runs (several seeds of a name become a band), or one number of results files over another.
+"""Plot loss curves of runs (several seeds of one name as a band), or one number of results files over another.
 
 python scripts/plot.py --runs runs/train_tiny --output runs/train_tiny/loss.svg
 python scripts/plot.py --runs scratch=runs/a,scratch=runs/b,distilled=runs/c --key eval_loss --output curves.svg
@@ -49,7 +49,7 @@ def read_curve(folder: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_curves(entry: str, key: str) -> list[tuple[str, tuple[np.ndarray, np.ndarray]]]:
-    """Name and curve of a run's folder, or of each training that a results file of ours compares."""
+    """Name and curve of a run's folder, or of each training compared in a results file."""
     name, _, path = entry.rpartition("=")
     if not path.endswith(".json"):
         return [(name or Path(path).name, read_curve(Path(path), key))]
@@ -65,7 +65,7 @@ def read_curves(entry: str, key: str) -> list[tuple[str, tuple[np.ndarray, np.nd
 
 
 def look_up(row, path: str):
-    """The number at a dotted path of a results file, `None` where there is none; rows of `speed` go by their names."""
+    """The number at a dotted path of a results file, or `None`; rows of `speed` are found by name."""
     for name in path.split("."):
         if isinstance(row, list):
             row = {entry["name"]: entry["value"] for entry in row}
@@ -74,7 +74,7 @@ def look_up(row, path: str):
 
 
 def read_points(entry: str, x: str, y: str) -> list[tuple[str, float, float]]:
-    """(name, x, y) of a results file, or of each of its `points`, which bring a `method` as their name."""
+    """(name, x, y) of a results file, or of each of its `points`, named by their `method`."""
     name, _, path = entry.rpartition("=")
     content = json.loads(Path(path).read_text(encoding="utf-8"))
     rows = content.get("points", [content])
@@ -86,7 +86,7 @@ def read_points(entry: str, x: str, y: str) -> list[tuple[str, float, float]]:
 
 
 def draw_results(args: PlotArgs) -> dict:
-    """Points of results files, those of one name joined by a line."""
+    """Plot points of results files, connecting those of the same name."""
     groups = defaultdict(list)
     for entry in args.results.split(","):
         for name, x, y in read_points(entry, args.x, args.y):

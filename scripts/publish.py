@@ -1,11 +1,11 @@
-"""Publish a checkpoint with its code and a model card in one commit; without --push only say what would happen.
+"""Publish a checkpoint with its code and a model card in one commit; without --push, only report what would be sent.
 
     python scripts/publish.py --run runs/x --repo you/flash-lite-x
     python scripts/publish.py --run runs/x --repo you/flash-lite-x --push
 
-The card takes its words from card.yaml in the run and its numbers from the results files in its results/ folder (or
-from --card and --results). An incomplete card does not publish. The access token comes from HF_TOKEN or from
-`hf auth login`, never from the command line. The last line printed is JSON.
+The card's text comes from card.yaml in the run, its numbers from the results files in the run's results/ folder (or
+from --card and --results). An incomplete card is not published. The access token is read from HF_TOKEN or from `hf
+auth login`, never from the command line. The last line of output is JSON.
 """
 
 import json
@@ -57,7 +57,7 @@ class PublishArgs:
 
 
 def prepare(args: PublishArgs, folder: Path) -> tuple[dict, list[str]]:
-    """Stage the files and write the card; return the card's fields and what it lacks."""
+    """Stage the files and write the card; return the card's fields and those that are missing."""
     run = Path(args.run)
     written = load_written(Path(args.card) if args.card else run / "card.yaml")
     results = read_results(args.results if args.results is not None else sorted(run.glob("results/*.json")))

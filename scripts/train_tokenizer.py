@@ -18,13 +18,13 @@ class TokenizerArgs:
     dataset: str = field(default="python", metadata={"help": "python, local files (train=a.jsonl.xz), or a Hub id"})
     dataset_name: str | None = field(default=None, metadata={"help": "configuration of a Hub data set"})
     split: str = field(default="train", metadata={"help": "split to learn from"})
-    columns: str = field(default="text", metadata={"help": "text columns, comma separated; all are learned from"})
+    columns: str = field(default="text", metadata={"help": "text columns to train on, separated by commas"})
     vocab_size: int = field(default=8192, metadata={"help": "tokens, bytes and special tokens included"})
     add_eos_token: bool = field(
         default=False, metadata={"help": "close encoded text with </s>: encoder-decoder models"}
     )
     model_max_length: int = field(default=1024, metadata={"help": "tokens kept by truncation=True"})
-    streaming: bool = field(default=False, metadata={"help": "read the data as it is needed"})
+    streaming: bool = field(default=False, metadata={"help": "read rows on demand"})
     limit: int | None = field(default=None, metadata={"help": "rows to learn from; all if unset"})
 
 

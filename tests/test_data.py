@@ -11,9 +11,16 @@ from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_flashlite.data.batching import PaddingCollator, join_rows, pack, segment_streams, tokenize_texts
+from modeling_flashlite.data.batching import (
+    PaddingCollator,
+    _pack_batch,
+    join_rows,
+    pack,
+    segment_streams,
+    tokenize_texts,
+)
 from modeling_flashlite.data.corpus import hash_fraction, python_corpus
-from modeling_flashlite.data.loading import _pack_batch, column_names, load_data, pick_split, require_columns
+from modeling_flashlite.data.loading import column_names, load_data, pick_split, require_columns
 from modeling_flashlite.data.tokenization import train_tokenizer
 
 ROWS = [{"en": f"line {i}", "de": f"Zeile {i}"} for i in range(7)]

@@ -4,9 +4,9 @@
     python scripts/studies/ablate.py --dataset train=a.jsonl.xz,validation=b.jsonl.xz --seeds 0 1 2 --steps 600
     python scripts/studies/ablate.py --study axes --only dense multi-axis --length 4096 --block-size 64
 
-Each run trains a small decoder-only model from scratch; the results file keeps every evaluation with the processor
-time of the training up to it, so that the choices can be compared at equal steps and at equal time. Runs that the
-results file already holds are not repeated.
+Each run trains a small decoder-only model from scratch. The results file records every evaluation with the processor
+time spent on training so far, so that choices can be compared at equal steps and at equal time. Runs already in the
+results file are not repeated.
 """
 
 import argparse
@@ -39,7 +39,7 @@ STUDIES = {
 
 
 class Clock(TrainerCallback):
-    """Processor seconds of the training steps alone, noted in the log at each evaluation."""
+    """Processor seconds spent in training steps, logged at each evaluation."""
 
     def __init__(self):
         self.seconds, self.start = 0.0, None
@@ -103,7 +103,7 @@ def run(overrides: dict, seed: int, args, tokenizer, train, validation) -> list[
 
 
 def loss_at(curve: list[dict], seconds: float) -> float:
-    """Loss after so many training seconds, on the straight line between two evaluations."""
+    """Loss after a number of training seconds, interpolated linearly between evaluations."""
     previous = curve[0]
     for point in curve:
         if point["train_seconds"] >= seconds and point is not previous:
@@ -116,7 +116,7 @@ def loss_at(curve: list[dict], seconds: float) -> float:
 def summarise(runs: list[dict]) -> list[dict]:
     """One row per choice: mean and spread at equal steps, and at the time that the fastest choice needed.
 
-    `relative_perplexity` is to the first choice.
+    `relative_perplexity` is relative to the first choice.
     """
     choices = list(dict.fromkeys(entry["choice"] for entry in runs))
     by_choice = {choice: [entry["curve"] for entry in runs if entry["choice"] == choice] for choice in choices}
@@ -142,7 +142,7 @@ def summarise(runs: list[dict]) -> list[dict]:
 
 
 def save(args, runs: list[dict]) -> None:
-    """Write the results file anew, so that an interrupted study loses one run at most."""
+    """Rewrite the results file, so that an interrupted study loses at most one run."""
     table = summarise(runs)
     write_results(
         args.out,

@@ -1,9 +1,9 @@
-"""Value of distillation: the same student from scratch, with a live and with a cached teacher, over several seeds.
+"""The value of distillation: one student from scratch, with a live and with a cached teacher, over several seeds.
 
 python scripts/studies/compare_distillation.py
 python scripts/studies/compare_distillation.py --dataset train=a.jsonl.xz,validation=b.jsonl.xz --seeds 0,1,2
 
-Every arm runs in a process of its own, so that its memory is its own. Arms that are finished in `work_dir` are kept.
+Every arm runs in its own process, so that its memory can be measured. Finished arms in `work_dir` are reused.
 """
 
 import json
@@ -90,7 +90,7 @@ def new_model(tokenizer, shape: dict, seed: int) -> FlashLiteForCausalLM:
 
 
 def prepare(args: CompareArgs, root: Path) -> None:
-    """Tokenizer, packed rows, trained teacher, and its annotations of the rows that the students will see."""
+    """Tokenizer, packed rows, trained teacher, and its annotations of the students' training rows."""
     splits = load_data(args.dataset, limit=args.limit)
     texts = pick_split(splits, "train")[args.column]
     tokenizer = train_tokenizer(texts, args.vocab_size, total=len(texts))
@@ -165,7 +165,7 @@ def run_arm(args: CompareArgs, root: Path) -> None:
 
 
 def part(args: CompareArgs, arm: str, seed: int = 0) -> dict:
-    """Run a part of the work in a process of its own unless its file is there, and read the file."""
+    """Run a part of the work in its own process unless its file exists, and read the file."""
     name = arm if arm == "prepare" else f"{arm}_{seed}"
     path = Path(args.work_dir) / f"{name}.json"
     if not path.is_file():
@@ -176,7 +176,7 @@ def part(args: CompareArgs, arm: str, seed: int = 0) -> dict:
 
 
 def steps_to_reach(steps: np.ndarray, losses: np.ndarray, goal: float) -> float | None:
-    """First step, between evaluations interpolated, at which a curve is down to `goal`; `None` if it never is."""
+    """First step at which a curve reaches `goal`, interpolated between evaluations; `None` if it never does."""
     below = np.flatnonzero(losses <= goal)
     if not len(below):
         return None

@@ -3,10 +3,10 @@
 python scripts/studies/compare_models.py --config scripts/recipes/train_captions.yaml --num_train_epochs 4
 python scripts/studies/compare_models.py --config recipe.yaml --dataset train=a.jsonl,validation=b.jsonl,test=c.jsonl
 
-A recipe of `train.py` describes everything but the peers. Each model is trained to the end at every learning rate: the
-rate that leads after a few hundred steps may be the worst in the end. The lowest validation loss counts. What is
-finished in `output_dir` is kept, so that a later call can add rates, or measure speed anew on a quiet machine; step
-and generation are timed in turn, the latter to answers of one length.
+A recipe of `train.py` describes everything but the peers. Each model is trained to the end at every learning rate,
+because the best rate after a few hundred steps may be the worst at the end; the lowest validation loss counts.
+Finished trainings in `output_dir` are reused, so that a later call can add rates or repeat the timing on a quiet
+machine. Training steps and generation are timed in turn, with answers of equal length.
 """
 
 import copy
@@ -95,7 +95,7 @@ class Arena:
         return Path(self.args.output_dir) / name / f"{learning_rate:g}"
 
     def trainer(self, name: str, model, learning_rate: float) -> CarefulTrainer:
-        """The same trainer for all; a peer's collator makes its decoder inputs, which label smoothing asks for."""
+        """The same trainer for all; the collator makes the decoder inputs of peers, as label smoothing requires."""
         settings = copy.copy(self.args)
         settings.learning_rate = learning_rate
         settings.output_dir = str(self.folder(name, learning_rate))
@@ -104,7 +104,7 @@ class Arena:
         return CarefulTrainer(model, settings, train_dataset=self.train_rows, data_collator=collator)
 
     def validation_loss(self, model) -> float:
-        """Nats per token without smoothing, the same measure for all."""
+        """Nats per token without label smoothing."""
         collator = DataCollatorForSeq2Seq(self.tokenizer, model=model)
         batches = DataLoader(self.validation_rows, self.args.per_device_eval_batch_size, collate_fn=collator)
         return label_likelihood(model, batches)["loss"]
@@ -171,7 +171,7 @@ class Arena:
         return found
 
     def step(self, trainer, model, batch) -> None:
-        """Forward and backward as the trainer does them."""
+        """Forward and backward pass as in the trainer."""
         model.train()
         with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=self.args.bf16):
             loss = trainer.compute_loss(model, dict(batch))

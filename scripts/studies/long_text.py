@@ -1,4 +1,4 @@
-"""Perplexity of long texts by position, of a dense or a sparse model, read in chunks through its cache.
+"""Perplexity of long texts by position, for a dense or a sparse model that reads chunks through its cache.
 
 python scripts/studies/long_text.py --model runs/smol --dataset test=books.jsonl --length 8192 --texts 2 --dense
 python scripts/studies/long_text.py --model runs/smol --dataset test=books.jsonl --length 32768 \
@@ -39,7 +39,7 @@ class StudyArgs:
 
 
 def beginnings(args: StudyArgs, tokenizer) -> list[torch.Tensor]:
-    """Token ids `[1, length]` of the beginnings of documents that are long enough, evenly spaced over the split."""
+    """Token ids `[1, length]` of the beginnings of sufficiently long documents, evenly spaced over the split."""
     rows, texts, ids, last = pick_split(load_data(args.dataset), args.split), [], [], None
     for row in rows:
         document = row[args.document_column] if args.document_column else None

@@ -67,7 +67,7 @@ FILES = tuple(dict.fromkeys(name for _, _, numbers in SPEEDS for name, _, _ in n
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table; all columns but the first are numbers."""
+    """Lines of a Markdown table; all columns except the first are numbers."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
@@ -78,7 +78,7 @@ def sizes(parameters: int, bits_per_weight: float, weight_bytes: int) -> list[st
 
 
 def render_demo(folder: Path) -> str:
-    """The stages of the demo, and one line that says where the numbers come from."""
+    """The stages of the demo, and a line with the source of the numbers."""
     results = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     rows = [
         [
@@ -109,7 +109,7 @@ def scores(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, dict, str]]
 
 
 def render_checkpoints(folder: Path) -> str:
-    """The models that were trained, stage by stage, from `en_de/1_teacher.json`, `lm/1_trained.json` and the like."""
+    """The trained models, stage by stage, from `en_de/1_teacher.json`, `lm/1_trained.json` and similar files."""
     rows = []
     for path, result, score in scores(folder, CHECKPOINTS):
         rows.append(
@@ -208,10 +208,10 @@ SECTIONS = {
 
 
 def rewrite(text: str, results: Path) -> str:
-    """README with every section made anew.
+    """README with every generated section replaced.
 
     Raises:
-        ValueError: README lacks the lines between which a section stands.
+        ValueError: README lacks the marker lines of a section.
     """
     for name, render in SECTIONS.items():
         start, end = f"<!-- {name}: made by scripts/studies/readme_table.py -->", f"<!-- end of {name} -->"
