@@ -3,19 +3,19 @@
 For the query in slot `t`, block `i = t // b`, of a row's key buffer:
 
 - block axis: the keys `max(0, (i-1) b) <= s <= t`, one by one;
-- first block: the keys `0 <= s < b`, one by one, however far back they are: pre-trained models park attention that
-  they have no use for on the first tokens (StreamingLLM, arXiv:2309.17453);
+- first block: the keys `0 <= s < b`, one by one, at any distance: pre-trained models use the first tokens as attention
+  sinks (StreamingLLM, arXiv:2309.17453);
 - candidates: the complete blocks `max(1, i-W) <= j <= i-2`;
 - relevance axis: every key of the `K` candidates with the highest score `S_j = sum_g sum_r p_{g,j,r}`, where
   `p_{g,j,r}` is the softmax, over all sub-blocks `r` of all candidates, of the logits of query head `g` of the group
-  and the mean key of the sub-block: an estimate of the share of attention that the block gets. The choice is made
-  per token and per key-value head, without a gradient; of equal scores the older block wins;
-- grid axis: every other candidate as a single slot (mean key, mean value) whose logit is raised by `log b`.
+  and the mean key of the sub-block: an estimate of the block's share of attention. Blocks are selected per token and
+  per key-value head, without a gradient; among equal scores the older block wins;
+- grid axis: every other candidate as a single slot (mean key, mean value) with `log b` added to its logit.
 
-`multi_axis_attention_reference` is the definition; every path of `multi_axis_attention` equals it, outputs and
-gradients. Nothing here knows of positions: their encoding changes queries and keys before they come. Where a position
-of the first block is to be another than its own (it stands just before the window of a query that has left it
-behind), its keys are met by a second set of queries, `first_query`.
+`multi_axis_attention_reference` is the definition; every path of `multi_axis_attention` equals it in outputs and
+gradients. Positions are encoded in queries and keys by the caller. Where the first block has another position than its
+own (just before the window of a query that has left it behind), a second set of queries, `first_query`, attends to its
+keys.
 """
 
 import math
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from .attention_tiles_flashlite import TileAttention, TileSizes, top_blocks
 
-# Up to this many queries, selected blocks are gathered; beyond, queries are cut into tiles.
+# Up to this many queries, selected blocks are gathered; more queries are processed in tiles.
 _FEW_QUERIES = 16
-# Up to this many weights of all heads together are written out where keys and values differ in width.
+# Where keys and values differ in width, up to this many weights (of all heads) are computed explicitly.
 _FEW_WEIGHTS = 1 << 23
 # Up to this many key-value heads over all rows, decoding uses a working set: one thread gathers its chosen blocks.
 _FEW_HEADS = 16
@@ -45,9 +45,9 @@ class AxisSpec:
     Args:
         block_size: tokens in a block (`b`).
         sub_block_size: tokens in a sub-block that has its own mean key (`c`, a divisor of `b`).
-        relevance_top_k: blocks read in full beside the own, the previous and the first one (`K`); `None` reads every
-            candidate.
-        memory_blocks: how many blocks back a query sees, the first block apart (`W`); `None` sees all.
+        relevance_top_k: blocks read in full in addition to the own, the previous and the first one (`K`); `None` reads
+            every candidate.
+        memory_blocks: how many blocks back a query sees, apart from the first block (`W`); `None` sees all.
     """
 
     block_size: int = 64
@@ -68,11 +68,11 @@ class AxisSpec:
 
     @property
     def reach(self) -> float:
-        """How many blocks back a query reads one by one or on the grid; the first block is read from anywhere."""
+        """How many blocks back a query attends, in full or on the grid; the first block is always read."""
         return math.inf if self.memory_blocks is None else max(self.memory_blocks, 1)
 
     def is_dense(self, block: int) -> bool:
-        """Whether the queries of a block see every earlier token: at least those of the first three blocks."""
+        """Whether the queries of a block see every earlier token; always true for the first three blocks."""
         top = math.inf if self.relevance_top_k is None else self.relevance_top_k
         return block <= min(top + 2, self.reach + 1)
 
@@ -92,7 +92,7 @@ class BlockSummaries(NamedTuple):
 def summarize_blocks(k: Tensor, v: Tensor, spec: AxisSpec) -> BlockSummaries:
     """Summarizes the `S // b` blocks that fit entirely in `k` [B, Hkv, S, dk] and `v` [B, Hkv, S, dv].
 
-    The means of blocks are differentiable; those of sub-blocks, by which blocks are chosen, carry no gradient.
+    Block means are differentiable; sub-block means, which serve the selection only, carry no gradient.
     """
     b, c = spec.block_size, spec.sub_block_size
     n = k.shape[2] // b
@@ -164,11 +164,11 @@ def multi_axis_attention_reference(
         k: keys [B, Hkv, S, dk]; slot 0 begins a block.
         v: values [B, Hkv, S, dv].
         spec: the sizes of the axes.
-        start: slot of the first query, one `int` or a LongTensor [B]; keys right of a query's slot are never seen.
+        start: slot of the first query, one `int` or a LongTensor [B]; keys after a query's slot are masked.
         scaling: factor of the dot products, `dk ** -0.5` if `None`.
         cross: `(k_e [B, Hkv, Se, dk], v_e [B, Hkv, Se, dv], mask [B, Se] bool or None)`, keys that join the softmax.
-        first_query: queries [B, H, T, dk] that meet the keys of the first block instead of `q`. They may differ from
-            `q` only where a query stands in the third block or further on.
+        first_query: queries [B, H, T, dk] for the keys of the first block, instead of `q`. They may differ from `q`
+            only from the third block on.
         dropout: probability of dropping a weight.
 
     Returns:
@@ -268,7 +268,7 @@ def multi_axis_attention(
         summaries = None
     if length <= _FEW_QUERIES:
         return _step_attention(q, k, v, spec, start, scaling, cross, first_query, summaries)
-    # not a decorator, which would import the compiler: a second that eager calls do not need
+    # as a decorator it would import the compiler, which takes a second, for eager calls too
     tiles = torch.compiler.disable(_tile_attention) if torch.compiler.is_compiling() else _tile_attention
     return tiles(q, k, v, spec, start, scaling, cross, first_query, summaries)
 
@@ -299,7 +299,7 @@ def _take_blocks(k: Tensor, v: Tensor, index: Tensor, b: int) -> tuple[Tensor, T
 
 
 def _table(x: Tensor, b: int) -> tuple[Tensor, int]:
-    """All blocks of all heads of x [B, Hkv, S, d] as the rows of one matrix, a view, and the rows between two heads.
+    """A view of all blocks of all heads of x [B, Hkv, S, d] as rows of one matrix, and the number of rows per head.
 
     `index_select` copies whole rows of it.
     """
@@ -313,12 +313,12 @@ def _is_table(x: Tensor, b: int) -> bool:
     (batch, hkv, _, d), (by_row, by_head, by_token, by_value) = x.shape, x.stride()
     if (by_token, by_value) != (d, 1) or (batch > 1 and hkv > 1 and by_row != hkv * by_head):
         return False
-    # A step of 0 is an expanded dimension, whose heads share their rows.
+    # A stride of 0 is an expanded dimension: its heads share rows.
     return all(size == 1 or (step > 0 and step % (b * d) == 0) for size, step in ((hkv, by_head), (batch, by_row)))
 
 
 def _local_keys(k: Tensor, v: Tensor, start: int | Tensor, length: int, b: int):
-    """Keys and values of the own and previous block of the queries, and which of them each query sees [B, T, N]."""
+    """Keys and values of the queries' own and previous blocks, and a mask of those each query sees [B, T, N]."""
     if isinstance(start, int):
         origin = max(start // b - 1, 0) * b
         k, v = k[:, :, origin : start + length], v[:, :, origin : start + length]
@@ -335,7 +335,7 @@ def _local_keys(k: Tensor, v: Tensor, start: int | Tensor, length: int, b: int):
 
 
 def _step_attention(q, k, v, spec, start, scaling, cross, first_query, summaries) -> Tensor:
-    """Few queries, as in decoding: only the chosen blocks are gathered, everything else is read in place."""
+    """Few queries, as in decoding: only the selected blocks are gathered, everything else is read in place."""
     b, top, length, hkv = spec.block_size, spec.relevance_top_k, q.shape[2], k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     summaries = summarize_blocks(k, v, spec) if summaries is None else summaries
@@ -367,7 +367,7 @@ def _step_attention(q, k, v, spec, start, scaling, cross, first_query, summaries
     grid = part(queries, k_mean, candidates[:, :, :, None]) + math.log(b)
     grid = grid.scatter(4, chosen[:, :, :, None].expand(-1, -1, -1, grid.shape[3], -1), -math.inf)
     others = queries if first_query is None else _rows(first_query, hkv).to(wide) * scaling
-    # the first two blocks of a row see the first block on the block axis
+    # for the first two blocks of a row, the first block is on the block axis
     begin = part(others, k[:, :, :b], (blocks >= 2)[:, :, :, None])
     local = part(queries, k_local, None if seen is None else seen[:, None, :, None])
     logits, values = [relevance, begin, local, grid], [v[:, :, :b], v_local, v_mean]
@@ -383,7 +383,7 @@ def _step_attention(q, k, v, spec, start, scaling, cross, first_query, summaries
 
 
 def fits_working_set(k: Tensor, v: Tensor, spec: AxisSpec, start: int) -> bool:
-    """Whether a query in slot `start` can use a [`WorkingSet`] of `k` and `v`, and is likely to be faster with it."""
+    """Whether a query in slot `start` can use a [`WorkingSet`] of `k` and `v` and is likely faster with it."""
     b = spec.block_size
     top = math.inf if spec.relevance_top_k is None else spec.relevance_top_k
     few = k.shape[:2].numel() <= _FEW_HEADS
@@ -395,11 +395,11 @@ class WorkingSet:
 
     Per row and key-value head, in the type of the computation: the grid slots of all candidates, the encoder's keys,
     the first, the previous and the own block side by side, and the `K` chosen blocks beside them. Per-operator
-    overhead dominates the time of a token, so everything that only changes when a block closes is made here, once for
-    the `b` tokens of a block. Equal to `multi_axis_attention`.
+    overhead dominates the time of a token, so everything that changes only when a block closes is computed here once
+    for the `b` tokens of a block. Equal to `multi_axis_attention`.
 
-    A working set reads `k` and `v` where they lie: it is valid until they move or change other than by appending. Its
-    owner is the decoding session, which watches the cache's version; see [`fits_working_set`] for what it takes.
+    A working set refers to `k` and `v` in place: it is valid until they move or change other than by appending. The
+    decoding session owns it and watches the cache's version; [`fits_working_set`] lists the conditions.
 
     Args:
         k, v: keys [B, Hkv, S, dk] and values [B, Hkv, S, dv] that hold the own block's tokens up to the newest.
@@ -442,7 +442,7 @@ class WorkingSet:
     def attend(self, rows: Tensor, k: Tensor, v: Tensor, start: int, first_rows: Tensor | None = None) -> Tensor:
         """The output [B Hkv, G, dv] of the scaled queries [B Hkv, G, dk] in slot `start`.
 
-        `first_rows` are the queries of the first block, where they are others (`first_query` elsewhere).
+        `first_rows` are the queries for the first block, if different (`first_query` elsewhere).
         """
         self._take_own(k, v, start)
         logits = torch.baddbmm(self.bias, rows, self.keys)
@@ -457,12 +457,12 @@ class WorkingSet:
                 torch.index_select(table, 0, lines, out=target)
             else:
                 target.copy_(table.index_select(0, lines))
-        # a block that is read in full is no grid slot
+        # a block that is read in full is not on the grid
         logits.scatter_(2, chosen[:, None].expand(-1, rows.shape[1], -1), -math.inf)
         return joint_attention([logits, torch.bmm(rows, self.chosen[0])], [self.values, self.chosen[1]])
 
     def _take_own(self, k: Tensor, v: Tensor, start: int) -> None:
-        """Copy the newest token of the own block; all of them where several came since the last query."""
+        """Copy the newest token of the own block, or all tokens if several were added since the last query."""
         slot, begin = start - self.begin, self.begin
         if slot == self.newest + 1:
             key, value, bias = (own.select(1, slot) for own in self.own)
@@ -534,8 +534,8 @@ def dense_attention(
 ) -> Tensor:
     """Dense attention [B, H, T, dv] by the fastest method at this size; `mask` is boolean, true where a key is seen.
 
-    PyTorch's CPU kernel wants values as wide as the keys, so that narrower ones are padded; where there are few
-    weights, writing them out takes half the time or less.
+    PyTorch's CPU kernel requires values as wide as the keys, so narrower ones are padded; with few weights, computing
+    them explicitly takes half the time or less.
     """
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     width, groups = v.shape[3], q.shape[1] // k.shape[1]
@@ -545,7 +545,7 @@ def dense_attention(
             return _explicit_attention(q, k, v, mask, causal, scaling)
         v = F.pad(v, (0, k.shape[3] - width))
     if q.shape[2] == 1 and groups > 1:
-        # The queries of a group become rows of one product, so that the keys are read once per group.
+        # The queries of a group are rows of one product, so that keys are read once per group.
         rows = q.unflatten(1, (k.shape[1], groups)).squeeze(3)
         out = F.scaled_dot_product_attention(rows, k, v, mask, scale=scaling).flatten(1, 2).unsqueeze(2)
     else:
@@ -554,14 +554,14 @@ def dense_attention(
 
 
 def _explicit_attention(q, k, v, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
-    """Attention with explicit weights: faster than a kernel with padded values while there are few weights."""
+    """Attention with explicit weights: faster than a kernel with padded values if there are few weights."""
     batch, hkv, s = k.shape[:3]
     rows, k, v_rows = (x.reshape(batch * hkv, -1, x.shape[3]) for x in (q * scaling, k, v))
     if causal:
         mask = torch.ones(q.shape[2], s, dtype=torch.bool, device=q.device).tril_()[None, None]
     logits = torch.bmm(rows, k.mT)
     if mask is not None:
-        # finite, so that a row of padding only stays finite too
+        # finite, so that a row of only padding gives finite results
         lowest = torch.finfo(logits.dtype).min
         logits = logits.view(batch, hkv, -1, *mask.shape[2:]).masked_fill(~mask[:, :, None], lowest).view_as(logits)
     return torch.bmm(logits.softmax(-1), v_rows).view(*q.shape[:3], v.shape[3]).to(v.dtype)
@@ -571,7 +571,7 @@ def _window_attention(q, k, v, b, reach, start, scaling, cross, first_query) -> 
     """A band: every query sees every token of its last `reach` blocks, of its own block and of the first one."""
     back, length = reach * b, q.shape[2]
     if first_query is not None:
-        # one product serves both kinds of queries: each has zeros in the dimensions of the other
+        # one product for both kinds of queries: each has zeros in the dimensions of the other
         scaling = q.shape[3] ** -0.5 if scaling is None else scaling
         (q, k), first_k = (F.pad(x, (0, x.shape[3])) for x in (q, k)), F.pad(k[:, :, :b], (k.shape[3], 0))
         q = torch.cat([q[..., : first_query.shape[3]], first_query], 3)

@@ -1,11 +1,11 @@
 """The long path of multi-axis attention: tiles merged by log-sum-exp, with the exact joint gradient.
 
-The softmax over a query's keys is cut into parts whose keys lie side by side in memory: the block axis, the first
+The softmax over a query's keys is split into parts with contiguous keys: the block axis, the first
 block, one part per selected block, the grid axis, the encoder keys. Each part gives an output `o_p` and a log-sum-exp
 `l_p`; with `l = logsumexp_p l_p` the whole is `sum_p exp(l_p - l) o_p`. The queries that selected a block are gathered
-and meet it in one tile, so no key is copied and nothing of L x L elements exists. Given the merged output and
-log-sum-exp, the backward of a part is its share of the joint gradient, because `P = exp(s - l)` and `D = do . o` are
-all it needs.
+into one tile, so that no key is copied and no L x L matrix is formed. The backward pass of a part needs only `P =
+exp(s - l)` and `D = do . o`: given the merged output and log-sum-exp, it computes the part's share of the joint
+gradient.
 """
 
 import math
@@ -32,8 +32,8 @@ def _has_flash(q: Tensor, v: Tensor) -> bool:
 def tile_forward(q: Tensor, k: Tensor, v: Tensor, bias, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
     """Attention of q [N, H, R, dk] to k [N, H, C, dk], v [N, H, C, dv] with an additive bias [*, *, R, C] or None.
 
-    Every query must see at least one key. Returns the output [N, H, R, dv] and the log-sum-exp [N, H, R]. The CPU op
-    is private to PyTorch; where it is missing public operations do the same.
+    Every query must see at least one key. Returns the output [N, H, R, dv] and the log-sum-exp [N, H, R]. The CPU
+    operator is private to PyTorch; without it, public operations compute the same.
     """
     if _has_flash(q, v):
         return _flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
@@ -64,13 +64,13 @@ def top_blocks(scores: Tensor, k: int) -> Tensor:
     if k >= n or k == 0:
         return torch.arange(min(k, n), device=scores.device).expand(*scores.shape[:-1], -1)
     if torch.compiler.is_exporting():
-        return scores.topk(k, dim=-1).indices  # ONNX breaks ties like this by itself
-    # torch.topk partially sorts rows of 64 k and more, which is faster than its method for slightly shorter rows.
+        return scores.topk(k, dim=-1).indices  # ONNX breaks ties this way
+    # torch.topk sorts rows of 64 k and more partially, which is faster than its method for slightly shorter rows.
     short = 64 * (k + 1) - n
     padded = F.pad(scores, (0, short), value=-math.inf) if 0 < short < n and scores.numel() > 64 * n else scores
-    # Its order among ties is unspecified, but only a tie between ranks k and k+1 can change the selected set.
+    # The order among ties is unspecified, but only a tie between ranks k and k+1 changes the selected set.
     values, index = padded.topk(k + 1, dim=-1)
-    if index.numel() <= 256:  # a decoding step: a few numbers are compared faster in Python than as tensors
+    if index.numel() <= 256:  # in decoding, comparing a few numbers in Python is faster than tensor operations
         tied = any(row[k - 1] == row[k] > -math.inf for row in values.view(-1, k + 1).tolist())
     else:
         edge = values[..., k - 1 :]
@@ -95,9 +95,8 @@ class TileSizes(NamedTuple):
 class _Head(NamedTuple):
     """One key-value head of one row: q [T, G, dk] in slots from `start`, k [S, dk], v [S, dv] and the summaries.
 
-    `first` [T, G, dk] are the queries that meet the first block: `q` itself, unless the caller gave others.
-    Values are padded with zeros to the keys' width where the CPU op, which wants equal widths, then serves them; what
-    it returns is cut to dv where it is stored.
+    `first` [T, G, dk] are the queries for the first block: `q` itself, unless given. Values are zero-padded to the
+    width of the keys where that makes the CPU operator applicable, which requires equal widths; results are cut to dv.
     """
 
     q: Tensor
@@ -121,7 +120,8 @@ def _shared(x: Tensor, groups: int) -> Tensor:
 
 
 def _local_pieces(lo: int, hi: int, start: int, b: int):
-    """Cuts the queries lo..hi at block borders into `(lo, hi, blocks)`: a start and an end of 0 blocks, and blocks."""
+    """Cuts the queries lo..hi at block boundaries into `(lo, hi, blocks)`: whole blocks, and partial ones with 0
+    blocks."""
     first = min(hi, lo + -(start + lo) % b)
     last = max(first, hi - (start + hi) % b)
     pieces = [(lo, first, 0), (first, last, (last - first) // b), (last, hi, 0)]
@@ -137,7 +137,7 @@ def _local_operands(head: _Head, piece, b: int, bias: Tensor):
     groups, slot = head.q.shape[1], head.start + lo
     origin = (slot // b - 1) * b
     if blocks:
-        # Windows of two blocks overlap by one: a view with that stride needs no copy.
+        # Windows of two blocks overlap by one, so a strided view needs no copy.
         k, v = (
             x.as_strided((blocks, 1, 2 * b, x.shape[1]), (b * x.stride(0), 0, *x.stride()), _offset(x, origin))
             for x in (head.k, head.v)
@@ -166,7 +166,8 @@ def _causal_bias(head: _Head, hi: int) -> Tensor:
 
 
 def _hide_others(x: Tensor, lo: int, first: int, start: int, sizes: TileSizes, columns: int = 1) -> None:
-    """Sets what is no candidate of the queries (rows of x [R, ..], from `lo`) to -inf: `columns` for each block."""
+    """Sets blocks that are no candidates of the queries (rows of x [R, ..], from `lo`) to -inf; `columns` per
+    block."""
     b, rows = sizes.block, x.shape[0]
     for block in range((start + lo) // b, (start + lo + rows - 1) // b + 1):
         mine = x[max(block * b - start - lo, 0) : (block + 1) * b - start - lo]
@@ -207,7 +208,7 @@ def _grid_bias(head: _Head, chosen: Tensor, lo: int, sizes: TileSizes) -> tuple[
 
 
 def _pairs_by_block(chosen: Tensor) -> tuple[Tensor, list[int], list[int]]:
-    """Sorts the (query, block) pairs [T, K] by block: the order, the blocks that occur and how often each does."""
+    """Sorts the (query, block) pairs [T, K] by block; returns the order, the distinct blocks and their counts."""
     blocks, order = chosen.reshape(-1).sort(stable=True)
     which, counts = blocks.unique_consecutive(return_counts=True)
     return order, which.tolist(), counts.tolist()
@@ -259,7 +260,7 @@ def _dense_prefix(head: _Head, hi: int, sizes: TileSizes, out: Tensor, lse: Tens
 
 
 def _prefix_operands(head: _Head, hi: int):
-    """Keys, values and bias of the queries 0..hi; no bias stands for a plain causal mask."""
+    """Keys, values and bias of the queries 0..hi; a bias of `None` is a plain causal mask."""
     end = head.start + hi
     k, v = head.k[:end], head.v[:end]
     if head.start == 0 and head.cross is None:
@@ -300,7 +301,7 @@ def _forward_first(head: _Head, lo: int, hi: int, sizes: TileSizes, out: Tensor,
 
 
 def _forward_cross(head: _Head, lo: int, hi: int, sizes: TileSizes, out: Tensor, logs: Tensor) -> None:
-    """The encoder keys. Where all of a row are masked the op's log-sum-exp means nothing: the part has no mass."""
+    """The encoder keys. In a fully masked row the operator's log-sum-exp is undefined, and the part gets no mass."""
     if head.cross is None or not (head.cross[2] > -math.inf).any():
         out.zero_()
         logs.fill_(-math.inf)
@@ -313,7 +314,7 @@ def _forward_cross(head: _Head, lo: int, hi: int, sizes: TileSizes, out: Tensor,
 
 
 def _forward_pairs(head: _Head, lo: int, chosen: Tensor, sizes: TileSizes, buffer: Tensor, logs: Tensor) -> Tensor:
-    """Tiles of the queries that chose a block and that block.
+    """One tile per selected block, with the queries that selected it.
 
     Returns where in the buffer, counted in rows of G, the part (query, rank) went [R, K].
     """
@@ -357,7 +358,7 @@ def _merge(buffer: Tensor, logs: Tensor, where: Tensor, out: Tensor, lse: Tensor
 
 
 class _Grads(NamedTuple):
-    """Where the gradients of a head go: as q, `first`, k, v, the means and the encoder keys and values."""
+    """Buffers for the gradients of a head: q, `first`, k, v, the means, and the encoder keys and values."""
 
     q: Tensor
     first: Tensor
@@ -439,7 +440,7 @@ def _backward_pairs(head: _Head, lo: int, sizes: TileSizes, out, lse, chosen, gr
     order, blocks, counts = _pairs_by_block(chosen[lo:])
     keys, values, grad_k, grad_v = (_blocks(x, sizes.block) for x in (head.k, head.v, grads.k, grads.v))
     for block, queries in zip(blocks, (order // sizes.top).split(counts)):
-        # Groups as heads: the op's backward runs heads in parallel.
+        # Groups are passed as heads, which the operator's backward runs in parallel.
         to_heads = (x.index_select(0, queries).view(-1, groups, x.shape[1] // groups) for x in (g, q, o))
         grad_here, q_here, o_here = map(_heads_view, to_heads)
         logs = log.index_select(0, queries).T[None]
@@ -455,8 +456,8 @@ class TileAttention(torch.autograd.Function):
 
     q [B, H, T, dk], `first` alike or `None` for q itself, k [B, Hkv, S, dk], v [B, Hkv, S, dv]; cross_bias [B, Se]
     additive; `starts` one int per row; `summaries` of at least the candidate blocks; `sizes` a `TileSizes` whose
-    memory exceeds its top-k by more than one block. Inputs of low precision are computed in float32: on a CPU the
-    tiles are no slower that way. Memory beyond inputs and outputs is constant in length, but for the selection.
+    memory exceeds its top-k by more than one block. Low-precision inputs are computed in float32, which is no slower
+    on a CPU. Memory beyond inputs and outputs is constant in length, apart from the selection.
     """
 
     @staticmethod
@@ -528,6 +529,6 @@ def _take_head(
 
 
 def _op_width(x: Tensor, like: Tensor) -> Tensor:
-    """x [..., d], padded with zeros to the width of `like` where the CPU op is there to make use of it."""
+    """x [..., d], zero-padded to the width of `like` if the CPU operator is available."""
     spare = like.shape[-1] - x.shape[-1]
     return F.pad(x, (0, spare)) if spare > 0 and _has_flash(like, like) else x.contiguous()

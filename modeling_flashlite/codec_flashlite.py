@@ -1,11 +1,11 @@
-"""Huffman coder: bytes to one raw deflate block and back, exactly and safely.
+"""Deflate-compatible Huffman coder: bytes to one raw deflate block and back, lossless and bounded.
 
-The encoder writes one dynamic block (RFC 1951) of optimal length-limited codes, literals only: the same bytes on every
-machine, 0.6% over the entropy of int4 pairs, where zlib's own encoder starts a new table every 32768 symbols and costs
-1.0%. zlib's C decoder reads it at full speed, releases the interpreter lock and is in every Python.
+The encoder writes one dynamic block (RFC 1951) of optimal length-limited codes, literals only: deterministic on every
+machine, and 0.6% above the entropy of int4 pairs. zlib's own encoder starts a new table every 32768 symbols and takes
+1.0%. zlib's C decoder reads it at full speed, releases the interpreter lock and is part of every Python.
 
-A *chunk* of n bytes is stored raw where its coded form would not be smaller. So its stored length tells the form: n is
-raw, less is deflate. Decoding is bounded by n, which the caller knows: it never produces more than n + 1 bytes.
+A *chunk* of n bytes is stored raw if its coded form would not be smaller. The stored length tells the form: n is raw,
+less is deflate. The caller knows n, which bounds decoding: it never produces more than n + 1 bytes.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _block_header(lengths: np.ndarray) -> tuple[int, int]:
 
 
 class Huffman:
-    """One literal-only deflate block for bytes with the given histogram; knows its size before it writes anything."""
+    """A literal-only deflate block for bytes with a given histogram; its size is known before anything is written."""
 
     def __init__(self, histogram: np.ndarray):
         self.lengths = code_lengths(np.append(histogram, 1), 15)
@@ -155,7 +155,7 @@ def chunk_bytes(histogram: np.ndarray) -> int:
 
 
 def encode_chunk(data: np.ndarray) -> bytes:
-    """uint8 data of any shape, coded where that is smaller, raw otherwise."""
+    """Encode uint8 data of any shape, or return it raw if that is not larger."""
     data = np.ascontiguousarray(data, dtype=np.uint8).reshape(-1)
     if not data.size:
         return b""
@@ -176,7 +176,7 @@ def decode_chunk(payload, size: int) -> np.ndarray:
 
 
 def _inflate(payload: memoryview, out: np.ndarray) -> None:
-    """Inflate to exactly the bytes of `out`, piece by piece; never produces more than one byte beyond them."""
+    """Inflate to exactly the bytes of `out`, piece by piece, never producing more than one extra byte."""
     inflater, done, ok = zlib.decompressobj(-15), 0, True
     try:
         for at in range(0, len(payload), _PIECE):

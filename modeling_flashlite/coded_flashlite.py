@@ -1,8 +1,8 @@
-"""What lets a coded model of another family load where only transformers, PyTorch and NumPy are.
+"""Loading of coded models of other families with only transformers, PyTorch and NumPy installed.
 
-transformers reads `quant_method` from config.json and knows only the quantizers of its own. So a coded Llama becomes
-an instance of a subclass, `LlamaForCausalLM` in `quantization_flashlite`, that adds nothing but its place: as for any
-custom class, `save_pretrained` then copies that file and those that it imports, and names it in `auto_map`. There,
+transformers reads `quant_method` from config.json and knows only its own quantizers. So a coded Llama becomes an
+instance of a subclass, `LlamaForCausalLM` in `quantization_flashlite`, which differs only in its module: as for any
+custom class, `save_pretrained` then copies that file and its imports, and names it in `auto_map`. There,
 
     AutoModelForCausalLM.from_pretrained("you/coded-llama", trust_remote_code=True)
 
@@ -19,7 +19,7 @@ _CLASSES: dict[tuple[str, str], type[PreTrainedModel]] = {}
 
 
 def coded_class(name: str, place: str) -> type[PreTrainedModel]:
-    """The subclass of a model class of transformers that says it stands in the module `place`.
+    """The subclass of a transformers model class whose module is `place`.
 
     Raises:
         AttributeError: transformers has no such model class.
@@ -28,7 +28,7 @@ def coded_class(name: str, place: str) -> type[PreTrainedModel]:
     if not isinstance(plain, type) or not issubclass(plain, PreTrainedModel):
         raise AttributeError(f"module {place!r} has no attribute {name!r}")
     if (name, place) not in _CLASSES:
-        # any name but None says that its code is saved with it
+        # any name but None makes `save_pretrained` copy the code
         members = {"__module__": place, "__doc__": plain.__doc__, "_auto_class": "AutoModel"}
         _CLASSES[name, place] = type(name, (plain,), members)
     return _CLASSES[name, place]
@@ -46,7 +46,7 @@ def auto_map(config, place: str) -> dict[str, str]:
 
 
 def with_code(model: PreTrainedModel, place: str) -> None:
-    """Make `model` an instance of its [`coded_class`], if its class is one of transformers."""
+    """Make `model` an instance of its [`coded_class`], if its class is one of transformers' own."""
     plain = type(model)
     if plain._auto_class is None and getattr(transformers, plain.__name__, None) is plain:
         model.__class__ = coded_class(plain.__name__, place)

@@ -1,8 +1,8 @@
-"""Column scales without data: what a model's layers read when it reads random tokens.
+"""Column scales without data, from the layers' inputs on random tokens.
 
-Trained models have columns whose inputs are many times larger than others, whatever the text. Rounding to nearest
-costs `sum_c step[c]^2 E[x_c^2]` in the outputs, so at equal rates the best steps of columns are proportional to
-`E[x_c^2]^(-1/2)`; they follow it most of the way.
+Trained models have outlier columns, with inputs many times larger than others for every text. Rounding to nearest
+costs `sum_c step[c]^2 E[x_c^2]` in the outputs, so at equal rates the optimal column steps are proportional to
+`E[x_c^2]^(-1/2)`, which the scales follow most of the way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .ecq_search_flashlite import Layer
 
 logger = logging.getLogger(__name__)
 _ROWS, _TOKENS = 2, 128
-_SHARE, _MOST = 0.8, 2.0  # how far scales follow the inputs, and at most, in octaves
+_SHARE, _MOST = 0.8, 2.0  # exponent with which scales follow the inputs, and their limit in octaves
 
 
 def _probe(model) -> dict[str, torch.Tensor]:
@@ -30,9 +30,9 @@ def _probe(model) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def scale_columns(model, layers: list[Layer]) -> None:
-    """Set the column scales of `layers` from one forward pass over random tokens, where the model reads tokens.
+    """Set the column scales of `layers` from one forward pass over random tokens, if the model takes tokens.
 
-    Other models, and layers that this pass does not reach, keep scales of 1.
+    For other models, and layers not reached by the pass, the scales stay 1.
     """
     if not model.can_generate() or model.main_input_name != "input_ids":
         return
@@ -58,7 +58,7 @@ def scale_columns(model, layers: list[Layer]) -> None:
     try:
         model.eval()(**_probe(model), use_cache=False)
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
-        logger.warning("Random tokens cannot be read by %s (%s): columns have no scales.", type(model).__name__, error)
+        logger.warning("%s cannot read random tokens (%s): no column scales are set.", type(model).__name__, error)
         return
     finally:
         model.train(training)

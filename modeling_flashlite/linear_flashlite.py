@@ -1,7 +1,7 @@
 """Linear layers whose float32 products on a CPU use oneDNN where it is faster than MKL.
 
 PyTorch sends bfloat16 products to oneDNN and float32 products to MKL. On non-Intel CPUs MKL takes twice as long, and
-reads the weight of a single row with one thread only. `torch.nn.functional.linear` is the slow truth.
+uses a single thread for single-row inputs. `torch.nn.functional.linear` is the reference.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .compat_flashlite import private_operator
 
-# multiplications (half as many for a single row) above which the larger overhead of oneDNN is negligible
+# multiplications (half as many for a single row) above which oneDNN's larger overhead is negligible
 _MANY = 1 << 19
 
 
@@ -63,7 +63,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         states, weight = ctx.saved_tensors
-        product = F.linear if torch.is_grad_enabled() else _onednn  # PyTorch's own, which has second derivatives
+        product = F.linear if torch.is_grad_enabled() else _onednn  # F.linear has second derivatives
         rows, needed = grad.flatten(0, -2), ctx.needs_input_grad
         grad_states = product(grad, weight.t()) if needed[0] else None
         grad_weight = product(rows.t(), states.flatten(0, -2).t()) if needed[1] else None

@@ -1,5 +1,5 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""Saving: an interrupted save never costs the model that was in the folder, and every fitting Auto class loads it."""
+"""Saving: an interrupted save keeps the previous model in the folder, and every fitting Auto class is registered."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# always mixed into a model
+# always a mixin of a model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Model
 else:
@@ -36,10 +36,10 @@ class AtomicSaving(_Model):
     """Gives a [`PreTrainedModel`] a `save_pretrained` that replaces an older model once the new one is complete."""
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
-        """Save as [`PreTrainedModel.save_pretrained`] does; a full disk or a kill leaves the older model intact.
+        """Save like [`PreTrainedModel.save_pretrained`]; a full disk or a kill leaves the previous model intact.
 
         All files are written into `.incomplete` in the folder first and then replace the old ones. A distributed
-        checkpoint, of which each process writes a part, is written in place.
+        checkpoint, whose parts are written by several processes, is written in place.
         """
         rest = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub, **kwargs}
         folder = Path(save_directory)
@@ -66,10 +66,10 @@ class AtomicSaving(_Model):
 
 
 def _separate_tables(model) -> None:
-    """Copy tables that are still one tensor though the config does not tie them any more.
+    """Copy tables that still share one tensor although the config no longer ties them.
 
-    So peft leaves them behind a head that was trained; the file would hold one of them, and the others would come back
-    random.
+    peft leaves them this way after training a head. The file would contain only one of them, and the others would be
+    initialized randomly on loading.
     """
     seen = set()
     for name, module in model.named_modules():
@@ -87,7 +87,8 @@ def _remove(folder: Path) -> None:
 
 
 def _move_model(source: Path, target: Path) -> None:
-    """Move the files of a model, weights first, and remove weights of the old model that the new one does not have."""
+    """Move the files of a model, weights first, and remove weight files of the previous model that the new one
+    lacks."""
 
     def stem(name: str) -> str:
         return re.sub(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$", "", name)

@@ -1,5 +1,5 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""The two stacks of Flash-Lite, encoder and decoder, and what every Flash-Lite model shares.
+"""Encoder and decoder of Flash-Lite, and the base class of all its models.
 
 Shapes: B batch, T target columns, S source columns, D hidden size, E embedding size.
 """
@@ -49,7 +49,7 @@ from .saving_flashlite import AtomicSaving
 
 @dataclass
 class FlashLiteDecoderOutput(CacheNames, BaseModelOutputWithPastAndCrossAttentions):
-    """What the decoder returns; `memory` is the segment memory after this segment, where one was given."""
+    """The decoder's output; `memory` is the segment memory after this segment, if one was given."""
 
     memory: FlashLiteCache | None = None
 
@@ -66,14 +66,14 @@ class FlashLitePreTrainedModel(AtomicSaving, PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _supports_context_parallel = False
-    # every head divides its loss by the `num_items_in_batch` that the Trainer counts
+    # every head divides its loss by the Trainer's `num_items_in_batch`
     accepts_loss_kwargs = True
-    # arguments named by an assigned loss hook; the library's default hooks name none that matter here
+    # arguments in the signature of an assigned loss hook; transformers' default hooks have none that matter here
     _loss_arguments: frozenset[str] = frozenset()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """Load as [`PreTrainedModel.from_pretrained`] does; codes become layers of this copy of the code."""
+        """Load like [`PreTrainedModel.from_pretrained`]; coded layers are of this copy of the code."""
         use_this_quantizer()
         return super().from_pretrained(*args, **kwargs)
 
@@ -88,10 +88,10 @@ class FlashLitePreTrainedModel(AtomicSaving, PreTrainedModel):
             super().__setattr__("_loss_arguments", named_arguments(value))
 
     def _loss(self, arguments: dict, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None):
-        """The loss hook's value for `arguments`, which hold `labels` (-100 is ignored) by whatever name.
+        """Call the loss hook with `arguments`, which contain `labels` (-100 is ignored) under any name.
 
-        Where `num_items_in_batch` is given, the loss is this batch's share of the mean over so many labels. A hook
-        that does not name it returns the mean over its own labels, which is brought to that share here.
+        With `num_items_in_batch`, the loss is this batch's share of the mean over that many labels. A hook without
+        this argument returns the mean over its own labels, which is rescaled here.
         """
         if "num_items_in_batch" in self._loss_arguments:
             return self.loss_function(num_items_in_batch=num_items_in_batch, **arguments)
@@ -129,7 +129,7 @@ class FlashLitePreTrainedModel(AtomicSaving, PreTrainedModel):
 
 
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_columns: int = 0) -> None:
-    """Refuse inputs that cannot be meant.
+    """Validate the inputs.
 
     Raises:
         ValueError: for none or two inputs, an empty sequence, ids outside the vocabulary, or a mask of a wrong shape.
@@ -139,7 +139,7 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, past_columns:
     batch, columns = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
     if columns == 0:
         raise ValueError("The sequence is empty (0 tokens); give at least one token, such as the start token.")
-    # reading values would synchronise an accelerator, whose embedding kernel checks ids itself, and break a graph
+    # reading values would synchronize an accelerator, whose embedding kernel checks ids itself, and break a graph
     look = input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
     if look and input_ids.numel():
         low, high = int(input_ids.min()), int(input_ids.max())
@@ -207,8 +207,9 @@ class FlashLiteEncoder(FlashLiteStack):
 
         Args:
             input_ids, inputs_embeds: tokens `[B, S]` or table rows `[B, S, E]`; exactly one of them.
-            attention_mask: real tokens `[B, S]`; padding may stand on any side.
-            position_ids: `[B, S]`. Positions are counted from the mask; ones that restart within a row are refused.
+            attention_mask: real tokens `[B, S]`; padding may be on any side.
+            position_ids: `[B, S]`. Positions are derived from the mask; position ids that restart within a row are
+                refused.
             output_attentions, output_hidden_states: what to record; `capture_outputs` reads them.
 
         Raises:
@@ -219,8 +220,8 @@ class FlashLiteEncoder(FlashLiteStack):
             inputs_embeds = self.embed_tokens(input_ids)
         if packed_rows(inputs_embeds, attention_mask, position_ids) is not None:
             raise ValueError(
-                "The encoder's position ids restart within a row, which means packed documents, but it reads whole "
-                "rows; give each document a row of its own."
+                "The encoder's position ids restart within a row, which means packed documents, but the encoder "
+                "reads whole rows; give each document its own row."
             )
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
@@ -276,7 +277,7 @@ class FlashLiteDecoder(FlashLiteStack):
 
         Args:
             input_ids, inputs_embeds: tokens `[B, T]` or table rows `[B, T, E]`; exactly one of them.
-            attention_mask: real tokens `[B, T]`, or `[B, past + T]` with the cached columns; padding may stand on any
+            attention_mask: real tokens `[B, T]`, or `[B, past + T]` with the cached columns; padding may be on any
                 side.
             position_ids: `[B, T]`. Positions are counted from the mask; given ones tell, by restarting, where the
                 documents of a packed batch begin.
@@ -297,7 +298,7 @@ class FlashLiteDecoder(FlashLiteStack):
             inputs_embeds = self.embed_tokens(input_ids)
         rows = packed_rows(inputs_embeds, attention_mask, position_ids)
         check_packed(rows, encoder_hidden_states, past_key_values, memory)
-        # a packed batch has no single end to continue from, and the content of a cache depends on the mask's values
+        # a packed batch has no single end to continue from, and the cache's content depends on the values of the mask
         use_cache = use_cache and rows is None and not torch.compiler.is_exporting()
         if use_cache and memory is None or past_key_values is not None:
             past_key_values = prepare_cache(past_key_values, self.config, encoder_hidden_states is not None)
@@ -312,7 +313,7 @@ class FlashLiteDecoder(FlashLiteStack):
             layer_angles(self.config, positions, dtype),
             self._shift_angles(positions, context, dtype),
         )
-        # fewer layers run while a draft exits early
+        # fewer layers run in early-exit drafts
         for layer, angle in zip(self.layers[: self.config.num_hidden_layers], angles):
             hidden_states = layer(hidden_states, encoder_hidden_states, angle, context)
         return FlashLiteDecoderOutput(
@@ -331,7 +332,7 @@ class FlashLiteDecoder(FlashLiteStack):
     def read_encoder(self, states: torch.Tensor, mask: torch.Tensor | None, context: DecoderContext) -> torch.Tensor:
         """Put into `context` what belongs to the encoder's states `[B, S, D]`; returns those that layers have to read.
 
-        Rows that repeat the row before, as beams do, are read once where a cache holds the keys of all rows.
+        Rows that repeat the previous row, as beams do, are read once if a cache keeps the keys of all rows.
         """
         if mask is not None and tuple(mask.shape) != tuple(states.shape[:2]):
             raise ValueError(
@@ -349,7 +350,7 @@ class FlashLiteDecoder(FlashLiteStack):
 
 
 def check_past(decoder: FlashLiteDecoder, past_key_values, memory) -> None:
-    """Refuse what the decoder cannot continue.
+    """Check that the decoder can continue from the given past.
 
     Raises:
         ValueError: for both a cache and a memory, something else than them, a memory of another model, or a cache in
@@ -381,7 +382,7 @@ def check_past(decoder: FlashLiteDecoder, past_key_values, memory) -> None:
 
 
 def check_packed(rows: Rows | None, encoder_hidden_states, past_key_values, memory) -> None:
-    """Refuse packed documents beside what belongs to whole rows.
+    """Refuse packed documents together with inputs that belong to whole rows.
 
     Raises:
         ValueError: for packed documents with an encoder's states, a cache or a segment memory.
@@ -394,23 +395,23 @@ def check_packed(rows: Rows | None, encoder_hidden_states, past_key_values, memo
     for belong in (name for name, given in wholes.items() if rows is not None and given is not None):
         raise ValueError(
             f"The decoder's position ids restart within a row, which means packed documents, but {belong} to whole "
-            "rows; give each document a row of its own."
+            f"rows; give each document its own row."
         )
 
 
 def padded_rows(states: torch.Tensor, attention_mask: torch.Tensor | None) -> Rows | None:
-    """How the new columns `[B, T]` map to rows of real tokens; `None` where all are real."""
+    """Map the new columns `[B, T]` to rows of real tokens; `None` if all are real."""
     mask = None if attention_mask is None else attention_mask[:, -states.shape[1] :].bool()
     # an exported graph cannot read the mask, so it does not use the shortcut
     return None if mask is None or not torch.compiler.is_exporting() and mask.all() else rows_of_mask(mask)
 
 
 def packed_rows(states, attention_mask, position_ids) -> Rows | None:
-    """How the columns of packed documents map to rows; `None` where no `position_ids` restart within a row.
+    """Map the columns of packed documents to rows; `None` if no `position_ids` restart within a row.
 
-    From one real token to the next, positions of one document grow by 1, or by the columns between them where these
-    count padding, or by 1 from the padding column before, as `generate` counts behind a prompt padded on the right. An
-    exported graph cannot look at the positions, and takes each row for one document.
+    Within a document, the position of the next real token grows by 1, or by the number of columns if padding is
+    counted, or by 1 from the padding column before it, as `generate` counts after a prompt padded on the right. An
+    exported graph cannot inspect positions and treats each row as one document.
     """
     batch, columns = states.shape[:2]
     if position_ids is None or columns < 2 or torch.compiler.is_exporting():
