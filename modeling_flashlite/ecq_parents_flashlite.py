@@ -1,5 +1,5 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""Which layers' weights are read by the modules around them, past the layers' own `forward`: these must stay tensors.
+"""Find layers whose weights are read by parent modules, bypassing the layers' `forward`: these must stay tensors.
 
 `self.dt_proj.weight @ states` in a block of Mamba, or the table of relative positions that DeBERTa normalises, needs
 the weight itself; codes could not take its place. Only its dtype and device are known of codes as well.

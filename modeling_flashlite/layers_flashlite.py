@@ -26,9 +26,9 @@ LENGTH_ROPES = ("dynamic", "longrope")
 
 
 def product_dtype(states: torch.Tensor) -> torch.dtype:
-    """The type in which matrix products of `states` are taken: what several of them read is cast to it once.
+    """The dtype for matrix products of `states`; a tensor that several products read is cast to it once.
 
-    Autocast by itself would cast it for each of them.
+    Autocast would cast it for each of them.
     """
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
@@ -77,7 +77,7 @@ def state_norm(config) -> nn.RMSNorm:
 
 
 def head_norm(config, heads: int) -> nn.Module:
-    """The norm of queries or keys `[..., N H]` before their positions; it changes nothing where there is none."""
+    """The norm of queries or keys `[..., N H]` before their positions; an identity where there is none."""
     if config.qk_norm is None:
         return nn.Identity()
     return FlashLiteRMSNorm(config.head_dim * (heads if config.qk_norm == "projection" else 1), config)
@@ -88,9 +88,9 @@ def position_angles(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine `[B, 1, T, H / 2]` of the angles of `positions` `[B, T]`, for layers of one of `rope_kinds`.
 
-    Angles are taken in float64: in float32 they are off by 2.6e-2 at position one million, and a score would depend on
-    more than the distance. Models that were trained with float32 angles keep those (`rope_dtype`). Nothing is stored,
-    so there is no buffer to lose in half precision.
+    Angles are computed in float64: in float32 they are off by 2.6e-2 at position one million, and scores would not
+    depend on the distance alone. Models trained with float32 angles keep them (`rope_dtype`). There is no stored
+    buffer that could lose precision.
     """
     wide = torch.float64 if config.rope_dtype == "float64" else torch.promote_types(dtype, torch.float32)
     frequencies, scaling = rope_frequencies(config, positions, kind)
@@ -108,7 +108,7 @@ def rope_frequencies(config, positions: torch.Tensor, kind: str | None) -> tuple
         dtype = getattr(torch, config.rope_dtype)
         exponent = torch.arange(0, config.head_dim, 2, dtype=dtype, device=positions.device) / config.head_dim
         return 1.0 / base**exponent, 1.0
-    # the frequencies of these two depend on the current length; reading it synchronises an accelerator
+    # these frequencies depend on the current length; reading it synchronizes an accelerator
     length = int(positions.max()) + 1 if rope["rope_type"] in LENGTH_ROPES else None
     return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, positions.device, seq_len=length)
 
@@ -135,10 +135,10 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def first_block_shift(positions, spec):
-    """How much nearer than it is the first block seems to queries at `positions`, a tensor or an `int`.
+    """Shift of the first block's positions toward queries at `positions`, a tensor or an `int`.
 
-    Once it has left the window it stands just before it, so that no distance exceeds what the window spans and text of
-    any length can be read as if it were as long (https://huggingface.co/papers/2309.17453).
+    Once the first block has left the window, it is placed just before the window, so that no distance exceeds the span
+    of the window at any text length (https://huggingface.co/papers/2309.17453).
     """
     if spec.memory_blocks is None:
         return 0 * positions
@@ -159,8 +159,8 @@ def nearer(query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 class FlashLiteAttention(nn.Module):
     """Projections and positions, common to both stacks.
 
-    Each position encoding ends up as one dot product of a query and a key, so that every axis, every kernel and the
-    cache work alike for all of them:
+    Every position encoding is expressed as one dot product of a query and a key, so that axes, kernels and cache are
+    the same for all of them:
 
     - `rotary`: `(R_t q) . (R_s k)`;
     - `transformer_xl`: the four terms `(q + u) . k + (q + v) . W_R r_{t-s}` of https://huggingface.co/papers/1901.02860.
@@ -205,7 +205,7 @@ class FlashLiteAttention(nn.Module):
             return rotate(query, *angles)
         weight = self.relative_weight(query)
         content_bias, position_bias = self.content_bias.to(query.dtype), self.position_bias.to(query.dtype)
-        # heads as the batch dimension: one product of all rows per head, however few tokens there are
+        # heads as the batch dimension: one product of all rows per head
         rows = (query + position_bias[:, None]).transpose(0, 1)
         relative = torch.bmm(rows.flatten(1, 2), weight).view(rows.shape).transpose(0, 1)
         (cos, sin), (first, second) = angles, relative.chunk(2, dim=-1)
@@ -223,7 +223,7 @@ class FlashLiteAttention(nn.Module):
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention with explicit weights: the slow truth of the encoder's attention."""
+    """Attention with explicit weights: the reference for the encoder's attention."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     logits = query @ key.transpose(2, 3) * scaling
@@ -285,9 +285,9 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
         return self.o_proj(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), weights, cross_weights
 
     def _by_column(self, out, weights, cross_weights, value, cross, context):
-        """Bring weights over row slots `[B, N, T, S]` into the order of the columns, where these differ.
+        """Reorder weights over row slots `[B, N, T, S]` to the order of the columns, if these differ.
 
-        The output is taken from them once more: then a gradient with respect to the returned weights exists.
+        The output is recomputed from them, so that a gradient with respect to the returned weights exists.
         """
         source, past = context.rows, context.past_key_values
         if past is not None:
@@ -304,7 +304,7 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
         return out, weights
 
     def encoder_keys(self, states: torch.Tensor | None, context: "DecoderContext"):
-        """Keys and values of the encoder's states `[U, S, D]` and their mask; taken once where a cache holds them."""
+        """Keys and values of the encoder's states `[U, S, D]` and their mask; computed once if a cache keeps them."""
         if states is None:
             return None
         past = context.past_key_values
@@ -322,15 +322,14 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
 
 @dataclass
 class DecoderContext:
-    """What all layers of one decoder forward share.
+    """State shared by all layers in one decoder forward.
 
     `rows` maps padded or packed columns to rows (`None` where every column is real), `past_key_values` is the cache
     (here, since checkpointed layers drop an argument of that name), `memory` the segment memory before this segment,
-    and `next_memory` receives the one after it (written again, alike, when a checkpointed layer is recomputed).
-    `shift_angles` of each layer belong to how much nearer the first block seems (`None` while it stands where it is;
-    see [`first_block_shift`]). `encoder_mask` `[B, S]` belongs to the encoder's keys. Where these are still to be
-    made, `encoder_angles` belong to the states that the layers get, and `sources` `[B]` says which of these states
-    each row reads (`None`: its own).
+    and `next_memory` receives the one after it (written again, with equal values, when a checkpointed layer is
+    recomputed). `shift_angles` of each layer are the angles of [`first_block_shift`] (`None` without a shift).
+    `encoder_mask` `[B, S]` belongs to the encoder's keys. Until these are computed, `encoder_angles` are the angles of
+    the states passed to the layers, and `sources` `[B]` is the state that each row reads (`None`: its own).
     """
 
     rows: Rows | None = None
@@ -344,11 +343,11 @@ class DecoderContext:
 
     @property
     def past(self) -> FlashLiteCache | None:
-        """What came before in the rows: the decoder's part of the cache, or the segment memory."""
+        """The past of the rows: the decoder's part of the cache, or the segment memory."""
         return self.memory if self.past_key_values is None else own_cache(self.past_key_values)
 
     def extend(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor):
-        """All keys and values of the rows, new ones last, the slot of the first new one, and summaries if any."""
+        """All keys and values of the rows, new ones last; the slot of the first new one; and summaries, if any."""
         if self.past is None:
             return key, value, 0, None
         layer = self.past.layers[layer_idx]
@@ -362,10 +361,10 @@ class DecoderContext:
 
 
 def equal_sources(states: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Which rows of an encoder's states `[B, S, D]` and their mask `[B, S]` repeat the row before, as beams do.
+    """Find rows of an encoder's states `[B, S, D]` and their mask `[B, S]` that repeat the previous row, as beams do.
 
     Returns:
-        The first row of each source, `[U]`, and the number of each row's source, `[B]`; `None` where all differ.
+        The first row of each source, `[U]`, and the source index of each row, `[B]`; `None` if all differ.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
@@ -382,7 +381,7 @@ def equal_sources(states: torch.Tensor, mask: torch.Tensor | None) -> tuple[torc
 class FlashLiteLayer(GradientCheckpointingLayer):
     """`x += r norm(attention(norm(x)))`, `x += r norm(mlp(norm(x)))`, common to both stacks.
 
-    The norms stand before the branches or after them (`norm_placement`); r is `residual_multiplier`.
+    The norms are before or after the branches (`norm_placement`); r is `residual_multiplier`.
     """
 
     def __init__(self, config, attention: FlashLiteAttention):
@@ -398,7 +397,7 @@ class FlashLiteLayer(GradientCheckpointingLayer):
         self.residual_multiplier = config.residual_multiplier
 
     def add_branches(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """States `[..., D]` before the layer and what its attention gives -> states after the layer."""
+        """States `[..., D]` before the layer and its attention output -> states after the layer."""
         hidden_states = self._add(hidden_states, self.attention_output_norm(attended))
         output = self.mlp(self.post_attention_layernorm(hidden_states))
         return self._add(hidden_states, self.mlp_output_norm(output))
@@ -420,7 +419,7 @@ class FlashLiteEncoderLayer(FlashLiteLayer):
 
 
 class FlashLiteDecoderLayer(FlashLiteLayer):
-    """A layer of the sparse decoder; the same with and without an encoder."""
+    """A layer of the sparse decoder; with and without an encoder."""
 
     def __init__(self, config: FlashLiteDecoderConfig, layer_idx: int):
         super().__init__(config, FlashLiteDecoderAttention(config, layer_idx))

@@ -2,11 +2,11 @@
 
     AutoModelForCausalLM.from_pretrained("any/llama", quantization_config=EcqConfig(target_bits=3.0))
 
-quantizes without data while loading. `calibration.quantize` does it with data, `qat.prepare_qat` with training. The
-saved model holds, under the name of each quantized weight, its entropy-coded bytes as a one-dimensional uint8 tensor
-(see `ecq_stream_flashlite`), and everything else in bfloat16. Loading it needs this module to be imported before, or
-`trust_remote_code=True`, which imports the copy that was saved with the model, see `coded_flashlite`: without it
-transformers finds tensors of the wrong shape and raises, unless `ignore_mismatched_sizes=True` stops it.
+quantizes without data while loading. `calibration.quantize` uses data, `qat.prepare_qat` trains. The saved model
+contains, under the name of each quantized weight, its entropy-coded bytes as a one-dimensional uint8 tensor (see
+`ecq_stream_flashlite`), and everything else in bfloat16. Loading requires this module to be imported first, or
+`trust_remote_code=True`, which imports the copy saved with the model (see `coded_flashlite`). Otherwise transformers
+finds tensors of the wrong shape and raises, unless `ignore_mismatched_sizes=True` suppresses that.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weight
 from .linear_flashlite import Linear
 
 _METHOD = "ecq"
-_SMALL = 1 << 20  # tensors up to this many bytes are copied out of the memory map of their file
+_SMALL = 1 << 20  # tensors up to this many bytes are copied out of the loader's memory map
 _TRAINING_STATE = ("log_step", "log_base", "exponents", "column_exponents", "code_lengths", "ecq_rate")
 _FIELDS = ("bits", "target_bits", "target_bytes", "max_loss_increase", "modules_to_not_convert", "stage")
 
@@ -93,13 +93,13 @@ class EcqConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
-        """From `config.json`; fields that a later version added are left out."""
+        """From `config.json`; unknown fields of later versions are ignored."""
         known = {key: value for key, value in config_dict.items() if key in _FIELDS}
         config = cls(**known)
         return (config, kwargs) if return_unused_kwargs else config
 
     def get(self, key, default=None):
-        """Dictionary access, which transformers uses when a loaded config is given back to `from_pretrained`."""
+        """Dictionary access, which transformers uses when a loaded config is passed to `from_pretrained`."""
         return getattr(self, key, default)
 
     def budget(self, parameters: int) -> float | None:
@@ -113,8 +113,8 @@ class EcqConfig(QuantizationConfigMixin):
 
 _PLAIN_FORWARDS = (nn.Linear.forward, Linear.forward, nn.Embedding.forward, Conv1D.forward)
 _OUR_LINEAR = ".linear_flashlite.Linear"
-# embeddings of transformers whose own forward only adds to that of `nn.Embedding`; of any other class with its own
-# forward it is not known whether codes can take the place of its weight, so it stays float
+# embeddings of transformers whose forward only extends that of `nn.Embedding`; any other class with its own forward
+# may need the weight itself, so it stays float
 _EXTENDED_EMBEDDINGS = ("ScaledWordEmbedding", "NormedEmbedding", "LearnedPositionalEmbedding")
 
 
@@ -137,14 +137,14 @@ def _is_quantizable(module: nn.Module) -> bool:
 
 
 def _left_out(model: nn.Module) -> set[str]:
-    """Names of tensors that the model computes and its file does not hold, like Marian's table of positions."""
+    """Names of tensors that the model computes and does not save, such as Marian's table of positions."""
     return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
 def quantizable_layers(model: nn.Module, config: EcqConfig) -> dict[str, nn.Module]:
     """Name and module of every linear layer and embedding to be quantized, LM head and tied weights included.
 
-    A weight that one of its modules, or a module around them, needs as it is stays float in all of them.
+    A weight that one of its modules, or a parent module, reads directly stays float in all of them.
 
     Raises:
         ValueError: the model keeps weights in stacked (3-D) parameters, as mixtures of experts do.
@@ -221,7 +221,7 @@ def overhead_bytes(model: nn.Module, coded: set[int]) -> int:
             continue
         seen.add(id(tensor))
         if id(tensor) in coded:
-            held = tensor.numel() // 2  # for the digits of the offsets only
+            held = tensor.numel() // 2  # only the number of digits of the offsets matters
             kind, shape = "U8", [held]
         else:
             kind, shape = ("BF16", tensor.shape) if tensor.is_floating_point() else ("I64", tensor.shape)
@@ -241,7 +241,7 @@ def install(model: nn.Module, layers: list[Layer], weights: list[QuantizedWeight
 
 @torch.no_grad()
 def install_layer(model: nn.Module, layer: Layer, weight: QuantizedWeight) -> None:
-    """Put the codes of one float layer, and of those that are tied to it, into the model."""
+    """Put the codes of one float layer, and of layers tied to it, into the model."""
     modules = [to_quantized(module) for module in layer.modules]
     for name, old, new in zip(layer.names, layer.modules, modules):
         if new is not old:
@@ -253,7 +253,7 @@ def install_layer(model: nn.Module, layer: Layer, weight: QuantizedWeight) -> No
 
 @torch.no_grad()
 def round_rest(model: nn.Module, coded: set[str]) -> None:
-    """Round what stays float to the bfloat16 that the file holds; `coded` are the names of the other layers."""
+    """Round the tensors that stay float to bfloat16, as in the file; `coded` are the names of the other layers."""
     left_out = _left_out(model)
     for name, value in model.state_dict().items():
         parent, _, leaf = name.rpartition(".")
@@ -263,7 +263,7 @@ def round_rest(model: nn.Module, coded: set[str]) -> None:
 
 @torch.no_grad()
 def install_groups(model: nn.Module, groups: list[tuple[list[str], list]], weights: list[QuantizedWeight]) -> None:
-    """Give codes to quantized modules, and round what stays float."""
+    """Set the codes of quantized modules, and round the tensors that stay float."""
     for (_, modules), weight in zip(groups, weights):
         modules[0].set_quantized(weight)
         for module in modules[1:]:
@@ -281,9 +281,10 @@ def attach(model, config: EcqConfig) -> None:
 
 
 def _keep_names(model) -> None:
-    """Save under the model's own names: streams cannot be split, joined or turned as some original formats ask.
+    """Save under the model's own names: streams cannot be split, joined or transposed as some original formats
+    require.
 
-    The vocabulary keeps its size too: of coded tables transformers would resize the stand-ins for their weights.
+    The vocabulary cannot be resized either: transformers would resize the placeholders of coded tables.
     """
     model._weight_conversions = []
     with_code(model, __name__)
@@ -291,7 +292,7 @@ def _keep_names(model) -> None:
 
 
 def _resize_token_embeddings(model, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-    """What takes the place of [`PreTrainedModel.resize_token_embeddings`] in a quantized model.
+    """Replaces [`PreTrainedModel.resize_token_embeddings`] in a quantized model.
 
     Raises:
         ValueError: for another size, where a table is quantized.
@@ -321,7 +322,7 @@ def quantize_data_free(model, config: EcqConfig) -> None:
 
 
 def _not_loaded(model) -> set[str]:
-    """Names of the layers that the checkpoint does not have, as a new head: to be trained, they stay float.
+    """Names of layers missing from the checkpoint, such as a new head, which stay float to be trained.
 
     The loader marks every parameter that it has filled.
     """
@@ -336,7 +337,7 @@ def _not_loaded(model) -> set[str]:
 class EcqQuantizer(HfQuantizer):
     """Behind [`EcqConfig`]: loads coded checkpoints, quantizes float ones after loading, saves coded ones."""
 
-    # `serialized_names` and `get_load_operations` of newer versions keep their defaults: a stream has the name of its
+    # newer versions' `serialized_names` and `get_load_operations` keep their defaults: a stream has the name of its
     # weight, and streams are decoded together after loading, since several weights may share one
     requires_calibration = False
 
@@ -353,7 +354,7 @@ class EcqQuantizer(HfQuantizer):
     def update_parallel_plan(self, model, plan):
         self.update_tp_plan(model.config)
 
-    def update_tp_plan(self, config):  # what 5.16 calls instead
+    def update_tp_plan(self, config):  # transformers 5.16 calls this instead
         if getattr(config, "distributed_config", None) is not None:
             raise ValueError(
                 "Entropy-coded weights cannot be split over processes; load without distributed_config and tp_plan, or"
@@ -508,10 +509,10 @@ def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[
 
 
 def _decode_model(model) -> None:
-    """Turn the loaded streams into codes, some of them at a time, freeing each as it is done."""
+    """Decode the loaded streams to codes, a few at a time, freeing each one afterwards."""
     for value in itertools.chain(model.parameters(), model.buffers()):
         if value.device.type == "cpu" and value.nbytes <= _SMALL:
-            value.data = value.data.clone()  # what stays in the loader's memory map keeps all of it resident
+            value.data = value.data.clone()  # release the loader's mmap: touched pages stay resident
     jobs = []
     for names, modules in groups_of(model):
         owner = next((module for module in modules if module.stream is not None), None)
@@ -528,7 +529,7 @@ def _decode_model(model) -> None:
 
 
 def use_this_quantizer() -> None:
-    """Make the classes of this file those that transformers finds for `ecq`.
+    """Register the classes of this file with transformers for the method `ecq`.
 
     The package and copies of this file from the Hub may live in one process. A model, its quantizer and the layers
     of codes must be of one copy, so a Flash-Lite model calls this before it loads.
@@ -537,11 +538,11 @@ def use_this_quantizer() -> None:
     AUTO_QUANTIZER_MAPPING[_METHOD] = EcqQuantizer
 
 
-# models of other families have no copy of their own: the first one serves
+# models of other families have no copy of their own and use the first one
 if _METHOD not in AUTO_QUANTIZER_MAPPING:
     use_this_quantizer()
 
 
 def __getattr__(name: str) -> type:
-    """Model classes of transformers by name, which the `auto_map` of coded checkpoints asks this module for."""
+    """Model classes of transformers by name, as the `auto_map` of coded checkpoints refers to them."""
     return coded_class(name, __name__)

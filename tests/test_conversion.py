@@ -284,7 +284,7 @@ def test_back_is_refused_where_the_family_has_no_such_field():
     own = FlashLiteForCausalLM(FlashLiteConfig(num_hidden_layers=1, hidden_size=24, num_attention_heads=4))
     with pytest.raises(ConversionError, match="rotary positions"):
         convert_back(own, "llama")
-    with pytest.raises(ConversionError, match="no family"):
+    with pytest.raises(ConversionError, match="not a supported family"):
         convert_back(model, "gpt2")
 
 

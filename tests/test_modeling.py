@@ -245,7 +245,7 @@ def test_packed_documents_go_with_nothing_that_belongs_to_whole_rows():
             model(**packed, past_key_values=past)
     with pytest.raises(ValueError, match="packed documents, but a segment memory belongs to whole rows"):
         model(**packed, memory=model.new_memory())
-    with pytest.raises(ValueError, match="packed documents, but it reads whole rows"):
+    with pytest.raises(ValueError, match="packed documents, but the encoder reads whole rows"):
         causal_model(is_encoder_decoder=True)(**packed, decoder_input_ids=ids)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""Quantizes a model block by block: each block for the inputs that the already quantized model gives it.
+"""Quantize a model block by block, each block on the inputs from the already quantized model.
 
 Two passes over the calibration data for each block: one for the second moments of its inputs, one for the outputs of
 its rounded weights. In memory are the model, the matrices of one block, and one hidden state for each token.
@@ -37,14 +37,14 @@ from .moments import TOKENS, InputMoments, collect_moments, slices_of
 from .replay import Replay, stacks_of
 
 logger = logging.getLogger(__name__)
-TOLERANCE = 0.006  # how far below the budget is near enough, as a share of it
-_BEARABLE = 0.7  # nats of predicted divergence: perplexity doubles
+TOLERANCE = 0.006  # accepted gap below the budget, as a share of it
+_BEARABLE = 0.7  # predicted divergence in nats at which perplexity doubles
 _FIELDS = ("log_steps", "log_scales", "noise", "price")
 Group = tuple[int, int, list[Layer]]  # stack (-1 outside of all), block, layers
 
 
 def runner(model) -> Callable[[dict], object]:
-    """Calls a model on a batch, without labels where it needs none; products in bfloat16 where that is quicker."""
+    """Calls a model on a batch, without labels if it needs none, with products in bfloat16 where that is faster."""
     needs_labels = model.config.is_encoder_decoder
     options = {"use_cache": False} if model.can_generate() else {}
     parameter = next(model.parameters())
@@ -62,7 +62,7 @@ def runner(model) -> Callable[[dict], object]:
 
 
 class _Spending:
-    """The multiplier that spends a room of bytes, corrected by what the layers that are done have taken."""
+    """The multiplier that spends a number of bytes, corrected by the actual sizes of the finished layers."""
 
     def __init__(self, layers: list[Layer], room: float):
         self.aim = (1 - TOLERANCE / 4) * room
@@ -72,7 +72,7 @@ class _Spending:
         self.spent = self.expected = 0.0
 
     def next(self) -> float:
-        """Multiplier for all layers that are left."""
+        """Multiplier for all remaining layers."""
         ratio = self.spent / self.expected if self.expected else 1.0
         left = ratio * sum(self.predicted.values())
         octaves = 8 * (left - (self.aim - self.spent)) / sum(self.elements.values())
@@ -95,7 +95,7 @@ def _check(batches: list[dict]) -> int:
 
 
 class _Resume:
-    """What is done of a run, in a folder: the steps, and the streams of each group; every write is atomic.
+    """Progress of a run in a folder: the steps, and the streams of each group; every write is atomic.
 
     Args:
         folder (`Path`, *optional*): nothing is kept if unset.
@@ -125,7 +125,7 @@ class _Resume:
 
 
 def _groups(layers: list[Layer], stacks: list) -> list[Group]:
-    """Layers in the order of quantization: first those outside of blocks, then block by block."""
+    """Layers in the order of quantization: those outside blocks first, then block by block."""
     groups: list[Group] = []
     rest = list(layers)
     for number, stack in enumerate(stacks):
@@ -137,7 +137,7 @@ def _groups(layers: list[Layer], stacks: list) -> list[Group]:
 
 
 def _weighted_error(layer: Layer, weight: QuantizedWeight) -> float:
-    """Power of the outputs' error over that of the outputs, from one row in four."""
+    """Relative error power of the outputs, from one row in four."""
     original = layer.weight[::4].float()
     error = original - weight.dequantize()[::4].to(original)
     moment = torch.eye(original.shape[1]) if layer.input_moment is None else layer.input_moment.to(original)
@@ -174,7 +174,7 @@ class BlockQuantizer:
 
     @torch.no_grad()
     def run(self) -> bool:
-        """False, with nothing changed, where feedback needs more than the room."""
+        """False, with nothing changed, if feedback needs more than the available bytes."""
         self._find_steps()
         self.spending = _Spending(self.layers, self.room)
         if sum(self.spending.predicted.values()) > 1.01 * self.room:
@@ -240,7 +240,7 @@ class BlockQuantizer:
         bar.set_postfix(bits=f"{bits:.2f}", error=f"{error:.2%}")
 
     def _kept(self, number: int, own: list[Layer]) -> list[QuantizedWeight] | None:
-        """The weights of a group that an earlier run has finished."""
+        """The weights of a group finished by an earlier run."""
         held = self.resume.load(f"group-{number}") if own else {}
         if held is None:
             return None
@@ -276,7 +276,7 @@ class BlockQuantizer:
                 layer.follow(moment, moments.rows(number))
 
     def _announce(self, probe: dict, tokens: int) -> None:
-        """Time and memory that the run is going to take, from one small slice of data."""
+        """Forecast the time and memory of the run from a small slice of data."""
         start = time.perf_counter()
         with torch.no_grad():
             self.call(probe)

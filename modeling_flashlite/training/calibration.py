@@ -1,14 +1,14 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""Post-training quantization with data: rounding with error feedback, bits where the loss needs them.
+"""Post-training quantization with data: rounding with error feedback, and more bits where the loss is sensitive.
 
-1. On some thousand tokens, forward and backward through the float model: what an error costs in each row of each
-   weight (`moments`). It gives the relative steps of all weights, and with them the multiplier that is predicted to
-   meet the budget.
-2. Tables and heads are quantized, then one block after the other (`blocks`), each for the inputs that the already
-   quantized model gives it: one pass for the second moments of these, one for the block's new outputs. The multiplier
-   follows what has been spent; the last block meets the budget.
+1. Forward and backward pass of the float model on a few thousand tokens: the cost of an error in each row of each
+   weight (`moments`). This gives the relative steps of all weights, and the multiplier that is predicted to meet the
+   budget.
+2. Tables and heads are quantized, then one block after another (`blocks`), each on the inputs from the already
+   quantized model: one pass for the second moments of these, one for the block's new outputs. The multiplier follows
+   the bytes spent so far; the last block meets the budget.
 
-In memory are the model, the matrices of one block, and one hidden state for each calibration token.
+Memory holds the model, the matrices of one block, and one hidden state per calibration token.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def _batches(calibration, model, batch_size: int, data_collator: Callable | None
 
 
 def batches_of(calibration, model, data_collator=None, batch_size: int = 8, max_batches: int | None = None) -> list:
-    """The first batches of calibration data in any of the forms that [`quantize`] takes."""
+    """The first batches of calibration data, in any form that [`quantize`] accepts."""
     return list(itertools.islice(_batches(calibration, model, batch_size, data_collator), max_batches))
 
 
 def with_labels(batch: dict, model) -> dict:
-    """Adds next-token labels for a decoder-only model that was given none."""
+    """Add next-token labels for a decoder-only model if there are none."""
     batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
     if "labels" not in batch and not model.config.is_encoder_decoder and model.can_generate():
         labels = batch["input_ids"].clone()
@@ -89,12 +89,12 @@ def mean_loss(model, batches: list[dict]) -> float:
     model.eval()
     for batch in batches:
         batch = with_labels(batch, model)
-        # the first token of a row is no target of a causal model
+        # the first token of a row is not a target of a causal model
         first = int(model.can_generate() and not model.config.is_encoder_decoder)
         targets = (batch["labels"][..., first:] != -100).sum().item()
-        if not targets:  # its mean would be no number
+        if not targets:  # the mean over 0 labels would be NaN
             continue
-        # with a cache to fill, the library would drop the mask that restarting positions imply
+        # with a cache, transformers would ignore the mask implied by restarting positions
         outputs = model(**batch, use_cache=False) if model.can_generate() else model(**batch)
         total += outputs.loss.item() * targets
         count += targets
@@ -108,7 +108,7 @@ def pareto(model, bits: Iterable[float], evaluation: list[dict], calibration: It
     """Loss at each rate: rows with bits (per parameter, whole file), loss and increase (of perplexity).
 
     Args:
-        model (`PreTrainedModel`): a float model, which stays as it is.
+        model (`PreTrainedModel`): a float model, which is not changed.
         bits (iterable of `float`): the rates; one that is out of reach is left out.
         evaluation (`list[dict]`): batches to measure on.
         calibration (iterable, *optional*): as for [`quantize`]; without it, data-free.
@@ -135,7 +135,7 @@ def quantize(
     max_batches: int | None = None,
     resume: str | os.PathLike | None = None,
 ):
-    """Quantize a float model in place, with data if there are some.
+    """Quantize a float model in place, with calibration data if given.
 
     Args:
         model (`PreTrainedModel`): any float model; encoder-decoders need labels in the calibration data.
@@ -180,7 +180,7 @@ def _calibrated(model, layers: list[Layer], batches: list[dict], budget: float, 
     round_rest(model, {name for layer in layers for name in layer.names})
     model.eval()
     if not BlockQuantizer(model, layers, batches, room, resume).run():
-        # Where few directions of the input carry all the power, fed-back errors cost more bits than longer steps save.
+        # If few input directions carry all the power, fed-back errors cost more bits than longer steps save.
         logger.warning(
             "Rounding with error feedback needs more than the budget of %.2f bits per weight; all weights are rounded"
             " to nearest instead: ask for more bits, or train with qat.prepare_qat.",
@@ -194,7 +194,7 @@ def _calibrated(model, layers: list[Layer], batches: list[dict], budget: float, 
 
 
 def _ladder(model, batches: list[dict], most: float) -> list[dict]:
-    """Rates tried, the last of which is the smallest of the ladder whose perplexity rises by at most `most`."""
+    """Rates tried, ending with the smallest of the ladder whose perplexity rises by at most `most`."""
     rows, low, high, found = [], 0, len(LADDER), None
     while low < high:
         middle = (low + high) // 2
@@ -214,7 +214,7 @@ def _ladder(model, batches: list[dict], most: float) -> list[dict]:
 
 
 def merge_adapters(peft_model, config: EcqConfig | None = None, calibration: Iterable | None = None, **kwargs):
-    """Merge LoRA adapters into a quantized model by quantizing the sum again; peft's own merge cannot add to codes.
+    """Merge LoRA adapters into a quantized model by quantizing the sum; peft's own merge cannot add to codes.
 
     Args:
         peft_model (`peft.PeftModel`): adapters on a quantized model.

@@ -1,9 +1,9 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""What a loss of precision costs, weight by weight: second moments of inputs, and of gradients of the outputs.
+"""Cost of rounding each weight: second moments of the inputs, and of the gradients of the outputs.
 
 The gradients are those of the cross-entropy of labels drawn from the model's own predictions, so that their second
-moment is the Fisher information, the curvature of the Kullback-Leibler divergence from the float model. Some thousand
-tokens are enough, since of the gradients only one number a row is used, and those not in full.
+moment is the Fisher information, the curvature of the Kullback-Leibler divergence from the float model. A few thousand
+tokens are enough, since only one number per row is taken from the gradients, and only partly trusted.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..linear_flashlite import Linear
 
 TOKENS = 4096  # that gradients are taken on
 _SLICE = 512  # tokens at a time
-_HELD = 1 << 30  # bytes of input moments held at a time; with more, the float model is run several times
-_ROW_SHARE, _TABLE_SHARE, _LAYER_SHARE = 0.5, 0.5, 0.5  # how far steps follow curvature, not deviation
+_HELD = 1 << 30  # bytes of input moments held at a time; beyond that, the float model runs several times
+_ROW_SHARE, _TABLE_SHARE, _LAYER_SHARE = 0.5, 0.5, 0.5  # exponents of the curvature in steps
 
 
 def watch(module: nn.Module, record: Callable) -> Callable[[], object]:
-    """Calls `record(input, output)` for every product or lookup of a layer; returns what ends that."""
+    """Call `record(input, output)` for every product or lookup of a layer; returns a function that stops it."""
     plain = type(module)
     if plain.forward in (nn.Linear.forward, Linear.forward, nn.Embedding.forward, Conv1D.forward):
 
@@ -34,7 +34,7 @@ def watch(module: nn.Module, record: Callable) -> Callable[[], object]:
 
         return module.register_forward_hook(hook, with_kwargs=True).remove
 
-    # A subclass is called with other things than it looks up (a mask) and returns others (scaled embeddings).
+    # A subclass may take other arguments (a mask) and return other values (scaled embeddings) than the lookup's.
     class Watched(nn.Linear if isinstance(module, nn.Linear) else nn.Embedding):  # type: ignore[misc]
         def forward(self, input):
             output = super().forward(input)
@@ -65,7 +65,7 @@ class InputMoments:
         self.live: list[tuple[torch.Tensor, int]] = []
 
     def watch(self) -> list[Callable[[], object]]:
-        """Begin to record; returns what ends that."""
+        """Start recording; returns a function that stops it."""
         return [
             watch(module, lambda x, output, index=index: self.record(index, x))
             for index, layer in enumerate(self.layers)
@@ -83,7 +83,7 @@ class InputMoments:
         self.sums[index] = self.sums[index].add_(moment) if index in self.sums else moment
 
     def next_batch(self) -> None:
-        """Forget which tensors were seen; call it between two batches."""
+        """Forget the tensors seen so far; call it between two batches."""
         self.live.clear()
 
     def rows(self, index: int) -> int:
@@ -124,7 +124,7 @@ class _Curvature:
         inputs = None if inputs is None else inputs / tokens
         if self.lookups is None or self.lookups.trace() <= 0:
             return inputs, rows
-        # A lookup is a product with one-hot inputs: the roles of rows and columns are exchanged.
+        # A lookup is a product with one-hot inputs: rows and columns exchange roles.
         counts = (self.counts + 0.05 * self.counts.mean()) / tokens
         lookups = self.lookups / tokens
         if inputs is None or rows is None:
@@ -200,7 +200,7 @@ def collect_moments(
 
 
 def _groups(curvatures: list[_Curvature]) -> list[list[_Curvature]]:
-    """Layers whose input moments are held together."""
+    """Layers whose input moments are in memory at the same time."""
     groups: list[list[_Curvature]] = [[]]
     held = 0
     for curvature in curvatures:
@@ -243,7 +243,7 @@ def _forward_backward(model, run, parts, curvatures, group, bar) -> tuple[int, I
     start = next(model.get_input_embeddings().parameters())
     try:
         for p, _ in wanted:
-            p.requires_grad_(p is start)  # gradients of outputs only: those of weights would take their room
+            p.requires_grad_(p is start)  # gradients of outputs only: those of weights are as large as the model
         for part in parts:
             with torch.enable_grad():
                 _backward(run(part), head, part, generator)
@@ -260,7 +260,7 @@ def _forward_backward(model, run, parts, curvatures, group, bar) -> tuple[int, I
 
 
 def _set_steps(layer: Layer, moment: torch.Tensor | None, rows: torch.Tensor | None, readers: int) -> bool:
-    """Steps and column scales that equalise what one more bit buys, as far as moments are trusted."""
+    """Steps and column scales that equalize the marginal benefit of a bit, as far as the moments are trusted."""
     if moment is None:
         return False
     spread = layer.follow(moment, readers)

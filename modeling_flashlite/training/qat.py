@@ -1,5 +1,5 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-r"""Quantization-aware training to a bit budget, on the stock Trainer.
+r"""Quantization-aware training to a bit budget, on the standard Trainer.
 
     model = prepare_qat(model, EcqConfig(target_bits=2.2), calibration=dataset)
     Trainer(model, args, train_dataset=dataset, callbacks=[EcqCallback()]).train()
@@ -39,9 +39,9 @@ from ..quantization_flashlite import (
 from .calibration import quantize
 
 logger = logging.getLogger(__name__)
-_MARGIN = 0.4  # of a step, how far a weight may begin from the middle of it
-_MEMORY = 0.9  # of the running means
-_PROPORTIONAL, _INTEGRAL, _LIMIT = 2.0, 0.05, 4.0  # of the controller, per bit of error
+_MARGIN = 0.4  # share of a step by which a weight may start away from its center
+_MEMORY = 0.9  # momentum of the running means
+_PROPORTIONAL, _INTEGRAL, _LIMIT = 2.0, 0.05, 4.0  # gains and limit of the controller, per bit of error
 
 
 def prepare_qat(
@@ -89,9 +89,9 @@ def prepare_qat(
 
 
 def _smooth(counts: torch.Tensor) -> torch.Tensor:
-    """Counts of the codes of `LEVELS`, each the mean over a quarter of its distance from 0 to both sides.
+    """Counts of the codes of `LEVELS`, each averaged over neighbours within a quarter of its distance from 0.
 
-    Far codes are rare, and the lengths of neighbours must not differ by chance.
+    Large codes are rare, and the code lengths of neighbours must not differ by chance.
     """
     codes = torch.arange(LEVELS[0], LEVELS[1] + 1, device=counts.device)
     reach, place = codes.abs() // 4, codes - LEVELS[0]
@@ -101,7 +101,7 @@ def _smooth(counts: torch.Tensor) -> torch.Tensor:
 
 
 def _near(weight: QuantizedWeight, original: torch.Tensor) -> torch.Tensor:
-    """The original, but within the steps that its codes stand for: training starts as the quantized model."""
+    """The original weight, clamped to the steps of its codes, so that training starts as the quantized model."""
     step = weight.step()[:, None] * (1.0 if weight.column_scale() is None else weight.column_scale())
     rounded, margin = weight.dequantize().to(original.device), _MARGIN * step.to(original.device)
     return (rounded + (original.float() - rounded).clamp(-margin, margin)).to(original.dtype)
@@ -125,7 +125,7 @@ class RateController:
         self.elements = sum(twins[0].weight.numel() for twins in self.groups)
         self.target = 8 * config.budget(self.parameters) / self.parameters
         self.overhead = 8 * overhead_bytes(model, coded)
-        # What the coded streams take besides the entropy of the codes: headers, tables, steps, the coder's own loss.
+        # Size of the coded streams beyond the entropy of the codes: headers, tables, steps, coder overhead.
         if model.ecq_rate[2] == 0:
             self.side = 0.0
             self.measure(update=False)
@@ -164,7 +164,7 @@ class RateController:
 
     @torch.no_grad()
     def step(self, frozen: bool = False) -> None:
-        """Call it with complete gradients before the optimizer's step; `frozen` keeps the weights as they are."""
+        """Call it with complete gradients before the optimizer step; `frozen` leaves the weights unchanged."""
         gradients = self.measure()
         state, error = self.model.ecq_rate, self.bits - self.target
         loss_power = rate_power = 0.0
@@ -189,13 +189,13 @@ class RateController:
 
 
 class EcqCallback(TrainerCallback):
-    """Quantization-aware training for the stock `Trainer` and `Seq2SeqTrainer`: rate, schedule, logs, and the export.
+    """Quantization-aware training for the standard `Trainer` and `Seq2SeqTrainer`: rate, schedule, logs, and export.
 
     Adds `bits_per_weight` (whole file), `distortion` (squared error over squared weight) and `lambda` to the logs.
     When training ends the model becomes the coded 4-bit model, and `save_pretrained` writes the file.
 
     Args:
-        freeze (`float`): last part of the training in which weights rest and only steps, norms and biases learn.
+        freeze (`float`): last share of training, in which weights are frozen and only steps, norms and biases learn.
     """
 
     def __init__(self, freeze: float = 0.1):
@@ -230,8 +230,8 @@ class EcqCallback(TrainerCallback):
 def finalize(model, controller: RateController | None = None) -> None:
     """Turn a trained model with twins into the coded 4-bit model, in place.
 
-    The file is what training steered to; should it still exceed the budget by more than 0.03 bits, for want of
-    training, all quantization steps grow until it does not.
+    If the file still exceeds the budget by more than 0.03 bits, because training was too short, all quantization steps
+    grow until it fits.
     """
     controller = controller or RateController(model)
     groups = groups_of(model, FakeQuantModule)

@@ -1,5 +1,5 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""Runs a model block by block, whatever its family: the blocks that are done answer with what they returned last.
+"""Run a model block by block, for any family: finished blocks replay their last outputs.
 
 Every stack of layers of a transformers model is an `nn.ModuleList` whose members are called once each, in order. To
 run one of them on some batches, the model's own `forward` is called; the blocks before it return at once what the last
@@ -17,11 +17,11 @@ from torch import nn
 
 
 class _Stop(Exception):
-    """The block is done; the rest of the model need not run."""
+    """Raised when the block is done, to skip the rest of the model."""
 
 
 def _detached(value):
-    """The same nest of tuples, lists and dicts of tensors, without the graph."""
+    """The same nested tuples, lists and dicts of tensors, detached from the graph."""
     if isinstance(value, torch.Tensor):
         return value.detach()
     if isinstance(value, (tuple, list)):
