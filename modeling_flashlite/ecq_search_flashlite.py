@@ -25,6 +25,7 @@ from .ecq_stream_flashlite import CODE_RANGE, QuantizedWeight, stream_bytes, wid
 logger = logging.getLogger(__name__)
 GRID = 8  # step sizes per octave
 _MIN_STEP, _MAX_STEP = 0.004, 3.0  # in standard deviations of the row
+_MOST_STEPS = 0.9 * CODE_RANGE[1]  # in the largest weight of a row; feedback needs the rest
 _SCALE_SHARE = 0.8  # how far column scales follow diag(U)
 _MAX_SCALE = 1.0  # octaves: a column whose step exceeds its weights has no bits left to give
 _SCALE_ROWS = 128  # of all weights that read an input, for a column to be worth a scale: with fewer it did harm
@@ -62,6 +63,7 @@ class Layer:
     noise: torch.Tensor | None = None
     price: torch.Tensor | None = None
     sigma: torch.Tensor = field(init=False)
+    _peak: tuple[torch.Tensor | None, torch.Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self):
         sigma = torch.linalg.vector_norm(self.weight, dim=1, dtype=torch.float32) / self.weight.shape[1] ** 0.5
@@ -73,12 +75,23 @@ class Layer:
 
     def steps(self, multiplier: float) -> tuple[float, torch.Tensor]:
         """(base, exponents int8 `[rows]`) for the log2 of the common multiplier."""
-        low, high = torch.log2(self.sigma * _MIN_STEP), torch.log2(self.sigma * _MAX_STEP)
+        low = torch.log2(torch.maximum(self.sigma * _MIN_STEP, self.peak() / _MOST_STEPS))
+        high = torch.maximum(torch.log2(self.sigma * _MAX_STEP), low)
         wanted = (self.log_steps.float() + multiplier).clamp(low, high)
         centre = wanted.median()
         base = torch.exp2(centre).float().item()
         exponents = torch.round((wanted - centre) * GRID).clamp(-127, 127).to(torch.int8)
         return base, exponents
+
+    def peak(self) -> torch.Tensor:
+        """Largest magnitude `[rows]` of the weights over their column scales, which no code may fail to reach."""
+        if self._peak is None or self._peak[0] is not self.log_scales:
+            scale = self.sigma.new_ones(())
+            if self.log_scales is not None:
+                scale = torch.exp2(self.column_exponents().to(self.sigma.device).float() / GRID)
+            parts = [(rows.float().abs() / scale).amax(1) for rows in self.weight.split(_ROWS)]
+            self._peak = self.log_scales, torch.cat(parts)
+        return self._peak[1]
 
     def follow(self, moment: torch.Tensor, rows: int | None = None) -> float:
         """Take over the second moment of the inputs: feedback and column scales; the mean of log2 of diag(U).

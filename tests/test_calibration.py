@@ -89,6 +89,20 @@ def test_the_predicted_rate_is_the_one_of_rounding_with_feedback(multiplier):
     assert predicted_bytes(layer, multiplier) == pytest.approx(held, rel=0.05)
 
 
+@pytest.mark.parametrize("feedback", [False, True])
+def test_no_weight_is_cut_off_by_the_finest_steps(feedback):
+    """However far an outlier stands out, its row's steps reach it, column scales included."""
+    layer = _layer(rows=130)
+    layer.weight[3, 5], layer.weight[7, 60] = 300.0, -80.0
+    layer = Layer(["w"], [], layer.weight, torch.zeros(130))
+    layer.follow(_moment(64, 0))
+    weight = quantize_layer(layer, -30.0, feedback)
+    assert weight.codes.abs().max() < 1911
+    step = weight.step()[:, None] * weight.column_scale()
+    off = (weight.dequantize() - layer.weight).abs() / step
+    assert off.max() < (30 if feedback else 1.5)  # the gain of the whole moves the largest codes a little
+
+
 @pytest.mark.parametrize("bits", [2.0, 3.3, 6.0])
 def test_search_lands_on_the_budget(bits):
     layers = [_layer(40, 64), _layer(120, 96)]
