@@ -1,10 +1,10 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
 """The cache of Flash-Lite: a ring of key-value blocks that is also the segment memory.
 
-The state of a layer is a pure function of its keys and values. A row's real tokens stand in consecutive slots, padding
-takes none, so left padding, right padding and no padding hold the same state. Slot 0 is the beginning of the row,
-whose first block stays for good. What lies between it and the window of `memory_blocks` is dropped, block by block,
-so generation of any length runs in bounded memory.
+The state of a layer is a pure function of its keys and values. A row's real tokens are in consecutive slots and
+padding takes none, so left padding, right padding and no padding give the same state. Slot 0 is the beginning of the
+row, whose first block is always kept. Blocks between it and the window of `memory_blocks` are dropped, so generation
+of any length runs in bounded memory.
 
 Shapes: B batch, R rows, N key-value heads, T new columns, S slots, H head size, b block size.
 """
@@ -32,7 +32,7 @@ def _slice_summaries(summaries: BlockSummaries, spec: AxisSpec, first: int, last
 
 
 def _grow(states: torch.Tensor, spare: int) -> torch.Tensor:
-    """A copy of `[B, N, S, H]` with `spare` more slots, uninitialised."""
+    """A copy of `[B, N, S, H]` with `spare` more, uninitialized slots."""
     batch, heads, slots, size = states.shape
     grown = states.new_empty(batch, heads, slots + spare, size)
     grown[:, :, :slots].copy_(states)
@@ -40,11 +40,11 @@ def _grow(states: torch.Tensor, spare: int) -> torch.Tensor:
 
 
 def _fit(states: torch.Tensor, used: int, slots: int) -> torch.Tensor:
-    """The first `used` slots of `[B, N, S, H]`, filled up with zeros to `slots`."""
+    """The first `used` slots of `[B, N, S, H]`, zero-padded to `slots`."""
     return torch.nn.functional.pad(states[:, :, :used], (0, 0, 0, slots - used))
 
 
-# spare blocks beyond the window: they let `crop` roll back this many blocks of tokens without a refusal
+# spare blocks beyond the window, which allow `crop` to remove this many blocks of tokens
 _SPARE_BLOCKS = 4
 
 
@@ -54,7 +54,7 @@ class Rows(NamedTuple):
     Attributes:
         source (`LongTensor` `[R, L]`): flat index (batch * columns + column) of the token in each row slot; slots
             beyond `counts` point at padding. L is the longest row.
-        slot (`LongTensor` `[B, T]`): flat index (row * L + slot) of each column; padding points at any.
+        slot (`LongTensor` `[B, T]`): flat index (row * L + slot) of each column; arbitrary for padding.
         counts (`LongTensor` `[R]`): real tokens in each row.
         mask (`BoolTensor` `[B, T]`): the real columns.
     """
@@ -85,7 +85,7 @@ def rows_of_mask(mask: torch.Tensor) -> Rows:
     """Left-align each batch row: real tokens in order, then padding. `mask` is bool `[B, T]`."""
     batch, columns = mask.shape
     counts = mask.sum(1)
-    # of the longest row, except in an exported graph, whose shapes cannot depend on values
+    # the longest row, except in an exported graph, whose shapes cannot depend on values
     width = columns if torch.compiler.is_exporting() else max(int(counts.max()), 1)
     row = torch.arange(batch, device=mask.device)[:, None]
     order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :width]
@@ -94,7 +94,7 @@ def rows_of_mask(mask: torch.Tensor) -> Rows:
 
 
 def rows_of_documents(starts: torch.Tensor, mask: torch.Tensor) -> Rows:
-    """Give each document of a packed batch a row of its own.
+    """Give each document of a packed batch its own row.
 
     Args:
         starts (`BoolTensor` `[B, T]`): true at the first token of each document.
@@ -120,8 +120,8 @@ class FlashLiteCacheLayer(DynamicLayer):
     the newest chunk's first token, `base` the number of tokens dropped behind the first block (likewise), so that a
     later slot holds the position `base + slot`, `columns` the number of columns seen, padding included, which is what
     `generate` counts, and `mask` their real ones (`None` while there is no padding).
-    `version` rises with every change other than appending, moves of the buffers included: what was derived from them
-    is valid for one version.
+    `version` increases with every change other than appending, including moves of the buffers: derived state is valid
+    for one version.
     """
 
     def __init__(self, spec: AxisSpec):
@@ -145,9 +145,9 @@ class FlashLiteCacheLayer(DynamicLayer):
 
     @property
     def keys(self):
-        """Keys by column, `[B, N, C, H]` with zeros at padding, or `None` while empty: what tools of the library see.
+        """Keys by column, `[B, N, C, H]` with zeros at padding, or `None` while empty, as transformers' tools expect.
 
-        Where a key carries its position in dimensions of its own, these are left out.
+        Dimensions that encode positions are left out.
         """
         return None if self._keys is None else self._by_column(self._keys)[..., : self._values.shape[3]]
 
@@ -174,7 +174,7 @@ class FlashLiteCacheLayer(DynamicLayer):
     def column_slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The slot of each remembered column, `[B, C]`, and whether it holds a real token, `[B, 1, C]`."""
         block = self.spec.block_size
-        # columns in between may be dropped: the first block is counted from the oldest, the rest from the newest
+        # columns between may be dropped: the first block is counted from the oldest, others from the newest
         early = self.mask.cumsum(1) - 1
         late = self._fill_tensor(self.mask.device)[:, None] - self.mask.flip(1).cumsum(1).flip(1)
         real = self.mask & ((early < block) | (late >= block))
@@ -228,7 +228,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         if ragged and rows is None and tokens == 1:
             return self._append_one(key_states, value_states, end)
         if not ragged:
-            # `narrow` costs a third of indexing, which matters for a single token
+            # `narrow` takes a third of the time of indexing, which matters for a single token
             self._keys.narrow(2, self.fill, tokens).copy_(key_states)
             self._values.narrow(2, self.fill, tokens).copy_(value_states)
             first, self.fill = self.fill, self.fill + tokens
@@ -242,12 +242,13 @@ class FlashLiteCacheLayer(DynamicLayer):
             counts = tokens if rows is None else rows.counts
             first, self.fill = int(fill.min()), fill + counts
         self._record_columns(tokens, rows)
-        # up to the last slot written, used or not: a padding query behind a short row asks for these blocks too
+        # up to the last slot written, used or not: a padding query after a short row reads these blocks too
         self._summarize(first // self.spec.block_size, end // self.spec.block_size)
         return self._keys.narrow(2, 0, end), self._values.narrow(2, 0, end)
 
     def _append_one(self, key_states, value_states, end: int):
-        """[`update`] by one token for each of rows of different lengths; refreshes the summaries of what closes."""
+        """[`update`] by one token for each of rows of different lengths; refreshes the summaries of completed
+        blocks."""
         fill, block = self._fill_tensor(key_states.device), self.spec.block_size
         index = torch.arange(len(fill), device=fill.device)
         for states, new in ((self._keys, key_states), (self._values, value_states)):
@@ -282,7 +283,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         self.columns += tokens if rows is None else rows.mask.shape[1]
 
     def _reserve(self, slots: int) -> None:
-        """Grow the buffers in steps of an eighth, so that appending costs amortised constant time."""
+        """Grow the buffers in steps of an eighth, so that appending takes amortized constant time."""
         spare, block = slots - self._keys.shape[2], self.spec.block_size
         if spare > 0:
             grow = -(-max(spare, slots // 8, block) // block) * block
@@ -311,7 +312,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         self.summarized = last
 
     def _evict(self) -> None:
-        """Drop the blocks that no future query can reach, once a fifth of the buffer is such blocks."""
+        """Drop blocks that no future query can reach, once they make up a fifth of the buffer."""
         if self.spec.memory_blocks is None:
             return
         keep = int(self.spec.reach) + _SPARE_BLOCKS
@@ -322,7 +323,7 @@ class FlashLiteCacheLayer(DynamicLayer):
             self.summarized = self._used // self.spec.block_size
 
     def _drop_between(self, keep: int) -> None:
-        """Leave the first block, `keep` blocks before the newest one of each row, and that one."""
+        """Keep the first block, the newest one of each row, and the `keep` blocks before that."""
         block = self.spec.block_size
         if isinstance(self.fill, int):
             shift = max(self.fill // block - keep - 1, 0) * block
@@ -342,7 +343,8 @@ class FlashLiteCacheLayer(DynamicLayer):
     def extend(self, key_states, value_states, rows: Rows | None = None):
         """The slots of this layer followed by new keys and values, out of place and differentiable in the new ones.
 
-        Returns the layer's successor too: a detached memory of the first block, the last `memory_blocks` and the own.
+        Also returns the layer's successor: a detached memory of the first, the last `memory_blocks` and the current
+        block.
         """
         successor = FlashLiteCacheLayer(self.spec)
         if not self.is_initialized:
@@ -372,12 +374,12 @@ class FlashLiteCacheLayer(DynamicLayer):
         return torch.cat([old[:, :, : self._used], old.new_zeros(new.shape)], 2).scatter(2, index, new)
 
     def trim(self) -> None:
-        """Keep just what future queries can reach: whole blocks, the first and `memory_blocks` before the newest."""
+        """Keep only blocks that future queries can reach: the first, the newest, and `memory_blocks` before it."""
         if self.spec.memory_blocks is not None:
             self._drop_between(int(self.spec.reach))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last `-tokens_to_remove` columns back.
+        """Remove the last `-tokens_to_remove` columns.
 
         Raises:
             ValueError: for a positive number, for more columns than were seen, or for tokens whose context is gone.
@@ -418,8 +420,8 @@ class FlashLiteCacheLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the rows for beam search.
 
-        Only slots in use are copied, into spare buffers that then change places with the old ones: filling memory that
-        is new takes several times as long.
+        Only slots in use are copied, into spare buffers that are then swapped with the old ones: writing to newly
+            allocated memory takes several times as long.
         """
         if not self.is_initialized:
             return
@@ -479,7 +481,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         return torch.ones(self.batch_size, self.columns, dtype=torch.bool, device=self._keys.device)
 
     def drop_columns(self, count: int) -> None:
-        """Forget the oldest `count` columns, which are padding in every row."""
+        """Drop the oldest `count` columns, which are padding in every row."""
         self.columns -= count
         if self.mask is not None:
             empty = int(self.mask.any(0).int().argmax())
@@ -487,7 +489,7 @@ class FlashLiteCacheLayer(DynamicLayer):
             self._settle()
 
     def _settle(self) -> None:
-        """Forget what tells rows apart once they are alike: rows of one length take faster paths."""
+        """Return to common counts once all rows have equal lengths, which allows faster paths."""
         counts = self.fill, self.base
         if any(isinstance(count, torch.Tensor) and bool((count != count[0]).any()) for count in counts):
             return
@@ -529,7 +531,7 @@ def _can_replace(spare: torch.Tensor, states: torch.Tensor) -> bool:
 
 
 def _roll_rows(states: torch.Tensor, shift: torch.Tensor, first: int) -> torch.Tensor:
-    """Take `shift` (`[B]`) slots behind the `first` ones out of each row and cut the width to what remains in use."""
+    """Remove `shift` (`[B]`) slots after the `first` ones from each row and shrink the width to the slots in use."""
     slots = torch.arange(states.shape[2] - int(shift.min()), device=states.device)
     index = torch.where(slots < first, slots, shift[:, None] + slots).clamp(max=states.shape[2] - 1)
     return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
@@ -539,9 +541,9 @@ class EncoderCacheLayer(DynamicLayer):
     """The encoder's keys and values for one decoder layer.
 
     `whole` `[B, N, S, H or 2 H]` holds the keys with the dimensions that carry their positions; `keys` shows them
-    without. `sources` (`LongTensor` `[B]`, `None` if each row is taken for itself) numbers the rows by what they were
-    made from: rows of one number, such as the beams of a sentence, hold the same, so that nothing has to move when
-    they change places among themselves. `version` rises with every change.
+    without. `sources` (`LongTensor` `[B]`, `None` if each row is taken for itself) numbers the rows by their source:
+    rows of one source, such as the beams of a sentence, are equal, so that reordering them moves no data. `version`
+    rises with every change.
     """
 
     def __init__(self, *args, **kwargs):
@@ -558,7 +560,7 @@ class EncoderCacheLayer(DynamicLayer):
         self.whole, self.version = value, self.version + 1
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Hold the keys and values of all source tokens, which come at once; returns them as they are held.
+        """Store the keys and values of all source tokens at once; returns the stored tensors.
 
         Raises:
             ValueError: if keys are held already.

@@ -1,8 +1,8 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""What differs between the versions of transformers that Flash-Lite runs on, and which arguments a model takes.
+"""Differences between the supported versions of transformers, and validation of model arguments.
 
-No other file asks for a version. Published checkpoints carry this file for years, so it asks what the library has
-rather than how old it is.
+No other file checks a version. Published checkpoints contain this file for years, so it tests for features of the
+library rather than for its version.
 """
 
 import copy
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 import torch
 import transformers
 
-# the oldest version that works, and the newest that the tests have seen
+# the oldest supported version, and the newest tested one
 OLDEST, NEWEST = "5.16.0", "5.24.0"
 
 
@@ -25,7 +25,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def check_version(version: str) -> None:
-    """Refuse a transformers `version` that is too old, and warn about one that no test has seen.
+    """Refuse a transformers `version` that is too old, and warn about one that is newer than tested.
 
     Raises:
         ImportError: `version` is older than `OLDEST`.
@@ -56,17 +56,16 @@ _OTHER_NAME = next(name for name in _NAMES if name != CACHE)
 
 
 class CacheNames:
-    """Gives an output class the cache under both of its names; the field itself is called `CACHE`."""
+    """Gives an output class the cache under both names; the field itself is called `CACHE`."""
 
 
 setattr(CacheNames, _OTHER_NAME, property(lambda self: getattr(self, CACHE), doc="The cache, by its other name."))
 
 
 def takes_cache(forward):
-    """Let a `forward` with `past_key_values` take the cache as `cache` too.
+    """Let a `forward` with `past_key_values` accept the cache as `cache` too.
 
-    The signature is kept where `generate`, which looks at it before every token of a model that brings its own code,
-    finds it without making it.
+    The signature is cached, so that `generate` does not rebuild it for every token of a model with custom code.
     """
 
     @functools.wraps(forward)
@@ -77,7 +76,7 @@ def takes_cache(forward):
                 raise ValueError("Got both `cache` and `past_key_values`, two names of one argument; give one.")
             kwargs["past_key_values"] = cache
         elif old is not None and CACHE == "cache" and not torch.compiler.is_compiling():
-            # as the library's own models say it since 5.24
+            # the same warning as transformers' own models since 5.24
             warnings.warn("`past_key_values` is deprecated; use `cache` instead.", FutureWarning, stacklevel=2)
         return forward(self, *args, **kwargs)
 
@@ -93,21 +92,21 @@ def takes_cache(forward):
 
 
 def private_operator(namespace: str, name: str):
-    """`torch.ops.<namespace>.<name>`, or `None` and a warning where this PyTorch has it no more.
+    """`torch.ops.<namespace>.<name>`, or `None` and a warning if this PyTorch no longer has it.
 
-    PyTorch promises nothing about its private operators. Those that are asked for here have public ones beside them,
-    which compute the same and take longer.
+    PyTorch's private operators are not stable. Those used here have slower public equivalents.
     """
     operator = getattr(getattr(torch.ops, namespace), name, None)
     if operator is None:
         transformers.utils.logging.get_logger(__name__).warning(
-            f"PyTorch {torch.__version__} has no operator {namespace}.{name}; slower public operators take its place."
+            f"PyTorch {torch.__version__} has no operator {namespace}.{name}; slower public operators are used "
+            f"instead."
         )
     return operator
 
 
 def named_module(name: str, patterns: Iterable[str] | None) -> bool:
-    """Whether one of `patterns`, as in `modules_to_not_convert`, names the module `name` or one around it.
+    """Whether one of `patterns`, as in `modules_to_not_convert`, matches the module `name` or one of its parents.
 
     A pattern is a beginning or a regular expression that ends where a part of the name does, or an end of the name.
     In 5.16 `layers.1` names `layers.11` too; a checkpoint means the same modules on every version.
@@ -127,7 +126,8 @@ def sub_config_specs(classes: Mapping[str, type], optional: str) -> dict:
 
 
 class GenerationArguments:
-    """Gives a pipeline of 5.16 what later ones have: generation arguments apart, and put together for each call.
+    """Gives pipelines of 5.16 a feature of later ones: generation arguments are kept separately and merged for each
+    call.
 
     Mixed in before the pipeline's own class; where that has `_prepare_generate_kwargs`, nothing is added.
     """
@@ -147,7 +147,7 @@ class GenerationArguments:
             return {**rest, "generation_config": config}
 
 
-# keyword arguments that a `forward` accepts beyond its own, and what reads them
+# keyword arguments that a `forward` accepts beyond its own, and their consumers
 _RECORDED = {"output_attentions", "output_hidden_states"}  # the stacks, which record them
 _SCALED = {"num_items_in_batch"}  # the loss
 # collators of packed rows also give these; they repeat `position_ids`, which the model reads
@@ -155,7 +155,7 @@ _PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "se
 
 
 def check_arguments(model, given: dict, known=(), packed: bool = False) -> None:
-    """Refuse arguments that nobody would read.
+    """Refuse unused arguments.
 
     Args:
         model (`nn.Module`): whose `forward` got them.
@@ -175,7 +175,7 @@ def check_arguments(model, given: dict, known=(), packed: bool = False) -> None:
 
 
 def named_arguments(function) -> frozenset[str]:
-    """The arguments that `function` names; those that it only swallows in `**kwargs` do not count."""
+    """The named arguments of `function`, without those collected in `**kwargs`."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some C functions have no signature

@@ -62,7 +62,7 @@ _PP_PLAN = {
 
 @strict
 class FlashLiteStackConfig(PreTrainedConfig):
-    r"""What the encoder and the decoder stack have in common.
+    r"""Fields common to encoder and decoder.
 
     Args:
         vocab_size (`int`, defaults to 16000): tokens in the vocabulary.
@@ -80,14 +80,14 @@ class FlashLiteStackConfig(PreTrainedConfig):
         max_position_embeddings (`int`, defaults to 2048): length the stack is meant for. No tensor has this size;
             tools read it, and scaled rotary embeddings take it as their original length.
         position_encoding (`str`, defaults to `"transformer_xl"`): `"transformer_xl"` (the four terms of
-            https://huggingface.co/papers/1901.02860, section 3.3) or `"rotary"`, whose attention is faster but which
-            ended higher at equal steps and at equal time.
+            https://huggingface.co/papers/1901.02860, section 3.3) or `"rotary"`, whose attention is faster, but whose
+            loss was higher after equal steps and equal time.
         rope_parameters (`dict`, *optional*): parameters of the rotary embedding, as everywhere in transformers.
-        rope_dtype (`str`, defaults to `"float64"`): type in which angles are taken. `"float32"` is what the models of
-            transformers do, and so do models converted from them: frequencies in float32, angles in the wider of
-            float32 and the model's own type.
-        rope_local_base_freq (`float`, *optional*): base of the plain rotary embedding of local layers, which stands in
-            place of `rope_parameters` there (Gemma 3).
+        rope_dtype (`str`, defaults to `"float64"`): type in which angles are computed. `"float32"` is the convention
+            of transformers, and of models converted from it: frequencies in float32, angles in the wider of float32
+            and the model's type.
+        rope_local_base_freq (`float`, *optional*): base of the plain rotary embedding of local layers, which replaces
+            `rope_parameters` there (Gemma 3).
         local_rope_layers (`list[int]`, *optional*): 1 for each local layer, else 0.
         no_rope_layers (`list[int]`, *optional*): 1 for each layer that encodes positions, 0 for one that does not
             (SmolLM3).
@@ -99,12 +99,11 @@ class FlashLiteStackConfig(PreTrainedConfig):
             head (Qwen3, Gemma 3), `"projection"` all heads together (OLMo 2).
         norm_placement (`str`, defaults to `"pre"`): RMS norms before attention and feed-forward network (`"pre"`),
             after them (`"post"`, OLMo 2) or both (`"both"`, Gemma 3).
-        rms_norm_offset (`float`, defaults to 0.0): what is added to the weights of the RMS norms; 1.0 in Gemma 3.
+        rms_norm_offset (`float`, defaults to 0.0): constant added to the weights of the RMS norms; 1.0 in Gemma 3.
         embedding_multiplier (`float`, *optional*): factor of the embeddings; defaults to `embedding_size ** 0.5`.
         attention_multiplier (`float`, *optional*): factor of the attention's dot products; defaults to
             `head_dim ** -0.5`.
-        residual_multiplier (`float`, defaults to 1.0): factor of what each branch adds to the residual stream
-            (Granite).
+        residual_multiplier (`float`, defaults to 1.0): factor of each branch's output (Granite).
         rms_norm_eps (`float`, defaults to 1e-6): epsilon of the RMS norms.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial weights.
         dropout_rate (`float`, defaults to 0.0): dropout of the embeddings and of each residual branch.
@@ -112,7 +111,7 @@ class FlashLiteStackConfig(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): special tokens.
 
     Raises:
-        ValueError: for a value that cannot work; the message names the value, the limit and the fix.
+        ValueError: for an invalid value; the message names the value, the limit and the fix.
     """
 
     base_model_pp_plan = _PP_PLAN
@@ -248,15 +247,15 @@ class FlashLiteDecoderConfig(FlashLiteStackConfig):
 
     Args:
         block_size (`int`, defaults to 64): tokens in a block (b).
-        sub_block_size (`int`, *optional*): tokens under one mean key, by which blocks are chosen (c); defaults to 16,
-            and to `block_size` where 16 does not divide it. Smaller ones choose better and cost more.
-        relevance_top_k (`int`, *optional*, defaults to 8): past blocks that a token reads in full (K), beside its
-            own, the previous and the first one of the row; `None` reads all of them, which is dense attention.
-        memory_blocks (`int`, *optional*, defaults to 512): past blocks that a token can reach at all (W), the first
-            one apart, hence the length of the segment memory and of the cache; `None` keeps everything. The first
-            block seems to stand just before this window once it has left it, so that no distance exceeds
-            `(memory_blocks + 2) * block_size`.
-        logits_scaling (`float`, defaults to 1.0): what the logits of the language-model head are divided by (Granite).
+        sub_block_size (`int`, *optional*): tokens per mean key for block selection (c); defaults to 16, or to
+            `block_size` if 16 does not divide it. Smaller ones select better and cost more.
+        relevance_top_k (`int`, *optional*, defaults to 8): past blocks that a token reads in full (K), in addition to
+            its own, the previous and the first block; `None` reads all of them, which is dense attention.
+        memory_blocks (`int`, *optional*, defaults to 512): past blocks that a token can reach at all (W), apart from
+            the first one; this bounds the segment memory and the cache. `None` keeps everything. Once the first block
+            has left this window, it is positioned just before it, so that no distance exceeds `(memory_blocks + 2) *
+            block_size`.
+        logits_scaling (`float`, defaults to 1.0): divisor of the logits of the language-model head (Granite).
     """
 
     model_type = "flashlite_decoder"
@@ -357,7 +356,7 @@ class FlashLiteConfig(PreTrainedConfig):
         return super().to_dict()
 
     def __getattr__(self, name):
-        # called only when normal lookup fails: a stack's field reads as the decoder's
+        # called only if normal lookup fails: fields of the stacks read as the decoder's
         if name in _DECODER_FIELDS and isinstance(self.__dict__.get("decoder"), PreTrainedConfig):
             return getattr(self.decoder, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

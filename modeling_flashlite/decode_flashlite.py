@@ -4,12 +4,12 @@
 A [`DecodeSession`] takes the place of the decoder while a model generates. For a token of a small model per-operator
 overhead (about 1 us) dominates, and most operations of the layers only shape states or recompute what the weights
 alone determine. The session computes that once per generation and runs a token in few operations. The decoder itself
-is the slow truth; it runs whatever a session does not take: prompts, training, recorded states, hooks.
+is the reference, and runs everything that a session does not support: prompts, training, recorded states, hooks.
 
-`generate` opens a session through `_optimize_model_for_decode`; [`decode_session`] opens one for a loop of one's own.
-A session owns what it derives, and releases it when it closes. What it derives from a cache is keyed by the `version`
-of the cache's layers, which rises with every change other than appending. Only the joint products of coded layers stay
-with these (see [`join`]): making them for every generation would cost a third of the time of a short one.
+`generate` opens a session through `_optimize_model_for_decode`; [`decode_session`] opens one for a custom loop. A
+session owns all derived state and releases it when it closes. State derived from a cache is keyed by the `version` of
+the cache's layers, which increases with every change other than appending. Only the joint products of coded layers
+outlive a session (see [`join`]): rebuilding them would take a third of the time of a short generation.
 
 Shapes: B batch, N query heads, M key-value heads, G = N / M, H head size, D hidden size, S key slots.
 """
@@ -52,7 +52,7 @@ _SESSIONS: ContextVar[dict[FlashLiteDecoder, "DecodeSession"] | None] = ContextV
 
 @contextlib.contextmanager
 def decode_session(model) -> Iterator["DecodeSession"]:
-    """Decode by a session within this context; all that it derived is released at the end.
+    """Decode with a session inside this context; its derived state is released at the end.
 
     Contexts nest: the outermost one owns the sessions of all models that decode within it. Weights must not change
     while a session is open, except before a new prompt.
@@ -79,7 +79,7 @@ def _forget_all(sessions: "dict[FlashLiteDecoder, DecodeSession]") -> None:
 
 
 def decoding(decoder: FlashLiteDecoder) -> "FlashLiteDecoder | DecodeSession":
-    """What decodes in the place of `decoder`: its open session, or itself."""
+    """The open session of `decoder`, or `decoder` itself."""
     if torch.compiler.is_compiling() or (sessions := _SESSIONS.get()) is None:
         return decoder
     return sessions.get(decoder, decoder)
@@ -90,7 +90,7 @@ class DecodeSession:
 
     def __init__(self, decoder: FlashLiteDecoder):
         self.decoder, config = decoder, decoder.config
-        # codes that batches of more than 4 rows unpack once instead of for every token, see `int8_codes`
+        # for batches of more than 4 rows, codes are unpacked once instead of for every token, see `int8_codes`
         self.int8_codes = WeakIdKeyDictionary()
         self.kinds = config.rope_kinds
         # positions whose angles are computed together; some angles depend on the length at hand
@@ -98,7 +98,7 @@ class DecodeSession:
         self.forget()
 
     def forget(self) -> None:
-        """Release everything that was derived from weights and cache."""
+        """Release everything derived from weights and cache."""
         # the layers' steps: `None` before the first token, empty where the decoder has to run
         self.layers: list[LayerStep] | None = None
         self._made_for: Any = None
@@ -172,7 +172,7 @@ class DecodeSession:
         return self.layers
 
     def _place(self, cache: FlashLiteCacheLayer, like: torch.Tensor) -> Place:
-        """Where the tokens stand that come next to what a layer of the cache holds."""
+        """Positions of the next tokens after the contents of a cache layer."""
         if not is_ragged(cache):
             position = cache.base + cache.fill
             return Place(self._angles(position, like), self._shift_angles(position, like))
@@ -206,7 +206,7 @@ class DecodeSession:
     def _shift_angles(self, position: int, like: torch.Tensor):
         """Angles, for each layer, of how much nearer the first block seems to this position, made once a block.
 
-        `None` where it stands where it is.
+        `None` without a shift.
         """
         spec = axis_spec(self.decoder.config)
         shift = first_block_shift(position, spec)

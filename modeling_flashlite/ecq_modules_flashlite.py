@@ -1,7 +1,7 @@
 """Linear and embedding layers on packed 4-bit codes, and their fake-quantized twins for training.
 
-All of them are subclasses of the layer that they replace, so stock PEFT wraps them, and layers of other libraries that
-only add to `forward` (a scaled or a shifted embedding) keep doing so.
+All of them are subclasses of the layer that they replace, so that PEFT can wrap them, and layers of other libraries
+that only extend `forward` (a scaled or shifted embedding) still work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .int4_flashlite import (
 from .linear_flashlite import Linear
 from .tiles_flashlite import TILE_ROWS
 
-# the mixins below are always mixed into a layer
+# the classes below are always mixins of a layer
 if TYPE_CHECKING:
     from torch.nn import Module as _Layer
 else:
@@ -40,7 +40,7 @@ _DERIVED = "kernel", "joint"
 class CodedWeight(nn.Parameter):
     """The `weight` of a quantized layer for other code: it has dtype, device and rows, but no elements.
 
-    What needs the elements fails on its shape, for example peft's `merge_and_unload`; the error then says what to do.
+    Code that needs the elements, such as peft's `merge_and_unload`, fails with an error that says what to do.
     """
 
     @classmethod
@@ -71,7 +71,7 @@ class EcqModule(_Layer):
         weight (float `[rows, 0]`): has the dtype and device that other code asks a layer for; tied layers share it.
 
     `kernel` and `joint` are made from the codes when they are first used, see [`EcqLinear`] and [`join`]. They are
-    forgotten whenever codes or steps are set, loaded or moved; so these must not be written to in other ways.
+    discarded when codes or steps are set, loaded or moved, so these must not be modified in other ways.
     """
 
     base: float
@@ -123,7 +123,7 @@ class EcqModule(_Layer):
         self._forget()
 
     def __setattr__(self, name, value):
-        # The loader assigns the stored stream to `weight`; it stays here until the quantizer decodes all streams.
+        # The loader assigns the stored stream to `weight`; it is kept here until the quantizer decodes all streams.
         if name == "weight" and isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1:
             object.__setattr__(self, "stream", value.detach())
             rows = self.weight_shape[0]
@@ -213,7 +213,7 @@ class EcqLinear(EcqModule, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """x `[..., in_features]` to `[..., out_features]`, in the dtype of x."""
-        held = self._parameters  # reading attributes of a module costs as much as a small operation
+        held = self._parameters  # reading a module's attributes takes as long as a small operation
         bias = held["bias"]
         plain = is_plain(input) and not held["step"].requires_grad and input.shape[-1] == self.in_features
         if plain and is_few_rows(input):

@@ -1,6 +1,6 @@
-"""Products with 4-bit weights in int8: activations are rounded to int8 too, so that a processor's integer units work.
+"""Products of 4-bit weights in int8: activations are rounded to int8 too, to use the processor's integer units.
 
-Integer products take half the time of bfloat16 ones. What is rounded is `x * factor`, one scale per row. Rows with few
+Integer products take half the time of bfloat16 ones. `x * factor` is rounded with one scale per row. Rows with few
 large columns, as every language model has, keep these in bfloat16 (https://huggingface.co/papers/2208.07339).
 Codes of more than one digit (see `ecq_stream_flashlite`) are put together first, where they fit into int8.
 """
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .tiles_flashlite import TILE_ROWS, derived, group_of, join_columns, unpack
 
-_INT8_ERROR = 0.015  # relative error of the output that rounding activations may cost
+_INT8_ERROR = 0.015  # largest relative error of the output from rounding activations
 _OUTLIERS = 16  # columns of the activations that may stay in bfloat16
 
 _int8_held: ContextVar[WeakIdKeyDictionary | None] = ContextVar("int8_codes", default=None)
@@ -27,10 +27,10 @@ _fitting = WeakIdKeyDictionary()
 
 @contextlib.contextmanager
 def int8_codes(held: WeakIdKeyDictionary | None = None) -> Iterator[WeakIdKeyDictionary]:
-    """Within it, weights of products of several rows are held as int8 for oneDNN, one byte more per weight.
+    """Context in which weights of products of several rows are kept as int8 for oneDNN, one byte more per weight.
 
-    For decoding in batches, which multiplies by every weight for each token: unpacking is then most of the work.
-    Making them ready takes as long as unpacking them twenty times. It changes nothing on processors other than x86.
+    For batched decoding, which multiplies by every weight for each token, so that unpacking dominates. Preparing them
+    takes as long as unpacking twenty times. It has no effect on processors other than x86.
 
     Args:
         held (`WeakIdKeyDictionary`, *optional*): what an earlier region held, to go on with; entries live no longer
@@ -49,7 +49,7 @@ def int8_codes(held: WeakIdKeyDictionary | None = None) -> Iterator[WeakIdKeyDic
 
 
 def held_codes() -> WeakIdKeyDictionary | None:
-    """What the region around holds; `None` outside of [`int8_codes`]."""
+    """The weights kept by the surrounding [`int8_codes`]; `None` outside."""
     return _int8_held.get()
 
 
@@ -68,7 +68,7 @@ def _whole(tiles: torch.Tensor, columns: int, numbers, factors) -> torch.Tensor:
 
 
 def _fits(tiles: torch.Tensor, columns: int, numbers, factors) -> bool:
-    """Whether codes with all their digits surely lie in -128..127."""
+    """Whether codes with all digits are guaranteed to be in -128..127."""
 
     def look(tiles: torch.Tensor) -> bool:
         second = tiles[:, columns:]

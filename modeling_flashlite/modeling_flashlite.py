@@ -41,7 +41,7 @@ from .stacks_flashlite import FlashLiteDecoder, FlashLiteDecoderOutput, FlashLit
 
 logger = logging.get_logger(__name__)
 
-# above this many elements training logits are not materialised: the loss runs over chunks of tokens
+# above this many elements, training logits are not materialized: the loss runs over chunks of tokens
 _MAX_TRAINING_LOGITS = 2**20
 
 
@@ -78,7 +78,7 @@ class FlashLiteModel(FlashLitePreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self):
-        # the table that the others are tied to, which tools such as peft expect
+        # the table that the others are tied to, as tools such as peft expect
         of_encoder = self.config.is_encoder_decoder and not self.config.tie_word_embeddings
         return (self.encoder if of_encoder else self.decoder).embed_tokens
 
@@ -144,7 +144,7 @@ class FlashLiteModel(FlashLitePreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 **own,
             )
-            # the recorded entry is empty: there is no encoder to attend to
+            # the recorded entry is empty without an encoder
             return type(outputs)(**{name: value for name, value in outputs.items() if name != "cross_attentions"})
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if input_ids is None:
@@ -199,7 +199,7 @@ class FlashLiteModel(FlashLitePreTrainedModel):
 
 
 def shift_tokens_right(labels: torch.Tensor, config: FlashLiteConfig) -> torch.Tensor:
-    """Decoder inputs of `labels` `[B, T]`: the start token, then the labels but the last; -100 becomes padding."""
+    """Decoder inputs of `labels` `[B, T]`: the start token, then all labels but the last; -100 becomes padding."""
     start, pad = config.decoder_start_token_id, config.pad_token_id
     if start is None or pad is None:
         raise ValueError(
@@ -249,7 +249,7 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
     def generate(self, *args, **kwargs):
         """[`GenerationMixin.generate`], decoding by one [`DecodeSession`] for the whole generation.
 
-        The library enters `_optimize_model_for_decode` around sampling only: before version 5.24 beams and drafts
+        transformers enters `_optimize_model_for_decode` around sampling only: before version 5.24, beams and drafts
         would decode without a session, and a draft model would open a new one for each draft.
         """
         with decode_session(self):
@@ -257,14 +257,14 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
 
     @contextlib.contextmanager
     def _optimize_model_for_decode(self):
-        # not for prompts, which run once: packing costs as much as unpacking twenty times
+        # not for prompts, which run once: preparation costs as much as unpacking twenty times
         with super()._optimize_model_for_decode(), decode_session(self) as session, int8_codes(session.int8_codes):
             yield
 
     def _head(self, hidden_states, labels, logits_to_keep, teacher, kwargs):
         """Loss and logits of the decoder's states `[B, T, D]`; `labels` `[B, T]` are aligned with them.
 
-        Training batches with many logits get none: the loss then runs over chunks of tokens.
+        For training batches with many logits, none are returned: the loss runs over chunks of tokens.
         """
         if self.head_proj is not None:
             hidden_states = self.head_proj(hidden_states)
@@ -428,7 +428,7 @@ class FlashLiteForCausalLM(FlashLiteHeadModel, GenerationMixin):
             Loss and logits `[B, T, V]`. A training batch with labels and more than 2^20 logits gets none of them: its
             loss runs over chunks of tokens.
         """
-        # not a named argument: the Trainer would treat it as a label that every batch must have
+        # not a named argument, which the Trainer would treat as a label required in every batch
         shifted = kwargs.pop("shift_labels", None)
         check_arguments(self, kwargs, self._loss_arguments, packed=position_ids is not None)
         outputs = self.model(
@@ -457,7 +457,7 @@ class FlashLiteForCausalLM(FlashLiteHeadModel, GenerationMixin):
 
 
 def decoder_only(config: FlashLiteConfig) -> FlashLiteConfig:
-    """A copy of `config` without an encoder, or `config` itself where it has none."""
+    """A copy of `config` without an encoder, or `config` itself if it has none."""
     if not config.is_encoder_decoder:
         return config
     config = copy.deepcopy(config)
@@ -473,7 +473,7 @@ class FlashLiteTaskModel(FlashLitePreTrainedModel):
     """A model whose head reads the decoder's states of the input itself.
 
     With an encoder, the decoder reads the same tokens again with the encoder's states in its softmax, so that every
-    state has seen the whole input; without one, a state has seen the tokens up to its own.
+    state depends on the whole input; without one, a state depends on the tokens up to its own.
     """
 
     _head_name = "score"
@@ -502,7 +502,7 @@ class FlashLiteTaskModel(FlashLitePreTrainedModel):
 
 
 def task_output(outputs, seq2seq_class, plain_class, **fields):
-    """Fill the output class that fits the base model's `outputs`."""
+    """Build the output class that matches the base model's `outputs`."""
     output_class = seq2seq_class if isinstance(outputs, FlashLiteModelOutput) else plain_class
     for name in output_class.__dataclass_fields__:
         if name not in fields and outputs.get(name) is not None:
