@@ -120,8 +120,7 @@ def _shared(x: Tensor, groups: int) -> Tensor:
 
 
 def _local_pieces(lo: int, hi: int, start: int, b: int):
-    """Cuts the queries lo..hi at block boundaries into `(lo, hi, blocks)`: whole blocks, and partial ones with 0
-    blocks."""
+    """Cuts the queries lo..hi at block boundaries into `(lo, hi, blocks)`; partial blocks have 0 `blocks`."""
     first = min(hi, lo + -(start + lo) % b)
     last = max(first, hi - (start + hi) % b)
     pieces = [(lo, first, 0), (first, last, (last - first) // b), (last, hi, 0)]
@@ -166,8 +165,7 @@ def _causal_bias(head: _Head, hi: int) -> Tensor:
 
 
 def _hide_others(x: Tensor, lo: int, first: int, start: int, sizes: TileSizes, columns: int = 1) -> None:
-    """Sets blocks that are no candidates of the queries (rows of x [R, ..], from `lo`) to -inf; `columns` per
-    block."""
+    """Sets non-candidates of the queries (rows of x [R, ..], from `lo`) to -inf; `columns` for each block."""
     b, rows = sizes.block, x.shape[0]
     for block in range((start + lo) // b, (start + lo + rows - 1) // b + 1):
         mine = x[max(block * b - start - lo, 0) : (block + 1) * b - start - lo]

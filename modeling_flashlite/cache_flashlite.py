@@ -247,8 +247,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         return self._keys.narrow(2, 0, end), self._values.narrow(2, 0, end)
 
     def _append_one(self, key_states, value_states, end: int):
-        """[`update`] by one token for each of rows of different lengths; refreshes the summaries of completed
-        blocks."""
+        """[`update`] by one token per row, for rows of different lengths; refreshes summaries of completed blocks."""
         fill, block = self._fill_tensor(key_states.device), self.spec.block_size
         index = torch.arange(len(fill), device=fill.device)
         for states, new in ((self._keys, key_states), (self._values, value_states)):

@@ -126,8 +126,7 @@ def sub_config_specs(classes: Mapping[str, type], optional: str) -> dict:
 
 
 class GenerationArguments:
-    """Gives pipelines of 5.16 a feature of later ones: generation arguments are kept separately and merged for each
-    call.
+    """Gives pipelines of 5.16 what later ones have: generation arguments kept apart and merged for each call.
 
     Mixed in before the pipeline's own class; where that has `_prepare_generate_kwargs`, nothing is added.
     """

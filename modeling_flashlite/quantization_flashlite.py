@@ -281,8 +281,7 @@ def attach(model, config: EcqConfig) -> None:
 
 
 def _keep_names(model) -> None:
-    """Save under the model's own names: streams cannot be split, joined or transposed as some original formats
-    require.
+    """Save under the model's own names: streams cannot be split, joined or transposed for other formats.
 
     The vocabulary cannot be resized either: transformers would resize the placeholders of coded tables.
     """

@@ -87,8 +87,7 @@ def _remove(folder: Path) -> None:
 
 
 def _move_model(source: Path, target: Path) -> None:
-    """Move the files of a model, weights first, and remove weight files of the previous model that the new one
-    lacks."""
+    """Move the files of a model, weights first, and remove obsolete weight files of the previous model."""
 
     def stem(name: str) -> str:
         return re.sub(r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?$", "", name)

@@ -60,8 +60,7 @@ class DistillArgs:
 
 
 def cached_rows(distill: DistillArgs, args: TrainArgs, teacher, tokenizer, rows):
-    """The annotated training rows (see `TeacherCache.annotated`), or without a teacher those in the folder or on the
-    Hub."""
+    """The annotated training rows, see `TeacherCache.annotated`; without a teacher, of the folder or the Hub."""
     folder = Path(distill.teacher_cache or f"{args.output_dir}/teacher_cache")
     if teacher is None and folder.is_dir():
         return load_from_disk(folder)

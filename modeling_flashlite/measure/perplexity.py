@@ -151,8 +151,7 @@ def _score(model, tokens: np.ndarray, places: np.ndarray, length: int, memory):
 
 @torch.inference_mode()
 def label_likelihood(model: PreTrainedModel, batches) -> dict[str, float]:
-    """Mean negative log-likelihood of all labels, `loss` in nats, and `token_perplexity`; every token has the same
-    weight.
+    """Mean negative log-likelihood over all labels, `loss` in nats, and its `token_perplexity`.
 
     Args:
         model (`PreTrainedModel`): a model with a language-model head.

@@ -298,8 +298,7 @@ class KDLoss:
         self.state[split] = self.state[split] + sums if split in self.state else sums
 
     def pop_metrics(self, split: str = "train") -> dict[str, float]:
-        """Average `ce`, `kd` and `agree` per labelled token over all processes since the last call; resets the
-        sums."""
+        """Average `ce`, `kd` and `agree` per labelled token over all processes, and reset the sums."""
         sums = self.state.pop(split, None)
         if sums is None:
             return {}
