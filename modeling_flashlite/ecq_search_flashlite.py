@@ -86,9 +86,9 @@ class Layer:
     def peak(self) -> torch.Tensor:
         """Largest magnitude `[rows]` of the weights over their column scales, which no code may fail to reach."""
         if self._peak is None or self._peak[0] is not self.log_scales:
-            scale = self.sigma.new_ones(())
-            if self.log_scales is not None:
-                scale = torch.exp2(self.column_exponents().to(self.sigma.device).float() / GRID)
+            scale, exponents = self.sigma.new_ones(()), self.column_exponents()
+            if exponents is not None:
+                scale = torch.exp2(exponents.to(self.sigma.device).float() / GRID)
             parts = [(rows.float().abs() / scale).amax(1) for rows in self.weight.split(_ROWS)]
             self._peak = self.log_scales, torch.cat(parts)
         return self._peak[1]

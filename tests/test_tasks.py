@@ -11,13 +11,13 @@ from modeling_flashlite import (
     FlashLiteForSequenceClassification,
 )
 from modeling_flashlite.data.batching import PaddingCollator
+from modeling_flashlite.data.labels import label_names
 from modeling_flashlite.data.preprocessing import answer_span, cut_prompt, preprocess
 from modeling_flashlite.data.tasks import (
     TASKS,
     TaskData,
     chat_turns,
     get_task,
-    label_names,
     messages_of,
     prompts_and_references,
     references_of,

@@ -9,18 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from ..spans_flashlite import question_windows
 from .batching import join_rows, pack, tokenize_texts
 from .conversations import cut_at_turns, encode_conversation
+from .labels import class_id, class_of, ids_by_name, names_of
 from .loading import column_names, require_columns
-from .tasks import (
-    TaskData,
-    class_id,
-    class_of,
-    ids_by_name,
-    messages_of,
-    names_of,
-    prompts_and_references,
-    references_of,
-    text_of,
-)
+from .tasks import TaskData, messages_of, prompts_and_references, references_of, text_of
 from .tokenization import turn_end
 
 _OUTPUTS = {"extractive-qa": ("input_ids", "start_positions", "end_positions")}

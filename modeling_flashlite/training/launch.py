@@ -19,9 +19,10 @@ from ..checkpoint import BASE_CONFIG, read_config, read_tokenizer
 from ..cli import banner
 from ..configuration_flashlite import FlashLiteConfig
 from ..data.batching import PaddingCollator, segment_streams, tokenize_texts
+from ..data.labels import class_id, classes_of, ids_by_name
 from ..data.loading import column_names, load_data, pick_split
 from ..data.preprocessing import preprocess
-from ..data.tasks import TaskData, class_id, classes_of, get_task, ids_by_name, resolve_task, texts_of
+from ..data.tasks import TaskData, get_task, resolve_task, texts_of
 from ..data.tokenization import end_tokens, train_tokenizer
 from ..measure.plots import plot_losses
 from .checks import Unset, check_resume, shape_changes
