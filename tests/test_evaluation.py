@@ -125,7 +125,7 @@ class TestPerplexity:
             perplexity.text_likelihood(model, tokenizer, ["a"], segment_length=8, stride=4)
         with pytest.raises(ValueError, match="has no segment memory"):
             perplexity.text_likelihood(torch.nn.Linear(1, 1), tokenizer, ["a"], memory=True)
-        with pytest.raises(ValueError, match="0 labels"):
+        with pytest.raises(ValueError, match="No labels were scored"):
             perplexity.label_likelihood(model, [])
 
 
