@@ -65,9 +65,12 @@ def show(found: dict, output: str) -> None:
     parity = found["parity"]
     print(f"parameters                 {found['parameters']:,}")
     print(
-        f"logits                     differ by {parity['largest_difference']:.1e} at most, by "
-        f"{parity['with_plain_products']:.1e} with the parent's products (the largest is "
-        f"{parity['largest_logit']:.1f}; {parity['tokens']} tokens)"
+        f"logits                     differ by {parity['with_plain_products']:.1e} with the parent's products, by "
+        f"{parity['largest_difference']:.1e} with faster ones ({parity['tokens']} tokens)"
+    )
+    print(
+        f"                           from float64: {parity['from_float64']:.1e} here, "
+        f"{parity['parent_from_float64']:.1e} in the parent; the largest logit is {parity['largest_logit']:.1f}"
     )
     print(f"attention is full up to    {found['full_attention_up_to']:,} tokens, and sparse beyond")
     if "perplexity" in found:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM, convert
-from modeling_flashlite.measure.parity import full_attention
+from modeling_flashlite.measure.parity import full_attention, logit_parity
 from modeling_flashlite.training.conversion import convert_back, to_encoder_decoder
 from modeling_flashlite.training.families import FAMILIES, ConversionError, dense_length, flashlite_config
 from modeling_flashlite.training.source import open_source
@@ -51,6 +51,17 @@ def test_greedy_tokens_are_the_parents(name):
     model, ids = convert(parent), some_ids(1, 9)
     settings = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(model.generate(ids, **settings), parent.generate(ids, **settings))
+
+
+def test_parity_is_zero_with_the_parents_products_and_leaves_its_weights_alone():
+    parent = make_parent("llama", torch.float32)
+    model = convert(parent)
+    before = {name: weight.clone() for name, weight in parent.state_dict().items()}
+    found = logit_parity(model, parent, some_ids())
+    assert found["with_plain_products"] == 0 and found["same_choice"] == 1
+    assert 0 < found["parent_from_float64"] < 1e-5 and 0 < found["from_float64"] < 1e-5
+    after = parent.state_dict()
+    assert all(after[name].dtype == torch.float32 and torch.equal(after[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -175,6 +186,15 @@ DAMAGE = {
     ),
     "another config": (lambda f: change_config(f, intermediate_size=41), "one of them is wrong"),
     "fewer layers": (lambda f: change_config(f, num_hidden_layers=2), "has the unknown weight model.layers.2"),
+    "no layers": (lambda f: change_config(f, num_hidden_layers=0), "`num_hidden_layers` is 0"),
+    "absurdly many layers": (lambda f: change_config(f, num_hidden_layers=10**9), "too few for 1000000000 layers"),
+    "heads that do not divide": (lambda f: change_config(f, num_key_value_heads=3), "must be a multiple of"),
+    "a padding token of its own": (lambda f: change_config(f, pad_token_id=9999), "beyond its 73 tokens"),
+    "float8": (lambda f: change_weights(f, lambda w: w.update({NORM: w[NORM].to(torch.float8_e4m3fn)})), "float8"),
+    "broken generation settings": (
+        lambda f: (f / "generation_config.json").write_text("{"),
+        "generation_config.json of",
+    ),
     "pickles": (pickles_only, "as a pickle"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
     "a short file": (truncate, "cannot be read"),

@@ -164,6 +164,7 @@ WORKSHOP_EDGES = {
         "training.stages",
         "training.teacher_cache",
     },
+    "training.parents": {"data.tokenization", "training.stages"},
     "training.stages": {"measure.cost", "training.trainers"},
     "training.moments": set(),
     "training.qat": {"training.calibration"},

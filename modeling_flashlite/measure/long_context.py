@@ -2,9 +2,11 @@
 
 The kinds follow RULER (https://huggingface.co/papers/2404.06654): a text of a given length hides what a question at
 its end asks for, at a given depth. The score of an answer is the share of the expected words in it. Any causal model
-is judged alike, without a chat template: the prompt ends in the middle of the answer's sentence.
+is judged alike, without a chat template: the prompt ends in the middle of the answer's sentence. A text is read once,
+and each question about it continues from there.
 """
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +16,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..compat_flashlite import CACHE
 from .plots import can_draw, new_axes
 
-__all__ = ["KINDS", "Example", "evaluate_long_context", "make_example", "plot_depths", "score"]
+__all__ = ["KINDS", "Example", "evaluate_long_context", "make_examples", "plot_depths", "score"]
 
 # tokens that an answer may have
 _ROOM = 40
@@ -42,10 +45,15 @@ _WORDS = (
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, and the words that its answer should hold."""
+    """A prompt, the words that its answer should hold, and the depth at which the text hides them."""
 
     prompt: str
     answers: tuple[str, ...]
+    depth: float
+
+
+# sentences with their depths, and questions with the expected words and the depth of the first of them
+_Hidden = tuple[list[tuple[float, str]], list[tuple[str, tuple[str, ...], float]]]
 
 
 def _sentence(rng: random.Random) -> str:
@@ -64,22 +72,26 @@ def _place(filler: list[str], needles: Sequence[tuple[float, str]]) -> str:
     return " ".join(sentences)
 
 
-def _passkey(rng: random.Random, depth: float):
+def _passkey(rng: random.Random, depth: float) -> _Hidden:
     key = _number(rng)
     needles = [(depth, f"The pass key is {key}. Remember it: {key} is the pass key.")]
-    return needles, "What is the pass key? The pass key is", (key,)
+    return needles, [("What is the pass key? The pass key is", (key,), depth)]
 
 
-def _needle(rng: random.Random, depth: float):
+def _needle(rng: random.Random, depth: float) -> _Hidden:
     cities = rng.sample(_CITIES.split(), _NEEDLES)
     numbers = [_number(rng) for _ in cities]
-    depths = [depth, *(rng.random() for _ in cities[1:])]
+    # the first one at the depth, the others evenly around it; each is asked for
+    depths = [depth, *((depth + step / _NEEDLES) % 1 for step in range(1, _NEEDLES))]
     needles = [(at, f"The magic number of {city} is {number}.") for at, city, number in zip(depths, cities, numbers)]
-    question = f"What is the magic number of {cities[0]}? The magic number of {cities[0]} is"
-    return needles, question, (numbers[0],)
+    questions = [
+        (f"What is the magic number of {city}? The magic number of {city} is", (number,), at)
+        for at, city, number in zip(depths, cities, numbers)
+    ]
+    return needles, questions
 
 
-def _variables(rng: random.Random, depth: float):
+def _variables(rng: random.Random, depth: float) -> _Hidden:
     names = [f"X{number}" for number in rng.sample(range(100, 1000), 2 * _CHAIN)]
     needles, values = [], (_number(rng), _number(rng))
     for chain, value in zip((names[:_CHAIN], names[_CHAIN:]), values):
@@ -90,12 +102,12 @@ def _variables(rng: random.Random, depth: float):
             for place, name, source in zip((depth, *at), chain, (value, *(f"VAR {name}" for name in chain)))
         ]
     question = f"Which variables have the value {values[0]}? The variables {names[0]},"
-    return needles, question, tuple(names[1:_CHAIN])
+    return needles, [(question, tuple(names[1:_CHAIN]), depth)]
 
 
-def _words(rng: random.Random, depth: float):
+def _words(rng: random.Random, depth: float) -> _Hidden:
     common = rng.sample(_WORDS.split(), _COMMON)
-    return [], f"The {_COMMON} most common words of this list are", tuple(common)
+    return [], [(f"The {_COMMON} most common words of this list are", tuple(common), depth)]
 
 
 def _list_item(rng: random.Random, answers: Sequence[str]) -> str:
@@ -104,8 +116,8 @@ def _list_item(rng: random.Random, answers: Sequence[str]) -> str:
     return " ".join([rng.choice(answers), *rng.sample(rare, 2)]) + ","
 
 
-# what hides in a text: needles with their depths, the question that ends the prompt, and the expected words
-KINDS: dict[str, Callable[[random.Random, float], tuple]] = {
+# what a text hides and what it is asked for
+KINDS: dict[str, Callable[[random.Random, float], _Hidden]] = {
     "passkey": _passkey,
     "needle": _needle,
     "variables": _variables,
@@ -113,17 +125,17 @@ KINDS: dict[str, Callable[[random.Random, float], tuple]] = {
 }
 
 
-def make_example(
+def make_examples(
     kind: str, tokenizer: PreTrainedTokenizerBase, length: int, depth: float, rng: random.Random
-) -> Example:
-    """A prompt of at most `length` tokens, answer included, that hides its answer at `depth` (0 to 1).
+) -> list[Example]:
+    """Prompts of at most `length` tokens, answer included, about one text that hides something at `depth` (0 to 1).
 
     Args:
-        kind (`str`): `passkey`, `needle` (one of several alike), `variables` (a chain of assignments beside another
-            one) or `words` (the most common ones of a list, which has no depth).
+        kind (`str`): `passkey`, `needle` (several alike, each asked for), `variables` (a chain of assignments beside
+            another one) or `words` (the most common ones of a list, which has no depth).
         tokenizer (`PreTrainedTokenizerBase`): counts the tokens.
         length (`int`): of prompt and answer.
-        depth (`float`): where the answer, or the beginning of its chain, stands.
+        depth (`float`): where the first needle, or the beginning of the chain, stands.
         rng (`random.Random`): decides the text.
 
     Raises:
@@ -137,15 +149,17 @@ def make_example(
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    needles, question, answers = KINDS[kind](rng, depth)
-    room = length - _ROOM - count(" ".join([*(needle for _, needle in needles), "\n" + question]))
+    needles, questions = KINDS[kind](rng, depth)
+    longest = max((question for question, _, _ in questions), key=count)
+    room = length - _ROOM - count(" ".join([*(needle for _, needle in needles), "\n" + longest]))
     filler: list[str] = []
     while room > 0:
-        filler.append(_list_item(rng, answers) if kind == "words" else _sentence(rng))
+        filler.append(_list_item(rng, questions[0][1]) if kind == "words" else _sentence(rng))
         room -= count(" " + filler[-1])
     if len(filler) < 2:
         raise ValueError(f"{length} tokens are too few for {kind}; choose at least {length - room + 64}.")
-    return Example(f"{_place(filler[:-1], needles)}\n{question}", answers)
+    text = _place(filler[:-1], needles)
+    return [Example(f"{text}\n{question}", answers, at) for question, answers, at in questions]
 
 
 def score(example: Example, answer: str) -> float:
@@ -154,6 +168,27 @@ def score(example: Example, answer: str) -> float:
 
 
 @torch.inference_mode()
+def answer_all(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[str]:
+    """Greedy answers to prompts that begin with the same text, which is read once."""
+    prompts = [tokenizer(example.prompt, verbose=False)["input_ids"] for example in examples]
+    shared = min(map(len, prompts)) - 1
+    while any(prompt[:shared] != prompts[0][:shared] for prompt in prompts):
+        shared -= 1
+    first = model.base_model(input_ids=torch.tensor([prompts[0][:shared]], device=model.device), use_cache=True)
+    ends, answers = model.generation_config.eos_token_id, []
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    for example, prompt in zip(examples, prompts):
+        cache, ids, room = copy.deepcopy(first[CACHE]), prompt[shared:], 12 if len(example.answers) == 1 else _ROOM
+        answer: list[int] = []
+        while len(answer) < room and not ends & set(answer[-1:]):
+            given = {"input_ids": torch.tensor([ids], device=model.device), CACHE: cache}
+            outputs = model(**given, use_cache=True, logits_to_keep=1)
+            ids = [int(outputs.logits[0, -1].argmax())]
+            cache, answer = outputs[CACHE], answer + ids
+        answers.append(tokenizer.decode(answer, skip_special_tokens=True))
+    return answers
+
+
 def evaluate_long_context(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -169,7 +204,7 @@ def evaluate_long_context(
     Args:
         model (`PreTrainedModel`): any causal model.
         tokenizer (`PreTrainedTokenizerBase`): of the model.
-        kinds (`Sequence[str]`, *optional*): of tasks, see [`make_example`].
+        kinds (`Sequence[str]`, *optional*): of tasks, see [`make_examples`].
         lengths (`Sequence[int]`, *optional*): tokens of a text with its answer.
         depths (`int`, *optional*, defaults to 5): depths, evenly spaced from the beginning to the end.
         samples (`int`, *optional*, defaults to 2): texts of each kind, length and depth.
@@ -177,28 +212,25 @@ def evaluate_long_context(
 
     Returns:
         `dict` with `metrics` (means by kind and length, and `accuracy` over all) and `rows` (one for each kind,
-        length and depth).
+        length and nearest of the depths; `samples` counts the answers).
     """
     places = [round(index / (depths - 1), 3) if depths > 1 else 0.5 for index in range(depths)]
-    plan = [(kind, length, depth) for kind in kinds for length in lengths for depth in places]
-    rows = []
-    for kind, length, depth in tqdm(plan, desc="long context"):
-        found = []
-        for sample in range(samples):
-            rng = random.Random(f"{seed} {kind} {length} {depth} {sample}")
-            example = make_example(kind, tokenizer, length, depth, rng)
-            inputs = tokenizer(example.prompt, return_tensors="pt").to(model.device)
-            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            output = model.generate(
-                **inputs, max_new_tokens=12 if len(example.answers) == 1 else _ROOM, do_sample=False
-            )
-            answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            found.append(score(example, answer))
-        rows.append({"kind": kind, "length": length, "depth": depth, "accuracy": _mean(found), "samples": samples})
-    metrics = {"accuracy": _mean(row["accuracy"] for row in rows)}
+    found: dict[tuple, list[float]] = {}
+    plan = [(kind, length, depth) for kind in kinds for length in lengths for depth in places for _ in range(samples)]
+    for place, (kind, length, depth) in enumerate(tqdm(plan, desc="long context", unit="text")):
+        rng = random.Random(f"{seed} {kind} {length} {depth} {place % samples}")
+        examples = make_examples(kind, tokenizer, length, depth, rng)
+        for example, answer in zip(examples, answer_all(model, tokenizer, examples)):
+            nearest = min(places, key=lambda at: abs(at - example.depth))
+            found.setdefault((kind, length, nearest), []).append(score(example, answer))
+    rows = [
+        {"kind": kind, "length": length, "depth": depth, "accuracy": _mean(scores), "samples": len(scores)}
+        for (kind, length, depth), scores in sorted(found.items())
+    ]
+    metrics = {"accuracy": _mean(mean for scores in found.values() for mean in scores)}
     for kind in kinds:
         for length in lengths:
-            mine = [row["accuracy"] for row in rows if (row["kind"], row["length"]) == (kind, length)]
+            mine = [mean for key, scores in found.items() if key[:2] == (kind, length) for mean in scores]
             metrics[f"{kind} {length}"] = _mean(mine)
     return {"metrics": metrics, "rows": rows}
 

@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -14,21 +15,56 @@ from ..modeling_flashlite import FlashLiteForCausalLM
 __all__ = ["full_attention", "logit_parity", "perplexities", "perplexity"]
 
 
+@contextlib.contextmanager
+def products_in_float64(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Inside the context, the weights of one layer at a time are widened to float64, and with them the states."""
+
+    def widen(module: torch.nn.Module, args: tuple) -> None:
+        narrow[module] = dict(module._parameters)
+        for name, weight in narrow[module].items():
+            if weight is not None:
+                setattr(module, name, torch.nn.Parameter(weight.double(), requires_grad=False))
+
+    def restore(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        module._parameters.update(narrow.pop(module))
+
+    narrow: dict[torch.nn.Module, dict] = {}
+    leaves = [module for module in model.modules() if module._parameters and not module._modules]
+    hooks = [module.register_forward_pre_hook(widen) for module in leaves]
+    hooks += [module.register_forward_hook(restore) for module in leaves]
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.inference_mode()
 def logit_parity(model: PreTrainedModel, parent: PreTrainedModel, ids: torch.Tensor) -> dict[str, float]:
-    """How far the logits of two models on ids `[1, T]` are apart.
+    """How far the logits of two models on ids `[1, T]` are apart, and how far float32 is from float64.
+
+    Two exact copies differ by as much as their products round: [`Linear`] sums in another order than PyTorch. With
+    PyTorch's products in both, the difference should be 0; against the parent's own logits from products in float64,
+    both are off by as much as float32 allows.
 
     Returns:
-        `dict` with the largest difference; the same with PyTorch's own products in both, where [`Linear`] takes
-        others (they round in another order); the largest logit; and how often both choose the same token.
+        `dict` with the largest difference of the logits; the same with PyTorch's products in both; the largest
+        difference of ours and of the parent's from the parent's in float64; the largest logit; and how often both
+        choose the same token.
     """
     ours, theirs = (x(ids, use_cache=False).logits.float() for x in (model, parent))
-    with torch.backends.mkldnn.flags(enabled=False):
-        plain = model(ids, use_cache=False).logits.float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the flags speak of graphics cards
+        with torch.backends.mkldnn.flags(enabled=False):
+            plain = model(ids, use_cache=False).logits.float()
+    with products_in_float64(parent):
+        exact = parent(ids, use_cache=False).logits
     return {
         "tokens": ids.shape[1],
         "largest_difference": float((ours - theirs).abs().max()),
         "with_plain_products": float((plain - theirs).abs().max()),
+        "from_float64": float((ours - exact).abs().max()),
+        "parent_from_float64": float((theirs - exact).abs().max()),
         "largest_logit": float(theirs.abs().max()),
         "same_choice": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
     }

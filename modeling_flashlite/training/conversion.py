@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from ..configuration_flashlite import FlashLiteConfig, FlashLiteEncoderConfig
 from ..modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
 from .converted_files import check_output, write_checkpoint
-from .families import ConversionError, flashlite_config, parent_config, weight_names
-from .source import Source, first_line, open_source
+from .families import ConversionError, flashlite_config, one_line, parent_config, weight_names
+from .source import Source, open_source
 
 __all__ = ["convert", "convert_back", "parent_of", "to_encoder_decoder", "transplant"]
 
 # buffers in old checkpoints
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def convert(
@@ -68,6 +69,9 @@ def convert(
 def transplant(source: Source, max_length: int | None = None, **axes: Any) -> FlashLiteForCausalLM:
     """The Flash-Lite model with the weights of a source; see [`convert`]."""
     config = flashlite_config(source.config, max_length, **axes)
+    layers = source.config.num_hidden_layers
+    if layers > len(source.shapes):  # before so many are built
+        raise ConversionError(f"{source.name} has {len(source.shapes)} weights, too few for {layers} layers.")
     names = weight_names(source.config)
     with torch.device("meta"):
         model = FlashLiteForCausalLM(config)
@@ -96,9 +100,10 @@ def _read(source: Source, name: str) -> torch.Tensor:
     try:
         weight = source.read(name)
     except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{name} of {source.name} cannot be read: {first_line(error)}") from error
-    if not weight.is_floating_point():
-        raise ConversionError(f"{name} of {source.name} is {weight.dtype}, but weights are floating-point numbers.")
+        raise ConversionError(f"{name} of {source.name} cannot be read: {one_line(error)}") from error
+    if weight.dtype not in _DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise ConversionError(f"{name} of {source.name} is {weight.dtype}, but weights are one of {known}.")
     if not torch.isfinite(weight).all():
         raise ConversionError(f"{name} of {source.name} holds NaN or infinity; the checkpoint is damaged.")
     return weight

@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from .families import ConversionError, dense_length
-from .source import Source, first_line
+from .families import ConversionError, dense_length, one_line
+from .source import Source
 
 # licences and notices, which are copied beside the converted weights
 _PAPERS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*", re.IGNORECASE)
@@ -66,7 +66,7 @@ def staged(output: str | Path) -> Iterator[Path]:
         yield staging
         staging.replace(output)
     except (OSError, SafetensorError) as error:
-        raise ConversionError(f"{output} cannot be written: {first_line(error)}; nothing was kept.") from error
+        raise ConversionError(f"{output} cannot be written: {one_line(error)}; nothing was kept.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -60,6 +60,12 @@ class ConversionError(ValueError):
     """A checkpoint cannot be converted; the message states the reason and the fix."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 @dataclass(frozen=True)
 class Family:
     """One family, by its `model_type`.
@@ -171,7 +177,9 @@ def family_of(config: PreTrainedConfig, max_length: int | None = None) -> Family
     known = ", ".join(FAMILIES)
     if config.model_type not in FAMILIES:
         raise ConversionError(f"{config.model_type} cannot be converted; supported families are {known}.")
-    length = max_length or config.max_position_embeddings
+    length = config.max_position_embeddings if max_length is None else max_length
+    if not isinstance(length, int) or length < 1:
+        raise ConversionError(f"The longest text has {length!r} tokens, but a model reads at least 1.")
     for problem in _problems(config, length):
         raise ConversionError(f"This {config.model_type} has {problem}, which a Flash-Lite model cannot express.")
     return FAMILIES[config.model_type]
@@ -190,6 +198,8 @@ def _problems(config, length: int):
     types = getattr(config, "layer_types", None) or ["sliding_attention"]
     if window is not None and "sliding_attention" in types and window < length:
         yield f"attention windows of {window} tokens (give max_length={window} if no text is longer)"
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        yield f"`pad_token_id` {config.pad_token_id} beyond its {config.vocab_size} tokens"
     if config.rope_parameters is None:
         yield "no `rope_parameters`"
         return
@@ -227,15 +237,21 @@ def flashlite_config(config: PreTrainedConfig, max_length: int | None = None, **
     fields |= {name: value(config) if callable(value) else value for name, value in family.fixed.items()}
     if fields["no_rope_layers"] is not None and all(fields["no_rope_layers"]):
         fields["no_rope_layers"] = None
-    axes = {**default_axes(max_length or config.max_position_embeddings, axes.get("block_size", 16)), **axes}
-    return FlashLiteConfig(
-        **fields,
-        **axes,
-        position_encoding="rotary",
-        rope_dtype="float32",
-        is_encoder_decoder=False,
-        tie_word_embeddings=config.tie_word_embeddings,
-    )
+    axes = {**default_axes(max_length or config.max_position_embeddings, axes.get("block_size") or 16), **axes}
+    try:
+        return FlashLiteConfig(
+            **fields,
+            **axes,
+            position_encoding="rotary",
+            rope_dtype="float32",
+            is_encoder_decoder=False,
+            tie_word_embeddings=config.tie_word_embeddings,
+        )
+    except Exception as error:  # a field that fits no model; the library wraps what validation raises
+        problem = one_line(error.__cause__ or error)
+        raise ConversionError(
+            f"The config of this {config.model_type} makes no Flash-Lite model: {problem}"
+        ) from error
 
 
 def default_axes(length: int, block_size: int = 16) -> dict[str, int]:

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .families import FAMILIES, ConversionError, flashlite_config
+from .families import FAMILIES, ConversionError, flashlite_config, one_line
 
 # the files of a checkpoint that a conversion needs from the Hub
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
@@ -56,7 +56,7 @@ class Source:
         try:
             return AutoTokenizer.from_pretrained(self.folder, **({"gguf_file": self.gguf} if self.gguf else {}))
         except Exception as error:  # damaged tokenizer files can raise any exception
-            raise ConversionError(f"The tokenizer of {self.name} cannot be read: {first_line(error)}") from error
+            raise ConversionError(f"The tokenizer of {self.name} cannot be read: {one_line(error)}") from error
 
 
 def open_source(model: PreTrainedModel | str | Path, max_length: int | None = None) -> Source:
@@ -96,19 +96,17 @@ def open_source(model: PreTrainedModel | str | Path, max_length: int | None = No
         try:
             folder = Path(snapshot_download(str(model), allow_patterns=_FILES))
         except Exception as error:
-            raise ConversionError(f"{model} cannot be downloaded: {first_line(error)}") from error
+            raise ConversionError(f"{model} cannot be downloaded: {one_line(error)}") from error
     config = _read_config(str(folder))
     flashlite_config(config, max_length)
     shapes, read = _open_safetensors(folder)
     generation = None
     if (folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(folder)
+        try:
+            generation = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise ConversionError(f"generation_config.json of {model} cannot be read: {one_line(error)}") from error
     return Source(str(model), config, shapes, read, generation, folder)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _read_config(name: str, **kwargs) -> PreTrainedConfig:
@@ -116,7 +114,7 @@ def _read_config(name: str, **kwargs) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name, **kwargs)
     except Exception as error:
         raise ConversionError(
-            f"{name} has no config that can be read ({first_line(error)}); give a folder with config.json, a .gguf "
+            f"{name} has no config that can be read ({one_line(error)}); give a folder with config.json, a .gguf "
             f"file or a Hub id of one of {', '.join(FAMILIES)}."
         ) from error
 
@@ -125,12 +123,12 @@ def _open_gguf(path: Path, max_length: int | None) -> Source:
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the GGUF reader can raise any exception on damaged files
-        raise ConversionError(f"{path} cannot be read as GGUF: {first_line(error)}") from error
+        raise ConversionError(f"{path} cannot be read as GGUF: {one_line(error)}") from error
     flashlite_config(config, max_length)
     try:
         parent = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except Exception as error:
-        raise ConversionError(f"{path} cannot be read: {first_line(error)}") from error
+        raise ConversionError(f"{path} cannot be read: {one_line(error)}") from error
     weights = {name: weight.detach() for name, weight in parent.state_dict().items()}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     return Source(str(path), config, shapes, weights.__getitem__, parent.generation_config, path.parent, path.name)
@@ -146,7 +144,7 @@ def _open_safetensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callabl
                     places[name] = file
                     shapes[name] = tuple(weights.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
-            raise ConversionError(f"{file} cannot be read: {first_line(error)}") from error
+            raise ConversionError(f"{file} cannot be read: {one_line(error)}") from error
 
     def read(name: str) -> torch.Tensor:
         # a file is mapped for one weight at a time: pages that were read would count as memory

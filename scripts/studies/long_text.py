@@ -5,13 +5,12 @@ python scripts/studies/long_text.py --model runs/smol --dataset test=books.jsonl
     --ranges 4096-8192,8192-32768
 """
 
-import dataclasses
 import math
 from dataclasses import asdict, dataclass, field
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import modeling_flashlite  # noqa: F401  registers the Auto classes
 from modeling_flashlite.cli import finish, start
@@ -30,6 +29,8 @@ class StudyArgs:
     ranges: str | None = field(default=None, metadata={"help": "positions from-to, separated by commas; all if unset"})
     chunk: int = field(default=2048, metadata={"help": "tokens read at once"})
     dense: bool = field(default=False, metadata={"help": "read everything, whatever the model's axes are"})
+    block_size: int | None = field(default=None, metadata={"help": "tokens of a block; the model's own"})
+    sub_block_size: int | None = field(default=None, metadata={"help": "tokens under one mean key; the model's own"})
     relevance_top_k: int | None = field(default=None, metadata={"help": "blocks read in full; the model's own"})
     memory_blocks: int | None = field(default=None, metadata={"help": "blocks reached back; the model's own"})
     dtype: str = field(default="bfloat16", metadata={"help": "float32 or bfloat16"})
@@ -68,26 +69,25 @@ def token_losses(model, ids: torch.Tensor, chunk: int) -> torch.Tensor:
     return torch.cat(losses)
 
 
-def change_axes(model, args: StudyArgs) -> None:
-    """Set the sizes of sparse attention of a Flash-Lite model; any other model is dense already."""
-    given = {name: getattr(args, name) for name in ("relevance_top_k", "memory_blocks")}
-    changes = {name: value for name, value in given.items() if value is not None}
+def config_with_axes(args: StudyArgs):
+    """The model's config with the sizes of sparse attention that were asked for; any other model is dense already."""
+    config = AutoConfig.from_pretrained(args.model)
+    decoder = config.get_text_config(decoder=True)
+    names = ("block_size", "sub_block_size", "relevance_top_k", "memory_blocks")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.dense:
-        changes = {"relevance_top_k": None, "memory_blocks": None}
-    decoder = model.config.get_text_config(decoder=True)
+        changes |= {"relevance_top_k": None, "memory_blocks": None}
     for name, value in changes.items():
         if hasattr(decoder, name):
             setattr(decoder, name, value)
-    for module in model.modules():
-        if hasattr(module, "spec") and changes:
-            module.spec = dataclasses.replace(module.spec, **changes)
+    return config
 
 
 @torch.inference_mode()
 def main(args: StudyArgs) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
-    change_axes(model, args)
+    config = config_with_axes(args)
+    model = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=getattr(torch, args.dtype)).eval()
     texts = beginnings(args, tokenizer)
     losses = torch.stack([token_losses(model, ids, args.chunk) for ids in tqdm(texts, desc="texts")])
     metrics = {}
