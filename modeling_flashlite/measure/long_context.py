@@ -52,8 +52,10 @@ class Example:
     depth: float
 
 
-# sentences with their depths, and questions with the expected words and the depth of the first of them
-_Hidden = tuple[list[tuple[float, str]], list[tuple[str, tuple[str, ...], float]]]
+# a question with the expected words and the depth of the first of them
+_Question = tuple[str, tuple[str, ...], float]
+# sentences with their depths, and what to ask
+_Hidden = tuple[list[tuple[float, str]], list[_Question]]
 
 
 def _sentence(rng: random.Random) -> str:
@@ -84,7 +86,7 @@ def _needle(rng: random.Random, depth: float) -> _Hidden:
     # the first one at the depth, the others evenly around it; each is asked for
     depths = [depth, *((depth + step / _NEEDLES) % 1 for step in range(1, _NEEDLES))]
     needles = [(at, f"The magic number of {city} is {number}.") for at, city, number in zip(depths, cities, numbers)]
-    questions = [
+    questions: list[_Question] = [
         (f"What is the magic number of {city}? The magic number of {city} is", (number,), at)
         for at, city, number in zip(depths, cities, numbers)
     ]
