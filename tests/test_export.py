@@ -1,6 +1,7 @@
 """ONNX export: encoder, decoder with cache and generation agree with the model; refusals give a reason."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,22 @@ from checkpoints import HEADS, make_model, save_checkpoint
 for name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(name, reason=f"the export extra is not installed: {name}")
 
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig  # noqa: E402
+
+from modeling_flashlite.checkpoint import load_language_model  # noqa: E402
 from modeling_flashlite.publish import onnx_export  # noqa: E402
-from modeling_flashlite.publish.onnx_export import ExportError, OnnxGenerator, export_onnx, measure_parity  # noqa: E402
+from modeling_flashlite.publish.onnx_export import (  # noqa: E402
+    ExportError,
+    OnnxGenerator,
+    export_onnx,
+    measure_parity,
+    quantize_weights,
+)
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module", params=["causal", "seq2seq"])
+@pytest.fixture(scope="module", params=["causal", "quantized"])
 def exported(request, tmp_path_factory):
     """The script's own work on a saved checkpoint: folder of the checkpoint and of the graphs."""
     base = tmp_path_factory.mktemp(request.param)
@@ -27,7 +37,30 @@ def exported(request, tmp_path_factory):
     spec.loader.exec_module(script)
     arguments = ["--model", str(base / "run"), "--output", str(base / "onnx"), "--max-length", "56"]
     assert script.main(arguments) == 0
-    return make_model(request.param), base / "onnx"
+    model = load_language_model(str(base / "run"), device="cpu")
+    return model.dequantize() if request.param == "quantized" else model, base / "onnx"
+
+
+@pytest.mark.slow
+def test_tokenizer_config_and_generation_settings_stand_beside_the_graph(exported):
+    model, folder = exported
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    assert len(tokenizer) == config.vocab_size == model.config.vocab_size
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == model.generation_config.eos_token_id
+
+
+@pytest.mark.slow
+def test_weights_of_8_bits_are_smaller_and_near(exported, tmp_path):
+    model, folder = exported
+    rounded = shutil.copytree(folder, tmp_path / "int8")
+    graphs = sorted(rounded.glob("*.onnx"))
+    for path in graphs:
+        quantize_weights(path)
+        assert path.stat().st_size < 0.9 * (folder / path.name).stat().st_size
+    parity = measure_parity(model, rounded, steps=4)
+    assert 0 < parity.pop("prompt") < 0.1 and max(value for name, value in parity.items() if name != "generate") < 0.1
+    with pytest.raises(ExportError, match="no matrix product"):
+        quantize_weights(graphs[0])
 
 
 @pytest.mark.slow

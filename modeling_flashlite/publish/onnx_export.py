@@ -113,7 +113,10 @@ def cache_shapes(model, max_length: int, batch: int) -> tuple[tuple[int, ...], t
 
 
 def export_onnx(model, folder: str | Path, max_length: int = 512) -> list[Path]:
-    """Write `decoder.onnx`, for an encoder-decoder `encoder.onnx`, and `onnx_config.json` into a folder.
+    """Write `decoder.onnx`, for an encoder-decoder `encoder.onnx`, and their description into a folder.
+
+    The description is `onnx_config.json` (shapes and special tokens, all that [`OnnxGenerator`] reads), and the
+    `config.json` and `generation_config.json` of the model.
 
     Args:
         model: a language-model head, in float; put into evaluation mode.
@@ -162,7 +165,39 @@ def export_onnx(model, folder: str | Path, max_length: int = 512) -> list[Path]:
         "pad_token_id": model.generation_config.pad_token_id or 0,
     }
     files[-1].write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    return files
+    model.config.to_json_file(folder / "config.json")
+    model.generation_config.save_pretrained(folder)
+    return [*files, folder / "config.json", folder / "generation_config.json"]
+
+
+def quantize_weights(path: str | Path, block_size: int = 32) -> None:
+    """Round the matrices of an exported graph to 8 bits in place, with a scale for each block of a column.
+
+    ONNX Runtime's `MatMulNBits`, rounding to nearest. The embedding table and the norms stay as they are.
+
+    Args:
+        path (`str` or `Path`): a graph that [`export_onnx`] wrote.
+        block_size (`int`, *optional*, defaults to 32): elements that share a scale, a power of 2 from 16.
+
+    Raises:
+        ExportError: the graph has no matrix that could be rounded.
+    """
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    graph = onnx.load(str(path))
+    before = _rounded(graph)
+    quantizer = MatMulNBitsQuantizer(graph, bits=8, block_size=block_size, is_symmetric=True)
+    quantizer.process()
+    if _rounded(quantizer.model.model) == before:
+        raise ExportError(f"{path} has no matrix product with constant weights that are float; export it anew.")
+    partial = Path(path).with_suffix(".incomplete")
+    quantizer.model.save_model_to_file(str(partial), use_external_data_format=False)
+    partial.replace(path)
+
+
+def _rounded(graph) -> int:
+    return sum(node.op_type == "MatMulNBits" for node in graph.graph.node)
 
 
 def _export(graph: nn.Module, inputs: dict, dynamic: dict, outputs: list[str], path: Path) -> None:
