@@ -42,7 +42,9 @@ class ConvertArgs:
     )
     relevance_top_k: int | None = field(default=None, metadata={"help": "blocks read in full; by the trained length"})
     memory_blocks: int | None = field(default=None, metadata={"help": "blocks reached back; by the trained length"})
-    block_size: int | None = field(default=None, metadata={"help": "tokens of a block; 16 if unset"})
+    block_size: int | None = field(
+        default=None, metadata={"help": "tokens of a block; 8 if unset, 64 reads long prompts fastest"}
+    )
     dataset: str | None = field(
         default=None, metadata={"help": "text for report and pruning: a.txt, a.jsonl.xz, a Hub id; built-in if unset"}
     )

@@ -90,10 +90,10 @@ def test_the_converted_weights_are_copies():
 def test_axes_follow_the_trained_length():
     parent = make_parent("llama", max_position_embeddings=8192)
     stack = flashlite_config(parent.config).decoder
-    assert (stack.block_size, stack.relevance_top_k, stack.memory_blocks) == (16, 43, 510)
+    assert (stack.block_size, stack.relevance_top_k, stack.memory_blocks) == (8, 89, 1022)
     assert (stack.memory_blocks + 2) * stack.block_size <= 8192 < (stack.memory_blocks + 3) * stack.block_size
     longer = flashlite_config(make_parent("llama", max_position_embeddings=32768).config).decoder
-    assert (longer.relevance_top_k, longer.memory_blocks) == (181, 2046)
+    assert (longer.relevance_top_k, longer.memory_blocks) == (365, 4094)
     own = flashlite_config(parent.config, relevance_top_k=None, memory_blocks=3).decoder
     assert (own.relevance_top_k, own.memory_blocks) == (None, 3)
 
