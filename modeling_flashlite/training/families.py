@@ -258,8 +258,8 @@ def default_axes(length: int, block_size: int = 8) -> dict[str, int]:
     """Axes for a model that was trained with full attention over `length` tokens.
 
     For an equal number of keys, small blocks with means of 4 tokens lose least: of 8,192 tokens, 1.8% over full
-    attention with blocks of 8, 2.6% with 16, 4.1% with 32 (`scripts/studies/long_text.py`). Large blocks prefill
-    faster: attention to 8,192 tokens takes twice as long with blocks of 8 as with 16, and a fifth with 64. With `relevance_top_k`, a
+    attention with blocks of 8, 2.6% with 16 (`scripts/studies/long_text.py`). Large blocks prefill faster: attention
+    to 8,192 tokens takes twice as long with blocks of 8 as with 16, and a fifth with 64. With `relevance_top_k`, a
     token reads 9% of the trained length, including its own, the previous and the first block, and at least 512, at
     most 4096 tokens beyond these. `memory_blocks` is the largest value for which no distance reaches `length`: once
     the first block has left the window, its positions are shifted to just before the window, which is at most
