@@ -274,8 +274,12 @@ def test_generated_text_is_measured_in_training(ground, tmp_path):
     _, dataset = ground
     overrides = [*TINY_SHAPE, "--vocab_size=300", "--predict_with_generate=true", "--metric_for_best_model=bleu"]
     overrides += ["--load_best_model_at_end=true", "--eval_strategy=steps", "--save_strategy=steps", "--eval_steps=1"]
-    metrics = run_verb("train_translation", dataset, tmp_path / "a", [*overrides, "--save_steps=1"])
+    overrides += ["--save_steps=1", "--patience=1", "--max_steps=6", "--learning_rate=0"]  # nothing gets better
+    metrics = run_verb("train_translation", dataset, tmp_path / "a", overrides)
     assert 0 <= metrics["eval_bleu"] <= 100 and 0 <= metrics["eval_chrf"] <= 100
+    assert json.loads((tmp_path / "a" / "trainer_state.json").read_text())["global_step"] == 2
+    with pytest.raises(SystemExit):
+        parse_args((TrainArgs,), ["--patience=2"])
 
 
 def test_a_chat_model_stops_at_the_end_of_a_turn(ground, tmp_path):

@@ -9,6 +9,7 @@ import transformers
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoTokenizer,
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Seq2SeqTrainingArguments,
@@ -117,12 +118,20 @@ class TrainArgs(Seq2SeqTrainingArguments):
 
     output_dir: str = field(default="runs/train", metadata={"help": "checkpoints, model and loss curve"})
     resume: bool = field(default=False, metadata={"help": "continue from the newest complete checkpoint"})
+    patience: int | None = field(
+        default=None, metadata={"help": "stop after so many evaluations without a better one; never if unset"}
+    )
 
     def __post_init__(self):
         # without an accelerator, the Trainer allows half precision only with use_cpu
         self.use_cpu = self.use_cpu or torch.accelerator.current_accelerator() is None
         super().__post_init__()
         check_resume(self.resume_from_checkpoint)
+        if self.patience is not None and not (self.patience > 0 and self.load_best_model_at_end):
+            raise ValueError(
+                f"patience is {self.patience}, but must be positive, and needs load_best_model_at_end, which keeps "
+                "the best checkpoint; set it too."
+            )
 
 
 def is_encoder_decoder(data: DataArgs, model: ModelArgs) -> bool:
@@ -328,6 +337,8 @@ def make_trainer(
             f"The tokenizer has {len(tokenizer)} tokens, but the model has embeddings for {known} only; use the "
             f"model's own tokenizer."
         )
+    if args.patience is not None:
+        options["callbacks"] = [*options.get("callbacks", ()), EarlyStoppingCallback(args.patience)]
     return trainer_class(
         model=model,
         args=args,
