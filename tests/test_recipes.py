@@ -52,7 +52,8 @@ def ground(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")
     dataset = write_corpus(folder)
     for kind, recipe in (("causal", "train_tiny"), ("seq2seq", "train_translation")):
-        run_verb(recipe, dataset, folder / kind, [*TINY_SHAPE, "--encoder_layers=2", "--vocab_size=300"])
+        layers = ["--encoder_layers=2"] if kind == "seq2seq" else []
+        run_verb(recipe, dataset, folder / kind, [*TINY_SHAPE, *layers, "--vocab_size=300"])
     return folder, dataset
 
 
