@@ -66,5 +66,5 @@ def scale_columns(model, layers: list[Layer]) -> None:
             hook.remove()
     for index, power in powers.items():
         sisters = set().union(*(own for _, own in readers.values() if index in own))
-        rows = sum(len(layers[sister].weight) for sister in sisters)
+        rows = max(len(layers[sister].weight) for sister in sisters)
         layers[index].follow_power(power, _SHARE, _MOST, rows)

@@ -28,7 +28,7 @@ _MIN_STEP, _MAX_STEP = 0.004, 3.0  # in standard deviations of the row
 _MOST_STEPS = 0.9 * CODE_RANGE[1]  # in the largest weight of a row; feedback needs the rest
 _SCALE_SHARE = 0.8  # how far column scales follow diag(U)
 _MAX_SCALE = 1.0  # octaves: a column whose step exceeds its weights has no bits left to give
-_SCALE_ROWS = 128  # of all weights that read an input, for a column to be worth a scale: with fewer it did harm
+_SCALE_ROWS = 128  # of the largest weight that reads an input, for column scales: in smaller ones they did harm
 _TABLE_STEP = -1.0  # log2 of a table's steps over those of other layers, without data
 _BLOCK = 64  # columns between two updates of the rest
 _ROWS = 8192  # rows at a time, so that a block of their columns stays in the cache
@@ -98,8 +98,8 @@ class Layer:
 
         Args:
             moment (`torch.Tensor` `[columns, columns]`): H.
-            rows (`int`, *optional*): of all weights that read this input, which need the same scales to be multiplied
-                together; this weight's own if unset.
+            rows (`int`, *optional*): of the largest weight that reads this input; all of them need the same scales to
+                be multiplied together. This weight's own if unset.
         """
         factor = inverse_factor(moment)
         spread = factor.diagonal().log2()

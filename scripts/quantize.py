@@ -18,8 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.batching import PaddingCollator
 from modeling_flashlite.measure.benchmark import format_table
-from modeling_flashlite.measure.compression import draw_report, rate_curve
-from modeling_flashlite.measure.results import command_line, read_results, write_results
+from modeling_flashlite.measure.compression import add_points, rate_curve, write_report
 from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers
 from modeling_flashlite.training.calibration import batches_of, mean_loss, quantize
 from modeling_flashlite.training.distillation import DistillationTrainer
@@ -89,32 +88,6 @@ class QuantizeArgs:
     )
 
 
-def add_points(options: QuantizeArgs, model: str, dataset: str, seed: int, points: list[dict]) -> None:
-    """Write the results file anew with `points` in the places of older ones of their method and size."""
-    path = options.results
-    if not path:
-        return
-
-    def key(point: dict) -> tuple:
-        return point["method"], round(point["bits"], 1)
-
-    fresh = {key(point) for point in points}
-    points = [{**point, "command": command_line()} for point in points]
-    if Path(path).exists():
-        points = [point for point in read_results([Path(path)])[0]["points"] if key(point) not in fresh] + points
-    metrics = {f"increase_{p['method']}_{p['bits']:.2f}": p["increase"] for p in points}
-    write_results(path, metrics, task="quantization", model=model, dataset=dataset, seed=seed, points=points)
-
-
-def report(path: str, model: str, dataset: str, seed: int, points: list[dict], kinds: list[dict]) -> None:
-    """Print both tables; write them as a results file, and the figure beside it."""
-    print(format_table(points), format_table(kinds), sep="\n\n")
-    metrics = {f"increase_{p['method']}_{p['bits']:.2f}": p["increase"] for p in points}
-    fields = {"points": points, "kinds": kinds}
-    write_results(path, metrics, task="compression report", model=model, dataset=dataset, seed=seed, **fields)
-    draw_report(points, kinds, Path(path).with_suffix(".svg"))
-
-
 def file_bytes(folder: str) -> int:
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
@@ -139,12 +112,14 @@ def main(
     evaluation = batches_of(held_out or rows, model, collator, args.eval_batch_size)
     if data.task == "text-generation" and not options.data_free and options.method != "lsq":
         calibration = with_conversations(calibration, model, tokenizer, options.chat_share, args.output_dir)
+    about = {"model": model_args.model, "dataset": data.dataset, "seed": args.seed}
     if options.rates or options.report:
         ggufs = options.gguf.split(",") if options.gguf else []
         points, kinds = rate_curve(model, options.rates or RATES, calibration, evaluation, ggufs)
-        add_points(options, model_args.model, data.dataset, args.seed, points)
+        add_points(options.results, points, **about)
         if options.report:
-            report(options.report, model_args.model, data.dataset, args.seed, points, kinds)
+            print(format_table(points), format_table(kinds), sep="\n\n")
+            write_report(options.report, points, kinds, **about)
         return finish({"points": points})
 
     base, parameters = mean_loss(model, evaluation), sum(p.numel() for p in model.parameters())
@@ -191,7 +166,7 @@ def main(
     method = "plain LSQ" if options.method == "lsq" else f"ours, {options.method}"
     point = {"method": method, "bits": metrics["bits_per_weight"], "loss": loss}
     point |= {"increase": metrics["perplexity_increase"], "steps": args.max_steps}
-    add_points(options, model_args.model, data.dataset, args.seed, [point])
+    add_points(options.results, [point], **about)
     return finish(metrics)
 
 

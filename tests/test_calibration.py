@@ -259,7 +259,7 @@ def test_sisters_of_any_number_of_rows_have_the_same_column_scales(data):
     """So that q, k and v stay one product: keys and values of few heads follow their queries."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=512, hidden_size=128, num_hidden_layers=1, num_attention_heads=4)
-    config.intermediate_size, config.num_key_value_heads = 64, 1
+    config.intermediate_size, config.num_key_value_heads = 160, 1
     data = data and [{"input_ids": torch.randint(3, 512, (8, 64))}]
     model = quantize(LlamaForCausalLM(config), EcqConfig(target_bits=4.0), data)
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp

@@ -80,7 +80,7 @@ WORKSHOP_EDGES = {
     "data.tasks": {"data.labels", "data.loading", "spelling"},
     "data.tokenization": set(),
     "measure.benchmark": {"measure.cost", "measure.plots"},
-    "measure.compression": {"measure.plots", "training.calibration", "training.moments"},
+    "measure.compression": {"measure.plots", "measure.results", "training.calibration", "training.moments"},
     "measure.cost": set(),
     "measure.evaluation": {
         "data.batching",

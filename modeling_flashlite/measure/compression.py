@@ -24,6 +24,7 @@ from ..quantization_flashlite import EcqConfig, collect_layers, groups_of, ids_o
 from ..training.calibration import quantize, with_labels
 from ..training.moments import slices_of
 from .plots import COLOURS, can_draw, save_axes
+from .results import command_line, read_results, write_results
 
 logger = logging.getLogger(__name__)
 GROUPS = 128, 32  # weights that share a scale, of rounding to 4 bits
@@ -226,3 +227,34 @@ def draw_report(points: list[dict], kinds: list[dict], path: str | Path) -> Path
     bars.invert_yaxis()
     bars.spines[["top", "right"]].set_visible(False)
     return save_axes(axes, path, margin=0.2)
+
+
+def add_points(path: str | None, points: list[dict], **about) -> None:
+    """Write a results file anew with `points` in the places of older ones of their method and size; no path, no file.
+
+    Args:
+        path (`str`, *optional*): the file.
+        points (`list[dict]`): with `method`, `bits` and `increase`.
+        **about: model, dataset and seed.
+    """
+    if not path:
+        return
+
+    def key(point: dict) -> tuple:
+        return point["method"], round(point["bits"], 1)
+
+    fresh = {key(point) for point in points}
+    points = [{**point, "command": command_line()} for point in points]
+    if Path(path).exists():
+        points = [point for point in read_results([Path(path)])[0]["points"] if key(point) not in fresh] + points
+    write_results(path, _increases(points), task="quantization", points=points, **about)
+
+
+def write_report(path: str, points: list[dict], kinds: list[dict], **about) -> None:
+    """Write the tables of [`rate_curve`] as a results file, and their figure beside it."""
+    write_results(path, _increases(points), task="compression report", points=points, kinds=kinds, **about)
+    draw_report(points, kinds, Path(path).with_suffix(".svg"))
+
+
+def _increases(points: list[dict]) -> dict[str, float]:
+    return {f"increase_{point['method']}_{point['bits']:.2f}": point["increase"] for point in points}

@@ -33,11 +33,12 @@ from ..ecq_search_flashlite import (
 )
 from ..ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weight, stream_bytes
 from ..quantization_flashlite import install_layer
-from .moments import TOKENS, InputMoments, collect_moments, slices_of
+from .moments import HELD, SLICE, TOKENS, InputMoments, collect_moments, slices_of
 from .replay import Replay, stacks_of
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 0.006  # accepted gap below the budget, as a share of it
+_PROCESS = 0.5e9  # bytes of Python and its libraries
 _BEARABLE = 0.7  # predicted divergence in nats at which perplexity doubles
 _FIELDS = ("log_steps", "log_scales", "noise", "price")
 Group = tuple[int, int, list[Layer]]  # stack (-1 outside of all), block, layers
@@ -287,8 +288,13 @@ class BlockQuantizer:
         x @ x
         rate = 2 * 512**3 / (time.perf_counter() - start)
         minutes = (seconds * (3 * min(tokens, TOKENS) + 2 * tokens) + 2 * products / rate) / 60
-        width = max((layer.weight.shape[1] for layer in self.layers), default=0)
-        held = sum(p.nbytes for p in self.model.parameters()) + 4 * tokens * width / 2 + 24 * width**2
+        shapes = [layer.weight.shape for layer in self.layers]
+        logits = max((rows for rows, _ in shapes), default=0)  # of a head; about six copies in its loss
+        slice_bytes = SLICE * (24 * logits + 4 * sum(rows + columns for rows, columns in shapes))
+        moments = min(HELD, sum(4 * columns**2 for _, columns in shapes))
+        largest = 20 * max((rows * columns for rows, columns in shapes), default=0)  # copies while it is rounded
+        hidden = 4 * tokens * min((columns for _, columns in shapes), default=0)
+        held = sum(p.nbytes for p in self.model.parameters()) + max(moments + slice_bytes, largest) + hidden + _PROCESS
         logger.info(
             "Quantizing %d weights with %d tokens: about %.1f minutes and %.1f GB of memory.",
             self.elements,

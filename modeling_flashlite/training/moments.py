@@ -19,8 +19,8 @@ from ..ecq_search_flashlite import Layer
 from ..linear_flashlite import Linear
 
 TOKENS = 4096  # that gradients are taken on
-_SLICE = 512  # tokens at a time
-_HELD = 1 << 30  # bytes of input moments held at a time; beyond that, the float model runs several times
+SLICE = 256  # tokens at a time: their logits and activations are most of what the whole run holds
+HELD = 1 << 30  # bytes of input moments held at a time; beyond that, the float model runs several times
 _ROW_SHARE, _TABLE_SHARE, _LAYER_SHARE = 0.5, 0.5, 0.5  # exponents of the curvature in steps
 
 
@@ -87,9 +87,9 @@ class InputMoments:
         self.live.clear()
 
     def rows(self, index: int) -> int:
-        """Rows of all weights that read the input of layer `index`."""
+        """Rows of the largest weight that reads the input of layer `index`."""
         owner = self.owner.get(index, index)
-        return sum(len(layer.weight) for i, layer in enumerate(self.layers) if self.owner.get(i, i) == owner)
+        return max(len(layer.weight) for i, layer in enumerate(self.layers) if self.owner.get(i, i) == owner)
 
     def of(self, index: int) -> torch.Tensor | None:
         """Second moment of the inputs of layer `index`; `None` where nothing of use was seen."""
@@ -181,7 +181,7 @@ def collect_moments(
         batches (`list[dict]`): of tensors.
         keep (set of `int`, *optional*): ids of the layers that keep the matrices for feedback; all if unset.
     """
-    parts = list(slices_of(batches, _SLICE, TOKENS))
+    parts = list(slices_of(batches, SLICE, TOKENS))
     head_module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     curvatures = [_Curvature(layer, any(m is head_module for m in layer.modules)) for layer in layers]
     groups = _groups(curvatures)
@@ -205,7 +205,7 @@ def _groups(curvatures: list[_Curvature]) -> list[list[_Curvature]]:
     held = 0
     for curvature in curvatures:
         size = 4 * curvature.layer.weight.shape[1] ** 2
-        if groups[-1] and held + size > _HELD:
+        if groups[-1] and held + size > HELD:
             groups.append([])
             held = 0
         groups[-1].append(curvature)
