@@ -52,7 +52,7 @@ def test_demo_ends_with_a_table_and_json(folder):
 
 @pytest.mark.slow
 def test_finished_stages_are_kept(folder):
-    for options, count in (([], 6), (["--from_scratch"], 8)):
+    for options, count in (([], 7), (["--from_scratch"], 8)):
         root = folder / ("runs/scratch" if options else "runs/demo")
         before = {path: path.stat().st_mtime_ns for path in root.rglob("stage.json")}
         output = run(str(ROOT / "scripts/demo.py"), *options, "--size", "smallest", cwd=folder)
