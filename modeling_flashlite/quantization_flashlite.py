@@ -15,6 +15,7 @@ import itertools
 import json
 import struct
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -236,7 +237,7 @@ def install(model: nn.Module, layers: list[Layer], weights: list[QuantizedWeight
     """Put the codes of float layers into the model, in place, and round what stays float."""
     for layer, weight in zip(layers, weights):
         install_layer(model, layer, weight)
-    round_rest(model, {name for layer in layers for name in layer.names})
+    round_rest(model, _coded_places(model).values())
 
 
 @torch.no_grad()
@@ -252,8 +253,11 @@ def install_layer(model: nn.Module, layer: Layer, weight: QuantizedWeight) -> No
 
 
 @torch.no_grad()
-def round_rest(model: nn.Module, coded: set[str]) -> None:
-    """Round the tensors that stay float to bfloat16, as in the file; `coded` are the names of the other layers."""
+def round_rest(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Round the tensors that stay float to bfloat16, as in the file; those of `modules` are or become codes."""
+    # a module may stand in two places, as the resized table of an encoder-decoder does
+    held = {id(module) for module in modules}
+    coded = {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in held}
     left_out = _left_out(model)
     for name, value in model.state_dict().items():
         parent, _, leaf = name.rpartition(".")
@@ -268,7 +272,7 @@ def install_groups(model: nn.Module, groups: list[tuple[list[str], list]], weigh
         modules[0].set_quantized(weight)
         for module in modules[1:]:
             module.share_quantized(modules[0])
-    round_rest(model, {name for names, _ in groups for name in names})
+    round_rest(model, _coded_places(model).values())
 
 
 def attach(model, config: EcqConfig) -> None:
@@ -430,21 +434,18 @@ class EcqQuantizer(HfQuantizer):
             return state, {}
         if type(model).__module__ == __name__:
             model.config.auto_map = auto_map(model.config, __name__)
-        groups = groups_of(model)
-        streams = [encode_weight(modules[0].quantized()) for _, modules in groups]
+        streams = {id(modules[0].weight): encode_weight(modules[0].quantized()) for _, modules in groups_of(model)}
+        places = _coded_places(model)
         state = {}
-        inner = {f"{name}." for names, _ in groups for name in names}
         memo = {}
         for key, value in model.state_dict().items():
             parent, _, leaf = key.rpartition(".")
-            if parent + "." in inner and leaf != "bias":
+            if parent in places and leaf != "bias":
                 continue
             if value.is_floating_point():
                 value = memo.setdefault((value.data_ptr(), value.shape), value.to(torch.bfloat16))
             state[key] = value
-        for (names, _), stream in zip(groups, streams):
-            state |= {f"{name}.weight": stream for name in names}
-        return state, {}
+        return state | {f"{name}.weight": streams[id(module.weight)] for name, module in places.items()}, {}
 
     def is_serializable(self):
         return True
@@ -505,6 +506,12 @@ def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[
             names.append(name)
             modules.append(module)
     return list(groups.values())
+
+
+def _coded_places(model: nn.Module) -> dict[str, EcqModule]:
+    """Coded modules by name; one that stands in two places has both names."""
+    places = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in places if isinstance(module, EcqModule)}
 
 
 def _decode_model(model) -> None:

@@ -177,7 +177,7 @@ def quantize(
 
 def _calibrated(model, layers: list[Layer], batches: list[dict], budget: float, overhead: float, resume) -> None:
     room, training = room_of(layers, budget, overhead), model.training
-    round_rest(model, {name for layer in layers for name in layer.names})
+    round_rest(model, [module for layer in layers for module in layer.modules])
     model.eval()
     if not BlockQuantizer(model, layers, batches, room, resume).run():
         # If few input directions carry all the power, fed-back errors cost more bits than longer steps save.
