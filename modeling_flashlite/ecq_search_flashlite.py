@@ -1,4 +1,4 @@
-"""Steps and codes: rounding with error feedback, and the search for the multiplier that meets a byte budget.
+"""Steps and codes: rounding with error feedback, and the search for the step multiplier that meets a byte budget.
 
 A weight is `W[r, c] ~ step[r] * scale[c] * code[r, c]` with integer codes of any size, entropy-coded. An error `E` of
 `W` raises the loss by about `1/2 sum_r g_r E_r H E_r^T`, with `H = E[x x^T]` of the inputs and `g_r` the second
@@ -6,9 +6,10 @@ moment of the gradient of output r. With `U` the upper Cholesky factor of the da
 column and subtracting `(w_c - q_c) / U[c, c] * U[c, c':]` from those not yet rounded is optimal for that order (GPTQ,
 Frantar et al. 2022), and leaves `sum_c (error of c)^2 / U[c, c]^2`.
 
-What one more bit buys is equal everywhere, at rates above about 1.5 bits, when `step[r] * scale[c]` is proportional to
-`U[c, c] / sqrt(g_r)` (reverse water-filling; WaterSIC, 2026, for the columns). One multiplier of all steps then sets
-the rate. Noisy moments are followed only part of the way; the rest follows the standard deviation of each row.
+At rates above about 1.5 bits, the marginal benefit of a bit is equal everywhere when `step[r] * scale[c]` is
+proportional to `U[c, c] / sqrt(g_r)` (reverse water-filling; WaterSIC, 2026, for the columns). One multiplier of all
+steps then sets the rate. Because moments are noisy, steps follow them only partly, and otherwise the standard
+deviation of each row.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ logger = logging.getLogger(__name__)
 GRID = 8  # step sizes per octave
 _MIN_STEP, _MAX_STEP = 0.004, 3.0  # in standard deviations of the row
 _MOST_STEPS = 0.9 * CODE_RANGE[1]  # in the largest weight of a row; feedback needs the rest
-_SCALE_SHARE = 0.8  # how far column scales follow diag(U)
-_MAX_SCALE = 1.0  # octaves: a column whose step exceeds its weights has no bits left to give
-_SCALE_ROWS = 128  # of the largest weight that reads an input, for column scales: in smaller ones they did harm
-_TABLE_STEP = -1.0  # log2 of a table's steps over those of other layers, without data
-_BLOCK = 64  # columns between two updates of the rest
+_SCALE_SHARE = 0.8  # exponent with which column scales follow diag(U)
+_MAX_SCALE = 1.0  # limit in octaves: a column whose step exceeds its weights saves no more bits
+_SCALE_ROWS = 128  # rows of the largest weight that reads an input, below which column scales did harm
+_TABLE_STEP = -1.0  # log2 of an embedding table's steps relative to other layers, without data
+_BLOCK = 64  # columns between two updates of the remaining ones
 _ROWS = 8192  # rows at a time, so that a block of their columns stays in the cache
-_SAMPLE = 1 << 18  # weights from which a rate is predicted
-_CLASSES = 8  # of columns, which the stream codes apart
-_CODER = 1.012  # what the coder takes over the entropy
+_SAMPLE = 1 << 18  # sampled weights for the prediction of a rate
+_CLASSES = 8  # classes of columns, which the stream codes separately
+_CODER = 1.012  # overhead of the coder relative to the entropy
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Layer:
         names (`list[str]`): its modules, more than one if it is tied.
         modules (`list[nn.Module]`): the same.
         weight (`torch.Tensor` float `[rows, columns]`): the original.
-        log_steps (`torch.Tensor` float `[rows]`): log2 of the wanted steps, up to the common multiplier.
+        log_steps (`torch.Tensor` float `[rows]`): log2 of the relative steps, without the common multiplier.
         log_scales (`torch.Tensor` float `[columns]`, *optional*): log2 of the column scales, with a mean of 0.
         input_factor (`torch.Tensor` `[columns, columns]`, *optional*): `U` of the module's docstring.
         input_moment (`torch.Tensor` `[columns, columns]`, *optional*): H.
@@ -94,7 +95,7 @@ class Layer:
         return self._peak[1]
 
     def follow(self, moment: torch.Tensor, rows: int | None = None) -> float:
-        """Take over the second moment of the inputs: feedback and column scales; the mean of log2 of diag(U).
+        """Set feedback and column scales from the second moment of the inputs; returns the mean log2 of diag(U).
 
         Args:
             moment (`torch.Tensor` `[columns, columns]`): H.
@@ -121,12 +122,13 @@ class Layer:
         self.log_scales = scales - scales.mean()
 
     def price_of(self, curvature: torch.Tensor) -> torch.Tensor:
-        """Nats that rounding a row with feedback costs, over its squared step, for `g_r` of the module's docstring."""
+        """Expected cost in nats of rounding a row with feedback, over its squared step, for `g_r` of the module
+        docstring."""
         assert self.input_factor is not None, "`follow` comes first"
         return curvature.to(self.sigma) * (self._column_scales() / self.input_factor.diagonal()).square().sum() / 24
 
     def forget(self) -> None:
-        """Let go of the matrices, which are the largest part; steps, scales and noise stay."""
+        """Free the matrices, which take the most memory; steps, scales and noise are kept."""
         self.input_factor = self.input_moment = None
 
     def _column_scales(self) -> torch.Tensor:
@@ -143,7 +145,7 @@ class Layer:
 
 
 def data_free_steps(layer: Layer) -> torch.Tensor:
-    """log2 of steps `[rows]` that need no data: proportional to each row's standard deviation, finer in a table."""
+    """log2 of data-free steps `[rows]`: proportional to each row's standard deviation, finer in embedding tables."""
     return torch.log2(layer.sigma) + (_TABLE_STEP if layer.is_table else 0.0)
 
 
@@ -156,7 +158,7 @@ def inverse_factor(moment: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
 
 
 def round_with_feedback_reference(ratio, scale, low, high, factor) -> torch.Tensor:
-    """[`round_with_feedback`] element by element: each error is subtracted from all later columns at once."""
+    """Reference for [`round_with_feedback`]: each error is subtracted from all later columns at once."""
     ratio, codes = ratio.clone(), torch.empty_like(ratio)
     for j in range(ratio.shape[1]):
         codes[:, j] = torch.round(ratio[:, j] / scale[j]).clamp(low[j], high[j])
@@ -181,7 +183,7 @@ def round_with_feedback(ratio, scale, low, high, factor) -> torch.Tensor:
     scales, lows, highs, diagonal = (x.tolist() for x in (scale, low, high, factor.diagonal()))
     columns = ratio.shape[1]
     for rows in range(0, len(ratio), _ROWS):
-        rest = ratio[rows : rows + _ROWS].T.contiguous()  # a column is contiguous
+        rest = ratio[rows : rows + _ROWS].T.contiguous()  # transposed, so that columns are contiguous
         if rest.data_ptr() == ratio.data_ptr():
             rest = rest.clone()
         for first in range(0, columns, _BLOCK):
@@ -209,7 +211,7 @@ def _ratios(layer: Layer, base: float, exponents: torch.Tensor, rows=slice(None)
 
 
 def quantize_layer(layer: Layer, multiplier: float, feedback: bool = True) -> QuantizedWeight:
-    """Round one weight at the steps of `multiplier` (log2); `feedback=False` is round-to-nearest."""
+    """Round one weight with the steps of `multiplier` (log2); `feedback=False` is round-to-nearest."""
     base, exponents = layer.steps(multiplier)
     ratio, scale = _ratios(layer, base, exponents)
     wide = wide_columns(ratio / scale)
@@ -235,7 +237,7 @@ def _gain(ratio: torch.Tensor, rounded: torch.Tensor, moment: torch.Tensor) -> f
 
 
 def _entropy(codes: torch.Tensor) -> float:
-    """Bits of all codes at the entropy of each class of columns of like spread."""
+    """Bits of all codes at the entropy of each class of columns with similar spread."""
     order, bits = codes.abs().mean(0).argsort(), 0.0
     codes = codes.to(torch.int16)
     for columns in order.chunk(_CLASSES):
@@ -248,7 +250,8 @@ def _entropy(codes: torch.Tensor) -> float:
 
 @torch.no_grad()
 def predicted_bytes(layer: Layer, multiplier: float) -> float:
-    """Bytes of the stream at `multiplier`, without rounding column after column; of a large weight from some rows.
+    """Predicted bytes of the stream at `multiplier`, without rounding with feedback; for a large weight, from a sample
+    of rows.
 
     Rounding errors are nearly uniform and independent, and feedback is linear in them: codes with feedback are
     distributed like rounded weights with normal noise of the variance `layer.noise`.
@@ -269,9 +272,10 @@ def predicted_bytes(layer: Layer, multiplier: float) -> float:
 
 
 def find_multiplier(layers: list[Layer], room: float, start: float = -1.0) -> tuple[float, list[float]]:
-    """(multiplier, sizes there) at which the layers are predicted to take `room` bytes; the largest if none does."""
+    """The multiplier at which the layers are predicted to take `room` bytes (the largest if none does), and their
+    sizes."""
     elements = sum(layer.weight.numel() for layer in layers)
-    at, slope = start, -elements / 8  # bytes that one octave saves
+    at, slope = start, -elements / 8  # bytes saved per octave
     sizes = [predicted_bytes(layer, at) for layer in layers]
     for _ in range(12):
         held = sum(sizes)
@@ -296,7 +300,7 @@ def predicted_divergence(layers: list[Layer], multiplier: float) -> float:
 
 
 def room_of(layers: list[Layer], budget: float, overhead: float) -> float:
-    """Bytes for the streams; raises `ValueError` where that is too little for any code."""
+    """Bytes available for the streams; raises `ValueError` if that is too little for any code."""
     elements = sum(layer.weight.numel() for layer in layers)
     if budget - overhead < elements / 16:
         raise ValueError(
@@ -329,8 +333,8 @@ def fit(
         if best is not None and (best[1] >= room - slack or attempt > 7):
             break
         at += (room - min(0.5 + 0.25 * attempt, 2.0) * slack / 2 - held) / slope
-        if best is not None and lowest is not None:  # between what was too large and what was too small
-            at = min(max(at, 0.9 * lowest + 0.1 * best[2]), 0.1 * lowest + 0.9 * best[2])
+        if best is not None and lowest is not None:  # between a multiplier that was too large and one that was too
+            small at = min(max(at, 0.9 * lowest + 0.1 * best[2]), 0.1 * lowest + 0.9 * best[2])
     if best is None:
         raise ValueError(
             f"{8 * room / elements:.2f} bits per weight are out of reach: steps of {_MAX_STEP} standard deviations"
@@ -346,7 +350,7 @@ def search(layers: list[Layer], budget: float | None, overhead: float, tolerance
         layers (`list[Layer]`): the weights.
         budget (`float`, *optional*): bytes of the file; `None` means steps of half a standard deviation.
         overhead (`float`): bytes of the file that are not these streams.
-        tolerance (`float`): how far below the budget is near enough, as a share of it.
+        tolerance (`float`): accepted gap below the budget, as a share of it.
 
     Returns:
         `list[QuantizedWeight]`.
