@@ -333,8 +333,8 @@ def fit(
         if best is not None and (best[1] >= room - slack or attempt > 7):
             break
         at += (room - min(0.5 + 0.25 * attempt, 2.0) * slack / 2 - held) / slope
-        if best is not None and lowest is not None:  # between a multiplier that was too large and one that was too
-            small at = min(max(at, 0.9 * lowest + 0.1 * best[2]), 0.1 * lowest + 0.9 * best[2])
+        if best is not None and lowest is not None:  # between one too large and one too small
+            at = min(max(at, 0.9 * lowest + 0.1 * best[2]), 0.1 * lowest + 0.9 * best[2])
     if best is None:
         raise ValueError(
             f"{8 * room / elements:.2f} bits per weight are out of reach: steps of {_MAX_STEP} standard deviations"

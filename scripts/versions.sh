@@ -44,7 +44,7 @@ environment() {
 
 small=(
     tests/test_arguments.py tests/test_contract.py tests/test_generation.py tests/test_modeling.py
-    tests/test_inference_mode.py tests/test_mixins.py
+    tests/test_cache.py tests/test_inference_mode.py tests/test_mixins.py
     "tests/test_lora.py::test_trained_tables_survive_merging_and_saving"
     "tests/test_quantization.py::test_saved_model_is_the_quantized_model"
     "tests/test_quantization.py::test_quantizes_while_loading"
