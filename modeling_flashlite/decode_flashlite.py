@@ -26,22 +26,20 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import Cache
 
+from .base_flashlite import check_inputs
 from .cache_flashlite import FlashLiteCacheLayer, axis_spec, own_cache
 from .compat_flashlite import CACHE
 from .layer_step_flashlite import Angles, LayerStep, Place, norms_of
 from .layers_flashlite import (
-    LENGTH_ROPES,
     FlashLiteDecoderAttention,
     FlashLiteDecoderLayer,
     FlashLiteMLP,
     FlashLiteRMSNorm,
-    first_block_shift,
-    position_angles,
     product_dtype,
-    shift_angles,
 )
 from .linear_flashlite import is_hooked
-from .stacks_flashlite import FlashLiteDecoder, FlashLiteDecoderOutput, check_inputs
+from .positions_flashlite import LENGTH_ROPES, first_block_shift, position_angles, shift_angles
+from .stacks_flashlite import FlashLiteDecoder, FlashLiteDecoderOutput
 
 # positions whose angles are computed together, if they depend on nothing else
 _ANGLES = 64

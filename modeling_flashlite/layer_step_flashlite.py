@@ -12,13 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .attention_flashlite import WorkingSet, fits_working_set, joint_weights, multi_axis_attention
+from .attention_flashlite import joint_weights, multi_axis_attention
 from .cache_flashlite import EncoderCacheLayer, FlashLiteCacheLayer
 from .ecq_modules_flashlite import EcqLinear, join
 from .int4_flashlite import int4_few_rows, is_few_rows
-from .layers_flashlite import FlashLiteDecoderLayer, nearer
+from .layers_flashlite import FlashLiteDecoderLayer
 from .linear_flashlite import Linear, is_hooked, linear
+from .positions_flashlite import nearer
 from .tiles_flashlite import TILE_ROWS
+from .working_set_flashlite import WorkingSet, fits_working_set
 
 # slots times heads up to which dense keys are held in the type of the computation: 16 MiB a layer at most
 _HELD_SLOTS = 1 << 15

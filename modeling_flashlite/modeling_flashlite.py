@@ -27,6 +27,7 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from .base_flashlite import FlashLitePreTrainedModel
 from .cache_flashlite import FlashLiteCache
 from .compat_flashlite import CACHE, CacheNames, check_arguments, named_arguments, takes_cache
 from .configuration_flashlite import FlashLiteConfig
@@ -37,7 +38,7 @@ from .loss_flashlite import chunked_cross_entropy
 
 # imported for registration, so that coded checkpoints load wherever this file does
 from .quantization_flashlite import EcqConfig  # noqa: F401
-from .stacks_flashlite import FlashLiteDecoder, FlashLiteDecoderOutput, FlashLiteEncoder, FlashLitePreTrainedModel
+from .stacks_flashlite import FlashLiteDecoder, FlashLiteDecoderOutput, FlashLiteEncoder
 
 logger = logging.get_logger(__name__)
 

@@ -9,14 +9,9 @@ from models import causal_model, tokens
 from modeling_flashlite import (
     FlashLiteCache,
 )
-from modeling_flashlite.attention_flashlite import (
-    AxisSpec,
-    WorkingSet,
-    fits_working_set,
-    multi_axis_attention,
-    multi_axis_attention_reference,
-)
+from modeling_flashlite.attention_flashlite import AxisSpec, multi_axis_attention, multi_axis_attention_reference
 from modeling_flashlite.cache_flashlite import FlashLiteCacheLayer
+from modeling_flashlite.working_set_flashlite import WorkingSet, fits_working_set
 
 
 def test_generation_of_any_length_needs_bounded_memory():

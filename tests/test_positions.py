@@ -5,14 +5,8 @@ import torch
 
 from modeling_flashlite.attention_flashlite import AxisSpec
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
-from modeling_flashlite.layers_flashlite import (
-    FlashLiteDecoderAttention,
-    first_block_shift,
-    nearer,
-    position_angles,
-    rotate,
-    shift_angles,
-)
+from modeling_flashlite.layers_flashlite import FlashLiteDecoderAttention
+from modeling_flashlite.positions_flashlite import first_block_shift, nearer, position_angles, rotate, shift_angles
 
 
 def attention_of(config, encoding):

@@ -9,12 +9,11 @@ from tensors import cross_inputs, first_queries, qkv
 from modeling_flashlite.attention_flashlite import (
     AxisSpec,
     BlockSummaries,
-    WorkingSet,
-    fits_working_set,
     multi_axis_attention,
     multi_axis_attention_reference,
     summarize_blocks,
 )
+from modeling_flashlite.working_set_flashlite import WorkingSet, fits_working_set
 
 
 def serve(working, q, k, v, start, scaling, first=None):

@@ -16,8 +16,8 @@ from torch import nn
 
 from ..attention_flashlite import multi_axis_attention_reference
 from ..compat_flashlite import CACHE
-from ..layers_flashlite import LENGTH_ROPES, layer_angles, nearer, shift_angles
 from ..modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
+from ..positions_flashlite import LENGTH_ROPES, layer_angles, nearer, shift_angles
 
 
 class ExportError(ValueError):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from modeling_flashlite.attention_flashlite import WorkingSet, summarize_blocks
+from modeling_flashlite.attention_flashlite import summarize_blocks
 from modeling_flashlite.cli import start
 from modeling_flashlite.measure.benchmark import race, summarize_race
 from modeling_flashlite.measure.study import BenchArgs, run_bench
@@ -22,6 +22,7 @@ from modeling_flashlite.measure.workloads import (
     SPEC,
     attention_inputs,
 )
+from modeling_flashlite.working_set_flashlite import WorkingSet
 
 LENGTHS = (4096, 16384, 65536)
 # the query heads of a group as rows of one product, so that each key is read once
