@@ -6,7 +6,6 @@ that only extend `forward` (a scaled or shifted embedding) still work.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .ecq_stream_flashlite import QuantizedWeight, TiledWeight
+from .ecq_weight_flashlite import QuantizedWeight, TiledWeight
 from .int4_flashlite import (
     KernelWeight,
     int4_embedding,
@@ -32,8 +31,7 @@ if TYPE_CHECKING:
     from torch.nn import Module as _Layer
 else:
     _Layer = object
-
-_HELD = ("weight", "tiles", "step", "numbers", "factors")
+HELD = ("weight", "tiles", "step", "numbers", "factors")
 _DERIVED = "kernel", "joint"
 
 
@@ -88,7 +86,7 @@ class EcqModule(_Layer):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         self._forget()
-        given = {name: state_dict.get(prefix + name) for name in _HELD[1:]}
+        given = {name: state_dict.get(prefix + name) for name in HELD[1:]}
         if given["tiles"] is not None and self._parameters["tiles"] is not None:
             self._make_room(given)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -111,7 +109,7 @@ class EcqModule(_Layer):
     def _open(self, dtype: torch.dtype, device, size_only: bool = False) -> None:
         """Replace the float weight by a place for codes; with `size_only` it has their bytes, for device maps."""
         rows, columns = self.weight_shape
-        for name in _HELD:
+        for name in HELD:
             self._parameters.pop(name, None)
             self.register_parameter(name, None)
         weight = _without_elements(rows, dtype, device)
@@ -146,7 +144,7 @@ class EcqModule(_Layer):
         if self.weight.is_meta or self.weight.dtype == torch.uint8:
             self._parameters["weight"] = _without_elements(weight.shape[0], self.proxy_dtype, device)
         tiled = TiledWeight.of(weight) if isinstance(weight, QuantizedWeight) else weight
-        for name, value in zip(_HELD[1:], (tiled.tiles, tiled.step(), *tiled.inputs())):
+        for name, value in zip(HELD[1:], (tiled.tiles, tiled.step(), *tiled.inputs())):
             if value is not None:
                 value = value.to(device)
                 value = nn.Parameter(value.clone() if value.is_inference() else value, requires_grad=False)
@@ -158,7 +156,7 @@ class EcqModule(_Layer):
 
     def share_quantized(self, other: EcqModule) -> None:
         """Use the codes of a tied layer."""
-        for name in _HELD:
+        for name in HELD:
             self._parameters[name] = other._parameters[name]
         self.base, self.grid, self.stream = other.base, other.grid, None
         self._forget()
@@ -299,7 +297,7 @@ def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
     joint._open(coded[0].weight.dtype, coded[0].tiles.device)
     step = torch.cat([nn.functional.pad(layer.step, (0, size - len(layer.step))) for layer, size in zip(coded, sizes)])
     tiles = _neighbours([layer.tiles for layer in coded])
-    for name, value in zip(_HELD[1:], (tiles, step, coded[0].numbers, coded[0].factors)):
+    for name, value in zip(HELD[1:], (tiles, step, coded[0].numbers, coded[0].factors)):
         joint._parameters[name] = None if value is None else nn.Parameter(value.detach(), requires_grad=False)
     for layer in coded:
         layer._forget()
@@ -326,106 +324,7 @@ class EcqEmbedding(EcqModule, nn.Embedding):
         return output.to(self.weight.dtype)
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """Learned step size quantization (LSQ, Esser et al. 2020), step `s = exp2(shift) * start[row] * scale[column]`.
-
-    Forward: `s * clamp(round(w / s), -128, 127)`. Backward: the gradient passes to w where `w / s` is inside, and
-    `dL/dshift = ln 2 * sum g * s * (q - u inside, q outside)`, scaled by `1 / sqrt(7 * elements)`.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, shift, start, scale):
-        step = (torch.exp2(shift.float()) * start)[:, None] * scale
-        rounded = (weight.float() / step).round_().clamp_(*LEVELS).mul_(step)
-        ctx.save_for_backward(weight, rounded, step)
-        return rounded.to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight, rounded, step = ctx.saved_tensors
-        slope = rounded - weight.float()
-        # more than half a step only where codes are clamped; the margin covers rounding
-        outside = slope.abs() > 0.501 * step
-        slope = torch.where(outside, rounded, slope)
-        products = torch.bmm(grad.float()[:, None], slope[..., None])
-        grad_shift = products.sum() * (math.log(2) / math.sqrt(7 * weight.numel()))
-        return grad.masked_fill(outside, 0.0), grad_shift.reshape(1), None, None
-
-
-LEVELS = -128, 127  # codes in training
-_TWIN_STATE = ("log_base", "exponents", "column_exponents", "code_lengths")
-
-
-class FakeQuantModule(_Layer):
-    """Base of the twins: a float weight, a learned step for the tensor, frozen relative steps of its rows.
-
-    Attributes:
-        log_step (parameter `[1]`): learned shift of log2 of all steps; it starts at 0, so weight decay does no harm.
-        log_base (buffer `[1]`), exponents (buffer int8 `[rows]`):
-            `step[row] = 2 ** (log_base + log_step + exponents[row] / grid)`.
-        column_exponents (buffer int8 `[columns]`): steps of a column are `2 ** (column_exponents / grid)` times that.
-        code_lengths (buffer `[256]`): running mean of `-log2` of the frequency of each code of `LEVELS`.
-    """
-
-    def _open_twin(self, weight: QuantizedWeight, master: torch.Tensor) -> None:
-        device = self.weight.device
-        self._parameters["weight"] = nn.Parameter(master, requires_grad=self.weight.requires_grad)
-        self._parameters["log_step"] = nn.Parameter(torch.zeros(1, device=device))
-        self.register_buffer("log_base", torch.tensor([math.log2(weight.base)], device=device))
-        self.register_buffer("exponents", weight.exponents.to(device, torch.int8))
-        columns = weight.column_exponents
-        columns = torch.zeros(master.shape[1], dtype=torch.int8) if columns is None else columns
-        self.register_buffer("column_exponents", columns.to(device, torch.int8))
-        self.register_buffer("code_lengths", torch.full((LEVELS[1] - LEVELS[0] + 1,), 4.0, device=device))
-        self.grid = weight.grid
-
-    def share_twin(self, other: FakeQuantModule) -> None:
-        """Use weight and steps of a tied twin."""
-        for name in ("weight", "log_step"):
-            self._parameters[name] = other._parameters[name]
-        for name in _TWIN_STATE:
-            self.register_buffer(name, other._buffers[name])
-        self.grid = other.grid
-
-    def _start(self) -> torch.Tensor:
-        return torch.exp2(self.log_base.double() + self.exponents.double() / self.grid).float()
-
-    def _scale(self) -> torch.Tensor:
-        return torch.exp2(self.column_exponents.double() / self.grid).float()
-
-    def steps(self) -> torch.Tensor:
-        """Steps, float32 `[rows, columns]`, without gradient."""
-        return (torch.exp2(self.log_step.detach().float()) * self._start())[:, None] * self._scale()
-
-    def codes(self) -> torch.Tensor:
-        """Codes of the current weight, float `[rows, columns]`."""
-        return torch.round(self.weight.detach().float() / self.steps()).clamp(*LEVELS)
-
-    def fake_quantized(self) -> torch.Tensor:
-        """The weight rounded to its levels, `[rows, columns]`, differentiable."""
-        return _FakeQuantize.apply(self.weight, self.log_step, self._start(), self._scale())
-
-    def quantized(self) -> QuantizedWeight:
-        """The quantized weight that will be written to the file."""
-        base = torch.exp2(self.log_base.double() + self.log_step.detach().double()).float().item()
-        columns = self.column_exponents if self.column_exponents.any() else None
-        return QuantizedWeight(self.codes().to(torch.int8), base, self.exponents, self.grid, columns)
-
-
-class FakeQuantLinear(FakeQuantModule, nn.Linear):
-    """`nn.Linear` that multiplies with its weight rounded to its steps; the weight stays float and trainable."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(input, self.fake_quantized().to(input.dtype), self.bias)
-
-
-class FakeQuantEmbedding(FakeQuantModule, nn.Embedding):
-    """`nn.Embedding` that looks up its weight rounded to its steps; the weight stays float and trainable."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return nn.functional.embedding(input, self.fake_quantized(), self.padding_idx)
-
-
+TWIN_STATE = ("log_base", "exponents", "column_exponents", "code_lengths")
 _CLASSES: dict[tuple[type, type], type] = {}
 
 
@@ -439,7 +338,7 @@ def _subclass(plain: type, mixin: type) -> type:
     return _CLASSES[key]
 
 
-def _retype(module: nn.Module, linear: type, embedding: type) -> nn.Module:
+def retype(module: nn.Module, linear: type, embedding: type) -> nn.Module:
     """`module` with its class changed in place; a `Conv1D` becomes a new linear layer, transposed."""
     plain = getattr(module, "plain_class", type(module))
     if plain is Conv1D and not isinstance(module, nn.Linear):
@@ -460,22 +359,11 @@ def _retype(module: nn.Module, linear: type, embedding: type) -> nn.Module:
 def to_quantized(module: nn.Module, size_only: bool = False) -> nn.Module:
     """Turn a float layer or a twin into an [`EcqLinear`] or [`EcqEmbedding`] without codes, in place if possible."""
     dtype, device = module.weight.dtype, module.weight.device
-    module = _retype(module, EcqLinear, EcqEmbedding)
-    for name in ("log_step", *_TWIN_STATE):
+    module = retype(module, EcqLinear, EcqEmbedding)
+    for name in ("log_step", *TWIN_STATE):
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)
     module._open(dtype, device, size_only)
-    return module
-
-
-def to_twin(module: nn.Module, weight: QuantizedWeight, master: torch.Tensor) -> nn.Module:
-    """Turn a layer into its fake-quantized twin with the float weight `master` `[rows, columns]`."""
-    if isinstance(module, EcqModule):
-        module._forget()
-        for name in _HELD[1:]:
-            module._parameters.pop(name, None)
-    module = _retype(module, FakeQuantLinear, FakeQuantEmbedding)
-    module._open_twin(weight, master)
     return module
 
 
@@ -483,7 +371,7 @@ def to_float(module: EcqModule, dtype: torch.dtype) -> nn.Module:
     """Turn a quantized layer back into its float class, with the dequantized weight."""
     weight, plain = module.dequantize(dtype), module.plain_class
     module._forget()
-    for name in _HELD[1:]:
+    for name in HELD[1:]:
         module._parameters.pop(name, None)
     if plain is Conv1D:
         conv = Conv1D(module.out_features, module.in_features)

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .ecq_stream_flashlite import CODE_RANGE, QuantizedWeight, stream_bytes, wide_columns
+from .ecq_stream_flashlite import stream_bytes
+from .ecq_weight_flashlite import CODE_RANGE, QuantizedWeight, wide_columns
 
 logger = logging.getLogger(__name__)
 GRID = 8  # step sizes per octave

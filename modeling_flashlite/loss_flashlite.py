@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .ecq_modules_flashlite import FakeQuantLinear
+from .ecq_twins_flashlite import FakeQuantLinear
 from .linear_flashlite import Linear, is_hooked, linear
 
 # logits of one chunk, 8 MiB in float32: large enough for a full-speed product, small enough to stay in a cache while

@@ -27,11 +27,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .coded_flashlite import auto_map, coded_class, with_code, without_code
 from .compat_flashlite import named_module
-from .ecq_modules_flashlite import EcqModule, FakeQuantModule, to_float, to_quantized, to_twin
+from .ecq_modules_flashlite import EcqModule, to_float, to_quantized
 from .ecq_parents_flashlite import read_by_parents
 from .ecq_probe_flashlite import scale_columns
 from .ecq_search_flashlite import GRID, Layer, data_free_steps, search
-from .ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weight
+from .ecq_stream_flashlite import decode_weights, encode_weight
+from .ecq_twins_flashlite import FakeQuantModule, to_twin
+from .ecq_weight_flashlite import QuantizedWeight
 from .linear_flashlite import Linear
 
 _METHOD = "ecq"

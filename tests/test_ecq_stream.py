@@ -16,15 +16,8 @@ from hypothesis import strategies as st
 from modeling_flashlite import ecq_stream_flashlite as ecq_stream
 from modeling_flashlite.codec_flashlite import CodecError
 from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, to_quantized
-from modeling_flashlite.ecq_stream_flashlite import (
-    CODE_RANGE,
-    QuantizedWeight,
-    TiledWeight,
-    decode_weights,
-    encode_weight,
-    stream_bytes,
-    wide_columns,
-)
+from modeling_flashlite.ecq_stream_flashlite import decode_weights, encode_weight, stream_bytes
+from modeling_flashlite.ecq_weight_flashlite import CODE_RANGE, QuantizedWeight, TiledWeight, wide_columns
 
 
 def decoded(stream, shape, threads=None) -> TiledWeight:

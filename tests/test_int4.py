@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_flashlite import int4_flashlite as int4
 from modeling_flashlite import tiles_flashlite
-from modeling_flashlite.ecq_stream_flashlite import QuantizedWeight, TiledWeight
+from modeling_flashlite.ecq_weight_flashlite import QuantizedWeight, TiledWeight
 from modeling_flashlite.int4_flashlite import (
     int4_embedding,
     int4_embedding_reference,

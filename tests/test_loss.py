@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_flashlite.ecq_modules_flashlite import FakeQuantLinear, to_twin
-from modeling_flashlite.ecq_stream_flashlite import QuantizedWeight
+from modeling_flashlite.ecq_twins_flashlite import FakeQuantLinear, to_twin
+from modeling_flashlite.ecq_weight_flashlite import QuantizedWeight
 from modeling_flashlite.loss_flashlite import (
     check_loss_function,
     chunked_cross_entropy,

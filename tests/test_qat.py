@@ -15,7 +15,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling_flashlite.ecq_modules_flashlite import EcqLinear, FakeQuantLinear, _FakeQuantize
+from modeling_flashlite.ecq_modules_flashlite import EcqLinear
+from modeling_flashlite.ecq_twins_flashlite import FakeQuantLinear, _FakeQuantize
 from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.training.qat import EcqCallback, RateController, prepare_qat
 

@@ -31,7 +31,8 @@ from ..ecq_search_flashlite import (
     predicted_divergence,
     quantize_layer,
 )
-from ..ecq_stream_flashlite import QuantizedWeight, decode_weights, encode_weight, stream_bytes
+from ..ecq_stream_flashlite import decode_weights, encode_weight, stream_bytes
+from ..ecq_weight_flashlite import QuantizedWeight
 from ..quantization_flashlite import install_layer
 from .moments import HELD, SLICE, TOKENS, InputMoments, collect_moments, slices_of
 from .replay import Replay, stacks_of

@@ -26,8 +26,10 @@ from collections.abc import Callable, Iterable
 import torch
 from transformers import TrainerCallback
 
-from ..ecq_modules_flashlite import LEVELS, FakeQuantModule, to_quantized, to_twin
-from ..ecq_stream_flashlite import QuantizedWeight, stream_bytes
+from ..ecq_modules_flashlite import to_quantized
+from ..ecq_stream_flashlite import stream_bytes
+from ..ecq_twins_flashlite import LEVELS, FakeQuantModule, to_twin
+from ..ecq_weight_flashlite import QuantizedWeight
 from ..quantization_flashlite import (
     EcqConfig,
     attach,

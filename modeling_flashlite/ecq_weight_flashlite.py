@@ -1,0 +1,185 @@
+"""A quantized weight matrix with its steps and column scales: as codes, and as tiles of digits in memory.
+
+`w[r, c] = code[r, c] * step[r] * column_scale[c]` with integer codes. Steps are `base * 2 ** (exponent[r] / grid)` and
+column scales, which are optional, `2 ** (exponent[c] / grid)`: small integers, which take almost no space on disk and
+give the same bytes at every save.
+
+**Digits.** The alphabet is not limited to 16 levels, because real weights have outlier columns. A code is a number of
+up to three balanced digits of base 16, `code = d0 + 16 d1 + 256 d2` with each digit in -8..7, so -2184..1911. Most
+columns need one digit; a *wide* column, in which any code is outside -8..7, has two, or three beyond -136..119. In
+memory the second and third digits are additional columns of the same int4 matrix, whose inputs are those of their
+column times 16 or 256: one storage and one product for any range, at half a byte per digit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .tiles_flashlite import empty_tiles, tile_codes, untile_codes
+
+CODE_RANGE = -2184, 1911  # three balanced digits of base 16
+GRID = 16
+_ONE_DIGIT, _TWO_DIGITS = (-8, 7), (-136, 119)
+
+
+class _Scaled:
+    """Steps and column scales from their exponents."""
+
+    base: float
+    exponents: torch.Tensor
+    grid: int
+    column_exponents: torch.Tensor | None
+
+    def step(self) -> torch.Tensor:
+        """Steps, float32 `[rows]`."""
+        return _powers(self.base, self.exponents, self.grid)
+
+    def column_scale(self) -> torch.Tensor | None:
+        """Scales, float32 `[columns]`, or `None` where all are 1."""
+        return None if self.column_exponents is None else _powers(1.0, self.column_exponents, self.grid)
+
+
+@dataclass
+class QuantizedWeight(_Scaled):
+    """A quantized matrix as it is searched: `w[r, c] = codes[r, c] * step()[r] * column_scale()[c]`.
+
+    Attributes:
+        codes (`torch.Tensor` int8 or int16 `[rows, columns]`): integers in `CODE_RANGE`, -2184..1911. A single code
+            outside -8..7 makes its column wide, which costs another half byte for each of its weights in memory; the
+            file pays for what it holds, not for the range. See [`wide_columns`].
+        base (`float`): step of exponent 0, a float32 value.
+        exponents (`torch.Tensor` int8 `[rows]`): `step = base * 2 ** (exponents / grid)`.
+        grid (`int`): exponents per octave.
+        column_exponents (`torch.Tensor` int8 `[columns]`, *optional*): `column_scale = 2 ** (exponents / grid)`. At
+            run time a layer's input is multiplied by it, a table's output rows likewise.
+    """
+
+    codes: torch.Tensor
+    base: float
+    exponents: torch.Tensor
+    grid: int = GRID
+    column_exponents: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight, float32 `[rows, columns]`."""
+        weight = self.codes.float() * self.step()[:, None].to(self.codes.device)
+        scale = self.column_scale()
+        return weight if scale is None else weight.mul_(scale.to(weight.device))
+
+
+def _powers(base: float, exponents: torch.Tensor, grid: int) -> torch.Tensor:
+    return (base * torch.exp2(exponents.double() / grid)).float()
+
+
+def wide_columns(ratio: torch.Tensor, share: float = 0.02) -> torch.Tensor:
+    """Columns that deserve codes beyond -8..7.
+
+    Args:
+        ratio (`torch.Tensor` float `[rows, columns]`): weights over their steps (and column scales).
+        share (`float`): the squared error of clipping to -8..7, over that of rounding (1/12), that a column may have.
+
+    Returns:
+        `torch.Tensor` bool `[columns]`.
+    """
+    clipped = (ratio.abs() - (_ONE_DIGIT[1] + 0.5)).clamp(min=0).square().mean(0)
+    return clipped > share / 12
+
+
+@dataclass
+class TiledWeight(_Scaled):
+    """A quantized matrix in its memory layout.
+
+    Attributes:
+        shape (`tuple[int, int]`): rows, columns.
+        tiles (`torch.Tensor` uint8 `[ceil(rows / 64), padded, 32]`): tiles of `tiles_flashlite` of a matrix whose
+            columns are the first digits of all columns, then the second of `wide[0]`, then the third of `wide[1]`.
+        wide (pair of `torch.Tensor` int64): increasing numbers of the columns with two or more, and with three digits.
+        base, exponents, grid, column_exponents: as in [`QuantizedWeight`].
+    """
+
+    shape: tuple[int, int]
+    tiles: torch.Tensor
+    wide: tuple[torch.Tensor, torch.Tensor]
+    base: float
+    exponents: torch.Tensor
+    grid: int = GRID
+    column_exponents: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> TiledWeight:
+        """The same matrix in tiles, on the device of its codes."""
+        codes, wide = weight.codes, digit_columns(weight.codes)
+        digits = torch.cat([codes, codes[:, wide[0]], codes[:, wide[1]]], dim=1) if len(wide[0]) else codes
+        offsets = digits.new_full((digits.shape[1],), 8, dtype=torch.int16)
+        shifts = torch.zeros_like(offsets)
+        columns = codes.shape[1]
+        offsets[columns : columns + len(wide[0])], offsets[columns + len(wide[0]) :] = 136, 2184
+        shifts[columns : columns + len(wide[0])], shifts[columns + len(wide[0]) :] = 4, 8
+        if len(wide[0]):
+            digits = ((digits.to(torch.int16) + offsets) >> shifts & 15) - 8
+        tiles = tile_codes(digits.to(torch.int8))
+        return cls(weight.shape, tiles, wide, weight.base, weight.exponents, weight.grid, weight.column_exponents)
+
+    def widened(self, wide: tuple[torch.Tensor, torch.Tensor]) -> TiledWeight:
+        """The same matrix with these wide columns, among which are its own."""
+        columns, starts = self.shape[1], [self.shape[1], self.shape[1] + len(wide[0])]
+        tiles = empty_tiles(self.shape[0], starts[1] + len(wide[1]), self.tiles.device).fill_(0x88)
+        tiles[:, :columns] = self.tiles[:, :columns]
+        held = columns
+        for start, own, every in zip(starts, self.wide, wide):
+            tiles[:, start + torch.searchsorted(every, own)] = self.tiles[:, held : held + len(own)]
+            held += len(own)
+        return replace(self, tiles=tiles, wide=wide)
+
+    def codes(self) -> torch.Tensor:
+        """Codes `[rows, columns]`, int8 where there is one digit, else int16."""
+        (rows, columns), (second, third) = self.shape, self.wide
+        digits = untile_codes(self.tiles, rows, columns + len(second) + len(third))
+        if not len(second):
+            return digits
+        codes = digits[:, :columns].to(torch.int16)
+        codes[:, second] += 16 * digits[:, columns : columns + len(second)].to(torch.int16)
+        codes[:, third] += 256 * digits[:, columns + len(second) :].to(torch.int16)
+        return codes
+
+    def quantized(self) -> QuantizedWeight:
+        """The same matrix with plain codes."""
+        return QuantizedWeight(self.codes(), self.base, self.exponents, self.grid, self.column_exponents)
+
+    def inputs(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What the tiles' columns multiply: numbers of the inputs, int64, and factors, float32, both `[padded]`.
+
+        Numbers are `None` where they are 0, 1, 2, ...; factors where all are 1.
+        """
+        (second, third), scale = self.wide, self.column_scale()
+        if not len(second):
+            return None, scale
+        columns, padded = self.shape[1], self.tiles.shape[1]
+        numbers = torch.cat([torch.arange(columns, device=second.device), second, third])
+        factors = torch.ones(padded, device=second.device)
+        factors[columns : columns + len(second)] = 16
+        factors[columns + len(second) : len(numbers)] = 256
+        if scale is not None:
+            factors[: len(numbers)] *= scale.to(second.device)[numbers]
+        factors[len(numbers) :] = 0
+        return torch.nn.functional.pad(numbers, (0, padded - len(numbers))), factors
+
+
+def digit_columns(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the columns with at least two, and with three digits."""
+    if codes.numel() == 0:
+        raise ValueError(f"A weight of shape {tuple(codes.shape)} has no codes; leave this layer out.")
+    low, high = (end.to(torch.int32) for end in torch.aminmax(codes, dim=0))
+    if codes.is_floating_point() or low.min() < CODE_RANGE[0] or high.max() > CODE_RANGE[1]:
+        raise ValueError(
+            f"Codes must be integers in {CODE_RANGE[0]}..{CODE_RANGE[1]}, but they are {codes.dtype} and span"
+            f" {low.min()}..{high.max()}; clamp them first."
+        )
+    second, third = (((low < a) | (high > b)).nonzero().flatten() for a, b in (_ONE_DIGIT, _TWO_DIGITS))
+    return second, third
