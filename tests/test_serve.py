@@ -28,8 +28,9 @@ from transformers import (  # noqa: E402
     RepetitionPenaltyLogitsProcessor,
 )
 
-from modeling_flashlite.checkpoint import CheckpointArgs  # noqa: E402
+from modeling_flashlite.checkpoint import CheckpointArgs, add_adapter  # noqa: E402
 from modeling_flashlite.serve.engine import Engine  # noqa: E402
+from modeling_flashlite.serve.grammar import Grammars  # noqa: E402
 from modeling_flashlite.serve.jobs import Answer, Job, Limits, QueueFull, Settings, TextAssembler, pick  # noqa: E402
 from modeling_flashlite.serve.tools import split_calls  # noqa: E402
 from modeling_flashlite.training.lora import add_lora  # noqa: E402
@@ -179,6 +180,8 @@ def test_an_adapter_is_chosen_by_its_name(client, folder, adapter):
     ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert adapted.model == "caller" and adapted.choices[0].text == tokenizer.decode(ids, skip_special_tokens=True)
     assert adapted.choices[0].text != plain.choices[0].text
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    assert add_adapter(base, str(adapter)).lm_head.weight is base.lm_head.weight  # not a second copy
     assert client.completions.create(model="tiny-lm", **request).choices[0].text == plain.choices[0].text
 
 
@@ -259,6 +262,12 @@ def test_tools_and_schemas_that_cannot_be_honoured_are_refused(server, changes, 
     body = {"messages": ASKED, "max_tokens": 4, **changes}
     answer = httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60)
     assert answer.status_code == 400 and words in answer.text
+
+
+def test_json_answers_without_their_extra_are_one_sentence(engine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance.hf", None)
+    with pytest.raises(ImportError, match=r"pip install 'flashlite\[json\]'"):
+        Grammars(engine.tokenizer, engine.vocabulary, {2})
 
 
 @settings(max_examples=20, deadline=None)
