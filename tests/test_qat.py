@@ -137,10 +137,11 @@ def test_lambda_pushes_both_ways():
     model = prepare_qat(build("llama").train(), EcqConfig(target_bits=4.0))
     rate = RateController(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batch = {name: torch.stack([row[name] for row in data(2)]) for name in ("input_ids", "labels")}
     for target, sign in ((3.6, 1), (4.3, -1)):
         rate.target, start = target, None
         for _ in range(25):
-            model(**{k: torch.stack([row[k] for row in data(8)]) for k in ("input_ids", "labels")}).loss.backward()
+            model(**batch).loss.backward()
             rate.step()
             start = start or rate.bits
             optimizer.step()

@@ -150,10 +150,10 @@ def continuation(model, length: int, new_tokens: int, seed: int = 0) -> Callable
     return step
 
 
-def loss_step(seed: int, vocabulary: int, name: str) -> Callable[[], None]:
-    """Forward and backward of a distillation loss over 2048 tokens: from all logits at once, or chunk by chunk."""
+def loss_step(seed: int, vocabulary: int, name: str, tokens: int = 2048) -> Callable[[], None]:
+    """Forward and backward of a distillation loss over `tokens`: from all logits at once, or chunk by chunk."""
     torch.manual_seed(seed)
-    tokens, width, kept = 2048, 256, 64
+    width, kept = 256, 64
     hidden = torch.randn(1, tokens, width, requires_grad=True)
     head = torch.nn.Linear(width, vocabulary, bias=False)
     labels = torch.randint(vocabulary, (1, tokens))

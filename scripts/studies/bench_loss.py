@@ -11,11 +11,12 @@ from modeling_flashlite.measure.workloads import loss_step
 
 def measure(args: BenchArgs) -> list[dict]:
     rows = []
-    for vocabulary in (32000, 128000):
-        steps = {name: loss_step(args.seed, vocabulary, name) for name in ("dense", "chunked")}
+    tokens = args.lengths[0] if args.lengths else 2048
+    for vocabulary in args.shape[3:] or (32000, 128000):
+        steps = {name: loss_step(args.seed, vocabulary, name, tokens) for name in ("dense", "chunked")}
         times = race(steps, repeats=args.repeats, seconds=args.seconds, name=f"loss {vocabulary}")
-        for row in summarize_race(times, ["dense"], vocabulary=vocabulary, tokens=2048):
-            growth = peak_growth(loss_step, args.seed, vocabulary, row["name"])
+        for row in summarize_race(times, ["dense"], vocabulary=vocabulary, tokens=tokens):
+            growth = peak_growth(loss_step, args.seed, vocabulary, row["name"], tokens)
             rows.append({**row, "MiB": round(growth / 2**20, 1)})
     return rows
 
