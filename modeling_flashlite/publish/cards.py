@@ -1,8 +1,8 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
 """Model cards generated from a staged repository, results files and a short `card.yaml`.
 
-Numbers come only from results files, sizes only from the files that travel, and the snippet is run when the card is
-made. `card.yaml` next to the checkpoint holds what no program can know:
+Numbers come only from results files, sizes only from the published files, and the snippet is run when the card is
+made. `card.yaml` next to the checkpoint contains what cannot be derived:
 
     summary: Translates English to German.        # one sentence
     license: apache-2.0
@@ -58,7 +58,7 @@ WRITTEN = (
 )
 MEASURED = ("metrics", "speed", "hardware", "command", "recipe", "seed", "commit")
 RELATIONS = ("finetune", "adapter", "merge", "quantized")
-# runs the snippet as a reader would: the package cannot be imported, no network
+# runs the snippet like a reader: without the package, without a network
 BLOCKER = "import sys; sys.modules['modeling_flashlite'] = None\n"
 
 
@@ -148,8 +148,8 @@ def quality_rows(results: list[dict]) -> list[dict]:
 def size_rows(folder: Path) -> list[dict]:
     """Parameters, bytes in the file and bits per weight of each group of tensors, and of the whole files.
 
-    Parameters are counted on the float model, so that codes, scales and streams of a quantized checkpoint are charged
-    to the weights they stand for.
+    Parameters are counted on the float model, so that codes, scales and streams of a quantized checkpoint are
+    attributed to their weights.
     """
     headers: dict[str, dict] = {}
     weights = sorted(folder.glob("*.safetensors"))

@@ -2,9 +2,9 @@
 """Continuous batching: answers join and leave one running batch between two tokens.
 
 Prompts are read in chunks, one chunk between two steps of the batch, so a long prompt delays running answers by one
-chunk at a time. Answers are admitted in the order in which they came, while the keys and values of all of them, at
-their largest, fit into `Limits.cache_bytes`. Prompts that begin like an earlier one, as with a common system message,
-reuse its keys and values.
+chunk at a time. Answers are admitted in order of arrival, as long as the largest possible keys and values of all of
+them fit into `Limits.cache_bytes`. Prompts that share a prefix with an earlier one, such as a system message, reuse
+its keys and values.
 
 Shapes: B rows, C columns of the cache (padding included), V vocabulary.
 """
@@ -20,9 +20,9 @@ from transformers.cache_utils import DynamicLayer
 from ..compat_flashlite import CACHE
 from .jobs import Answer, Job, Limits, TokenLogprob, token_logprobs
 
-# prompt tokens read between two steps of the batch, and when nothing else runs
+# prompt tokens read between two steps of the batch, and while nothing else runs
 CHUNK, ALONE_CHUNK = 128, 1024
-# prompts whose keys are kept for others that begin alike, and the shortest beginning worth a copy
+# number of prompts whose keys are kept for sharing, and the shortest prefix worth copying
 KEPT_PROMPTS, SHORTEST_PREFIX = 4, 64
 
 
@@ -96,7 +96,7 @@ class ContinuousBatch:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether no job is running or starting."""
         return not self.answers and not self.prompts
 
     def admits(self, job: Job) -> bool:
@@ -108,14 +108,14 @@ class ContinuousBatch:
         )
 
     def admit(self, job: Job) -> None:
-        """Start a job; its prompt is read by the steps to come."""
+        """Start a job; its prompt is read in the next steps."""
         cache, read = self._shared_prefix(job)
         self.counters["prompt_tokens"] += len(job.prompt)
         self.counters["shared_prompt_tokens"] += read
         self.prompts.append(Prompt(Answer(job, self.tokenizer, self.ends, self.counters), cache, read))
 
     def _shared_prefix(self, job: Job) -> tuple[DynamicCache, int]:
-        """A cache of the longest beginning that the prompt shares with a kept one, and its length."""
+        """A cache of the longest prefix that the prompt shares with a kept prompt, and its length."""
         best, longest = None, 0 if job.settings.echo else SHORTEST_PREFIX - 1
         for tokens, cache in self._kept if not job.settings.echo else ():
             # the last token is always read: its logits choose the first new one
@@ -128,7 +128,7 @@ class ContinuousBatch:
             try:
                 cache.crop(longest - length)
                 return cache, longest
-            except ValueError:  # what lies behind the window of a bounded memory is gone
+            except ValueError:  # tokens beyond the window of a bounded memory are gone
                 pass
         return DynamicCache(config=self.model.config), 0
 
@@ -174,8 +174,8 @@ class ContinuousBatch:
     def _read_outside(self, tokens: list[int], cache: DynamicCache, whole: bool = False):
         """Logits `[1, T or 1, V]` of prompt tokens, and the cache that now holds them.
 
-        Read in a context of its own: a decoding session belongs to the running batch alone, and would start anew for
-        each other cache.
+        Prompts are read in a separate context: the decoding session belongs to the running batch, and would restart
+        for every other cache.
         """
         ids = torch.tensor([tokens], device=self.model.device)
         arguments = {"input_ids": ids, CACHE: cache, "use_cache": True}
@@ -203,7 +203,7 @@ class ContinuousBatch:
             self._join(prompt, token)
 
     def _fits_kept(self, prompt: Prompt) -> bool:
-        """Kept prompts may take a quarter of the memory again."""
+        """Kept prompts may take a quarter of the memory in addition."""
         lengths = [len(prompt.tokens), *(len(tokens) for tokens, _ in self._kept)]
         known = any(tokens[: len(prompt.tokens)] == prompt.tokens for tokens, _ in self._kept)
         return not known and sum(lengths) * self.token_bytes * 4 <= self.limits.cache_bytes
@@ -218,7 +218,7 @@ class ContinuousBatch:
         job.logprobs += token_logprobs(logits[: len(following)], following, job.settings.logprobs)
 
     def _join(self, prompt: Prompt, token: int) -> None:
-        """Make a read prompt a row of the batch."""
+        """Add a completely read prompt as a row of the batch."""
         row = torch.ones(1, len(prompt.tokens), dtype=torch.long)
         if self.cache is None:
             self.cache, self.mask = prompt.cache, row

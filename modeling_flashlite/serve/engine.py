@@ -171,7 +171,7 @@ class Engine:
         session = getattr(self.model, "_optimize_model_for_decode", contextlib.nullcontext)
         while not (closing and batch.is_idle):
             if batch.is_idle and held is None:
-                held = self._waiting.get()  # sleeps until somebody asks
+                held = self._waiting.get()  # sleeps until a request arrives
                 closing = closing or held is None
             with session():
                 while not batch.is_idle or held is not None:

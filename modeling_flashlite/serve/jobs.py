@@ -160,7 +160,7 @@ class Job:
     def __iter__(self):
         while True:
             try:
-                # a little longer than the worker, which can say more about the end
+                # slightly longer than the worker's limit, whose message is more specific
                 piece = self.pieces.get(timeout=max(0.0, self.deadline - time.monotonic()) + 1.0)
             except queue.Empty:
                 self.finish("timeout")
@@ -183,7 +183,7 @@ def pick(logits: torch.Tensor, settings: Settings, generator: torch.Generator) -
         probabilities = probabilities / probabilities.sum()
     if settings.top_p < 1.0:
         ordered, order = probabilities.sort(descending=True)
-        # keep the smallest set that reaches top_p: the tokens before which less than that has gathered
+        # keep the smallest set that reaches top_p: tokens with less than that accumulated before them
         beyond = ordered.cumsum(-1) - ordered >= settings.top_p
         beyond[0] = False
         ordered[beyond] = 0.0
@@ -224,7 +224,7 @@ class Answer:
         """The next token, from the model's logits `[V]`."""
         settings, logits = self.job.settings, logits.float().cpu().clone()
         if settings.repetition_penalty != 1.0 and (seen := sorted({*self.before, *self.tokens})):
-            # smaller whether it is above 0 or below
+            # reduces the logit, whether positive or negative
             factor = torch.where(logits[seen] < 0, settings.repetition_penalty, 1 / settings.repetition_penalty)
             logits[seen] = logits[seen] * factor
         if settings.frequency_penalty or settings.presence_penalty:

@@ -169,7 +169,7 @@ class Server:
         try:
             for prompt in prompts:
                 for choice in range(count):
-                    # choices of one request differ, and each can be had again
+                    # choices of one request get different, reproducible seeds
                     seed = None if base.seed is None else (base.seed + choice) % 2**63
                     jobs.append(engine.submit(prompt, Settings(**{**vars(base), "seed": seed})))
         except (ValueError, QueueFull) as error:
@@ -325,7 +325,7 @@ def create_app(
 
     app.add_middleware(BodyLimit, limit=body_limit)
 
-    # added last, so that it also sees what the limit refuses
+    # added last, so that it also handles requests refused by the limit
     @app.middleware("http")
     async def measure(request: Request, call_next):
         start = time.monotonic()
