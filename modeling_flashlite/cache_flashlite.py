@@ -420,7 +420,7 @@ class FlashLiteCacheLayer(DynamicLayer):
         """Reorder the rows for beam search.
 
         Only slots in use are copied, into spare buffers that are then swapped with the old ones: writing to newly
-            allocated memory takes several times as long.
+        allocated memory takes several times as long.
         """
         if not self.is_initialized:
             return

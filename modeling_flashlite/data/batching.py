@@ -115,7 +115,7 @@ def segment_streams(
     at the first token of a stream or, with `document_column`, of a document; `shift_labels`, the labels shifted left
     by one token, also across segments (for causal models, so that no target is lost between segments); `memory_reset`
     (`bool`): the row has no past, so its memory must be reset first; `attention_mask`, 0 on the padding of a stream's
-        last segment.
+    last segment.
 
     Args:
         dataset (`Dataset`): rows with `input_ids`, as `tokenize_texts` returns them; the order is kept.

@@ -263,7 +263,7 @@ def _class_ids(data: TaskData, dataset, rows: list[dict]) -> tuple[list[int], di
     """Map labels to the model's class ids by name (-1 for unknown names), with remarks for the results file.
 
     Numbers are compared only where one side has no names: integers in the data, or a model with `LABEL_0`, ... For
-        such a model, the names in the data are numbered in alphabetical order, as in training.
+    such a model, the names in the data are numbered in alphabetical order, as in training.
     """
     column, known = data.columns["label"], data.classes or []
     labels, names = [row[column] for row in rows], names_of(dataset, column)
