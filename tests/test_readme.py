@@ -104,9 +104,9 @@ def test_a_chat_model_of_ones_own_in_five_commands(tmp_path, monkeypatch, capsys
     tokenizer.save_pretrained("llama")
     tiny = {
         "convert": ["--model=llama", "--report_tokens=0"],
-        "finetune": [*TINY_RUN, "--columns=messages=conversations", "--lora_r=2", "--load_best_model_at_end=false"],
-        "quantize": [*TINY_RUN, "--columns=messages=conversations", "--calibration_batches=1", "--target_bits=6"],
-        "evaluate": ["--columns=messages=conversations", "--max_new_tokens=4", "--speed_tokens=2", "--resamples=0"],
+        "finetune": [*TINY_RUN, "--lora_r=2", "--load_best_model_at_end=false"],
+        "quantize": [*TINY_RUN, "--calibration_batches=1", "--target_bits=6"],
+        "evaluate": ["--max_new_tokens=4", "--speed_tokens=2", "--resamples=0"],
         "chat": ["--max_tokens=4"],
     }
     monkeypatch.setattr(sys, "stdin", io.StringIO("who grants?\n"))
