@@ -77,24 +77,46 @@ def sizes(parameters: int, bits_per_weight: float, weight_bytes: int) -> list[st
     return [f"{parameters / 1e6:.2f} M", f"{bits_per_weight:.2f}", f"{weight_bytes / 1e6:.2f} MB"]
 
 
-def render_demo(folder: Path) -> str:
-    """The stages of the demo, and a line with the source of the numbers."""
-    results = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+def render_real(folder: Path) -> str:
+    """A model that people have: the stages of the demo on it, where they were run, and what sparse attention costs."""
+    names = ("books_8192_dense", "books_8192_block16_sub4", "books_8192_block8_sub4")
+    dense, *sparse = (
+        json.loads((folder / "smollm2" / f"{name}.json").read_text(encoding="utf-8"))["metrics"]["perplexity 1-8192"]
+        for name in names
+    )
+    rows = [["full", "100%", f"{dense:.2f}", ""]]
+    for words, perplexity in zip(("blocks of 16, `--block_size 16`", "blocks of 8, as converted"), sparse):
+        rows.append([f"sparse, {words}", "9%", f"{perplexity:.2f}", f"{perplexity / dense - 1:+.1%}"])
+    lines = table(["attention of SmolLM2-135M-Instruct, no training", "keys read", "perplexity", "over full"], rows)
+    lines += [
+        "",
+        "8,192 tokens of each of two novels; dequantized from Q4_1; `model_cards/results/smollm2/`, written by "
+        "`scripts/studies/long_text.py`.",
+    ]
+    path = folder / "smollm2" / "demo.json"
+    return "\n".join(lines + (demo_stages(path) if path.is_file() else []))
+
+
+def demo_stages(path: Path) -> list[str]:
+    """Lines of a table of the demo's stages, and what the finished model answers."""
+    demo = json.loads(path.read_text(encoding="utf-8"))
     rows = [
         [
             row["stage"],
             *sizes(row["parameters"], row["bits_per_weight"], row["file_bytes"]),
-            f"{row['perplexity']:.1f}",
+            *(f"{row[name]:.1f}" for name in ("perplexity", "task_perplexity", "tokens_per_second")),
         ]
-        for row in results["stages"]
+        for row in demo["stages"]
     ]
-    lines = table(["stage", "parameters", "bits per weight", "weights on disk", "perplexity"], rows)
-    lines += [
+    chat, answer = demo["chat"], " ".join(demo["chat"]["answer"].split())
+    header = ["stage", "parameters", "bits per weight", "weights on disk", "perplexity", "on the task", "tokens/s"]
+    return [
         "",
-        f"Perplexity per token of held-out Python documentation, seed {results['seed']}; written by "
-        "`make card` from `model_cards/results/demo.json`, which `scripts/demo.py --from_scratch` makes.",
+        *table(header, rows),
+        "",
+        f"`scripts/demo.py` in {demo['metrics']['seconds']:.0f} s on {demo['hardware']}; perplexity of Python "
+        f"documentation, and of answers about it, which the adapters learn. *{chat['question']}* *{answer}*",
     ]
-    return "\n".join(lines)
 
 
 def scores(folder: Path, names: tuple[str, ...]) -> list[tuple[Path, dict, str]]:
@@ -200,7 +222,7 @@ def render_scale(folder: Path) -> str:
 
 # section of README: who renders it
 SECTIONS = {
-    "demo results": render_demo,
+    "real model": render_real,
     "results": render_checkpoints,
     "speed": render_speed,
     "scale": render_scale,
