@@ -290,8 +290,8 @@ class BlockQuantizer:
         rate = 2 * 512**3 / (time.perf_counter() - start)
         minutes = (seconds * (3 * min(tokens, TOKENS) + 2 * tokens) + 2 * products / rate) / 60
         shapes = [layer.weight.shape for layer in self.layers]
-        logits = max((rows for rows, _ in shapes), default=0)  # of a head; about six copies in its loss
-        slice_bytes = SLICE * (24 * logits + 4 * sum(rows + columns for rows, columns in shapes))
+        logits = max((rows for rows, _ in shapes), default=0)  # of a head; about three copies in its loss
+        slice_bytes = SLICE * (12 * logits + 4 * sum(rows + columns for rows, columns in shapes))
         moments = min(HELD, sum(4 * columns**2 for _, columns in shapes))
         largest = 20 * max((rows * columns for rows, columns in shapes), default=0)  # copies while it is rounded
         hidden = 4 * tokens * min((columns for _, columns in shapes), default=0)

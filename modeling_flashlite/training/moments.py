@@ -19,7 +19,7 @@ from ..ecq_search_flashlite import Layer
 from ..linear_flashlite import Linear
 
 TOKENS = 4096  # that gradients are taken on
-SLICE = 256  # tokens at a time: their logits and activations are most of what the whole run holds
+SLICE = 512  # tokens at a time
 HELD = 1 << 30  # bytes of input moments held at a time; beyond that, the float model runs several times
 _ROW_SHARE, _TABLE_SHARE, _LAYER_SHARE = 0.5, 0.5, 0.5  # exponents of the curvature in steps
 
@@ -53,6 +53,12 @@ def second_moment(x: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(array.T @ array)  # NumPy computes one half and mirrors it
     with torch.autocast(x.device.type, enabled=False):
         return x.T @ x
+
+
+def begin_gradients(output: object) -> None:
+    """Let gradients flow from here on, though no weight asks for one: a table's own would be as large as the table."""
+    if isinstance(output, torch.Tensor) and output.is_floating_point() and torch.is_grad_enabled():
+        output.requires_grad_()
 
 
 class InputMoments:
@@ -110,6 +116,7 @@ class _Curvature:
             output.register_hook(lambda g: self._add("rows", g.float().reshape(-1, g.shape[-1]).square().sum(0)))
 
     def lookup(self, ids: torch.Tensor, output: torch.Tensor) -> None:
+        begin_gradients(output)
         self._add("counts", torch.bincount(ids.reshape(-1), minlength=len(self.layer.weight)).float())
         if output.requires_grad:
             output.register_hook(lambda g: self._add("lookups", second_moment(g)))
@@ -155,16 +162,17 @@ def _backward(outputs, head: _Curvature | None, batch: dict, generator: torch.Ge
     """Gradients of the cross-entropy of labels drawn from the predictions, or of the loss where there are none."""
     logits = getattr(outputs, "logits", None)
     if logits is not None and logits.requires_grad:
-        flat = logits.flatten(0, -2).float()
-        chances = flat.detach().softmax(-1)
-        drawn = torch.multinomial(chances, 1, generator=generator).squeeze(1)
+        # the gradient of the cross-entropy is chances - drawn; logits are large, so there is one copy of them
+        chances = logits.detach().flatten(0, -2).float().softmax(-1)
+        drawn = torch.multinomial(chances, 1, generator=generator)
         labels = batch.get("labels")
         if labels is not None and labels.shape == logits.shape[:-1]:
-            drawn = drawn.masked_fill(labels.flatten() == -100, -100)
-            chances = chances * (labels.flatten() != -100)[:, None]
+            chances *= (labels.flatten() != -100)[:, None]
         if head is not None and chances.shape[-1] == len(head.layer.weight):
-            head._add("rows", (chances - chances.square()).sum(0))
-        nn.functional.cross_entropy(flat, drawn, reduction="sum").backward()
+            head._add("rows", chances.sum(0) - torch.linalg.vector_norm(chances, dim=0).square())
+        seen = chances.gather(1, drawn) > 0
+        chances.scatter_add_(1, drawn, -seen.to(chances))
+        logits.backward(chances.view(logits.shape).to(logits.dtype))
     elif getattr(outputs, "loss", None) is not None:
         outputs.loss.backward()
 
@@ -239,16 +247,16 @@ def _forward_backward(model, run, parts, curvatures, group, bar) -> tuple[int, I
         for curvature in curvatures
         for module in curvature.layer.modules
     ]
+    begin = model.get_input_embeddings().register_forward_hook(lambda module, args, output: begin_gradients(output))
+    ends.append(begin.remove)
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    start = next(model.get_input_embeddings().parameters())
     try:
         for p, _ in wanted:
-            p.requires_grad_(p is start)  # gradients of outputs only: those of weights are as large as the model
+            p.requires_grad_(False)  # gradients of outputs only: those of weights would take their room
         for part in parts:
             with torch.enable_grad():
                 _backward(run(part), head, part, generator)
             moments.next_batch()
-            start.grad = None
             tokens += next(iter(part.values())).numel()
             bar.update()
     finally:
