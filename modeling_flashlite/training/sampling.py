@@ -24,7 +24,7 @@ from ..data.tokenization import end_tokens, turn_end
 logger = logging.getLogger(__name__)
 Conversation = list[dict[str, str]]
 QUESTION_TOKENS, ANSWER_TOKENS = 48, 96  # at most, of a conversation
-SHARE = 0.5  # of calibration tokens in conversations: measured on SmolLM2-135M, see compression.json
+SHARE = 0.5  # of calibration tokens in conversations: measured on SmolLM2-135M-Instruct, see LOG.md
 MOST_TOKENS = 16384  # of conversations, a few minutes of writing
 _MARK = "zebra"  # a word that no chat template contains
 _SEED = 0
