@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache
 from .base_flashlite import check_inputs
 from .cache_flashlite import FlashLiteCacheLayer, axis_spec, own_cache
 from .compat_flashlite import CACHE
+from .int4_flashlite import is_few_rows
 from .layer_step_flashlite import Angles, LayerStep, Place, norms_of
 from .layers_flashlite import (
     FlashLiteDecoderAttention,
@@ -165,7 +166,8 @@ class DecodeSession:
         if self.layers is None or self._made_for != made_for or self._cache is not past_key_values:
             self.forget()
             plain = is_plain(self.decoder) and product_dtype(weight) == weight.dtype
-            self.layers = list(map(LayerStep, self.decoder.layers, itertools.count(), self.kinds)) if plain else []
+            layers = zip(self.decoder.layers, itertools.count(), self.kinds)
+            self.layers = [LayerStep(*layer, weight.dtype) for layer in layers] if plain else []
             self._made_for, self._cache = made_for, past_key_values
         return self.layers
 
@@ -173,7 +175,7 @@ class DecodeSession:
         """Positions of the next tokens after the contents of a cache layer."""
         if not is_ragged(cache):
             position = cache.base + cache.fill
-            return Place(self._angles(position, like), self._shift_angles(position, like))
+            return Place(is_few_rows(like), self._angles(position, like), self._shift_angles(position, like))
         start = torch.as_tensor(cache.fill, device=like.device).expand(len(like))
         positions, wide = start + cache.base, torch.promote_types(like.dtype, torch.float32)
         spec, heads = axis_spec(self.decoder.config), self.decoder.config.num_key_value_heads
@@ -184,7 +186,7 @@ class DecodeSession:
         unseen = torch.arange(int(start.max()) + 1, device=like.device) > start[:, None]
         bias = torch.zeros(unseen.shape, dtype=wide, device=like.device).masked_fill_(unseen, -math.inf)
         bias = bias.repeat_interleave(heads, dim=0)[:, None]
-        return Place(self._tables_of(positions[None], wide), shift, bias)
+        return Place(is_few_rows(like), self._tables_of(positions[None], wide), shift, bias)
 
     def _tables_of(self, positions: torch.Tensor, dtype: torch.dtype) -> dict[str | None, Angles]:
         """Angles of `positions` `[1, P]` for each kind of layer."""

@@ -15,7 +15,7 @@ from torch import nn
 from .attention_flashlite import joint_weights, multi_axis_attention
 from .cache_flashlite import EncoderCacheLayer, FlashLiteCacheLayer
 from .ecq_modules_flashlite import EcqLinear, join
-from .int4_flashlite import int4_few_rows, is_few_rows
+from .int4_flashlite import int4_few_rows
 from .layers_flashlite import FlashLiteDecoderLayer
 from .linear_flashlite import Linear, is_hooked, linear
 from .positions_flashlite import nearer
@@ -46,8 +46,10 @@ class Place(NamedTuple):
         angles (`dict`): [`Angles`] of each kind of layer.
         shift: angles of each layer of how much nearer the first block seems, `None` where it does not.
         bias (`torch.Tensor` `[B M, 1, S]`, *optional*): -inf at slots that a row has not reached, where rows differ.
+        few: whether the rows are few enough for the int4 kernel.
     """
 
+    few: bool
     angles: dict[str | None, Angles]
     shift: list[tuple[torch.Tensor, torch.Tensor]] | None = None
     bias: torch.Tensor | None = None
@@ -65,10 +67,33 @@ def _call(module: nn.Module):
         return module
     if type(module) in (nn.Linear, Linear):
         return functools.partial(linear, weight=module.weight, bias=module.bias)
-    if _is_coded(module):
-        kernel, size = module.prepared(), module.out_features
-        return lambda states: int4_few_rows(states, kernel, size) if is_few_rows(states) else module.forward(states)
     return module.forward
+
+
+def _branch_end(module: nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor, bool], torch.Tensor]:
+    """What runs the last layer of a branch on states `[B, K]`, which may be few; its output is of `dtype`."""
+    if not _is_coded(module) or is_hooked(module):
+        run = _call(module)
+        return lambda states, few: run(states.to(dtype))
+    kernel, size = module.prepared(), module.out_features
+    packed, group, scales, numbers, factors = kernel
+    padded = numbers is None or factors is None or len(numbers) < 2 * packed.shape[1]
+    if padded or len(packed) > size or dtype != torch.bfloat16:
+
+        def general(states: torch.Tensor, few: bool) -> torch.Tensor:
+            states = states.to(dtype)
+            return int4_few_rows(states, kernel, size) if few else module.forward(states)
+
+        return general
+
+    def product(states: torch.Tensor, few: bool) -> torch.Tensor:
+        if not few:
+            return module.forward(states.to(dtype))
+        # attention's output comes in float32: one cast, after the factors
+        rows = states.index_select(1, numbers) * factors
+        return torch.ops.aten._weight_int4pack_mm_for_cpu.default(rows.to(dtype), packed, group, scales)
+
+    return product
 
 
 def _is_coded(module: nn.Module) -> bool:
@@ -77,29 +102,33 @@ def _is_coded(module: nn.Module) -> bool:
     return coded and module.bias is None and not module.step.requires_grad
 
 
-def _together(norm: nn.Module, groups: list[list[nn.Module]]) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+def _together(
+    norm: nn.Module, groups: list[list[nn.Module]]
+) -> Callable[[torch.Tensor, bool], Sequence[torch.Tensor]]:
     """The outputs of layers that read the same norm of `[B, D]`, those of a group in a row: one product for codes.
 
-    The weight of the norm is folded into what coded layers multiply their inputs by.
+    The weight of the norm is folded into what coded layers multiply their inputs by. The function takes states and
+    whether they are few (see [`is_few_rows`]).
     """
     normalize, layers = _norm_of(norm), [layer for group in groups for layer in group]
     joint = None if any(map(is_hooked, layers)) else join(layers)
     if joint is None:
         calls = [[_call(layer) for layer in group] for group in groups]
 
-        def apart(states: torch.Tensor) -> list[torch.Tensor]:
+        def apart(states: torch.Tensor, few: bool) -> list[torch.Tensor]:
             states = normalize(states)
             return [_in_a_row([call(states) for call in group]) for group in calls]
 
         return apart
-    few = _few_normed_rows(norm, joint) if _is_coded(joint) and isinstance(norm, nn.RMSNorm) else None
+    normed = _few_normed_rows(norm, joint) if _is_coded(joint) and isinstance(norm, nn.RMSNorm) else None
     places = _places(groups)
+    sizes = [group[0][2] for group in places]
+    has_gaps = sum(sizes) < joint.out_features
 
-    def product(states: torch.Tensor) -> list[torch.Tensor]:
-        if few is not None and is_few_rows(states):
-            output = few(states)
-        else:
-            output = joint.forward(normalize(states))
+    def product(states: torch.Tensor, few: bool) -> Sequence[torch.Tensor]:
+        output = normed(states) if few and normed is not None else joint.forward(normalize(states))
+        if not has_gaps:
+            return output.split_with_sizes(sizes, 1)
         return [_in_a_row([output.narrow(*place) for place in group]) for group in places]
 
     return product
@@ -147,14 +176,14 @@ def _few_normed_rows(norm: nn.RMSNorm, layer: EcqLinear) -> Callable[[torch.Tens
 class LayerStep:
     """One layer of a [`DecodeSession`]: constants of its weights, and what its cache holds in the form of a token."""
 
-    def __init__(self, layer: FlashLiteDecoderLayer, index: int, kind: str | None):
+    def __init__(self, layer: FlashLiteDecoderLayer, index: int, kind: str | None, dtype: torch.dtype):
         attention, self.index, self.kind = layer.self_attn, index, kind
         self.attention, self.spec = attention, attention.spec
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         before, after, before_mlp, after_mlp = norms_of(layer)
         self.heads_and_values = _together(before, [[attention.q_proj, attention.k_proj], [attention.v_proj]])
         self.gate_up = _together(before_mlp, [[layer.mlp.gate_proj], [layer.mlp.up_proj]])
-        self.o, self.down = _call(attention.o_proj), _call(layer.mlp.down_proj)
+        self.o, self.down = _branch_end(attention.o_proj, dtype), _branch_end(layer.mlp.down_proj, dtype)
         self.act = _call(layer.mlp.act_fn)
         self.after, self.after_mlp = _norm_of(after), _norm_of(after_mlp)
         self.head_norms = (
@@ -198,7 +227,8 @@ class LayerStep:
         self, states: torch.Tensor, cache: FlashLiteCacheLayer, place: Place, encoder: "EncoderKeys | None" = None
     ) -> torch.Tensor:
         """States `[B, D]` of the newest tokens -> `[B, D]`; the cache grows in place."""
-        heads, value = self.heads_and_values(states)
+        few = place.few
+        heads, value = self.heads_and_values(states, few)
         batch, angles = states.shape[0], place.angles[self.kind]
         query, key = self._turn(heads, angles)
         value = value.view(batch, -1, 1, self.head_dim)
@@ -208,10 +238,10 @@ class LayerStep:
             attended = self._attend_densely(query, key, value, slots, cache, place.bias, encoder)
         else:
             attended = self._attend(query, slots, cache, encoder, first)
-        attended = attended.reshape(batch, -1).to(states.dtype)
-        states = torch.add(states, self.after(self.o(attended)), alpha=self.multiplier)
-        gate, up = self.gate_up(states)
-        return torch.add(states, self.after_mlp(self.down(self.act(gate) * up)), alpha=self.multiplier)
+        attended = self.o(attended.reshape(batch, -1), few)
+        states = torch.add(states, self.after(attended), alpha=self.multiplier)
+        gate, up = self.gate_up(states, few)
+        return torch.add(states, self.after_mlp(self.down(self.act(gate).mul_(up), few)), alpha=self.multiplier)
 
     def _turn(self, heads: torch.Tensor, angles: Angles) -> tuple[torch.Tensor, torch.Tensor]:
         """Scaled queries `[B M, G, H or 2 H]` and keys `[B, M, 1, H or 2 H]` with their positions.

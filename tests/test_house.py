@@ -74,7 +74,7 @@ EDGES = {
         "tiles",
         "working_set",
     },
-    "decode": {"base", "cache", "compat", "layer_step", "layers", "linear", "positions", "stacks"},
+    "decode": {"base", "cache", "compat", "int4", "layer_step", "layers", "linear", "positions", "stacks"},
     "modeling": {
         "base",
         "cache",
