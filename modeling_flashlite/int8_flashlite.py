@@ -1,7 +1,7 @@
 """Products of 4-bit weights in int8: activations are rounded to int8 too, to use the processor's integer units.
 
-Integer products take half the time of bfloat16 ones. `x * factor` is rounded with one scale per row. Rows with few
-large columns, as every language model has, keep these in bfloat16 (https://huggingface.co/papers/2208.07339).
+Integer products take half the time of bfloat16 ones. Rows of activations have one scale each. Where one byte is not
+enough, as for the outliers that every language model has, held codes are multiplied by two bytes, one after the other.
 Codes of more than one digit (see `ecq_stream_flashlite`) are put together first, where they fit into int8.
 """
 
@@ -13,13 +13,11 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 import torch
-import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .tiles_flashlite import TILE_ROWS, derived, group_of, join_columns, unpack
 
 _INT8_ERROR = 0.015  # largest relative error of the output from rounding activations
-_OUTLIERS = 16  # columns of the activations that may stay in bfloat16
 
 _int8_held: ContextVar[WeakIdKeyDictionary | None] = ContextVar("int8_codes", default=None)
 _fitting = WeakIdKeyDictionary()
@@ -118,7 +116,7 @@ def held_linear(x: torch.Tensor, tiles: torch.Tensor, step: torch.Tensor, number
     scale = _scale(peak).bfloat16()
     rounded = states.div_(scale).round()
     if error > _INT8_ERROR * norm:
-        rounded = torch.cat([rounded, states.sub_(rounded).mul_(254).round_().clamp_(-127, 127)])
+        rounded = torch.cat([rounded, states.sub_(rounded).mul_(254).round_()])
     # oneDNN needs unsigned activations: flipping the sign bit adds 128
     rounded = rounded.to(torch.int8).view(torch.uint8).bitwise_xor(128)
     packed, zeros = derived(held, tiles, pack)
@@ -131,50 +129,13 @@ def held_linear(x: torch.Tensor, tiles: torch.Tensor, step: torch.Tensor, number
     return out.mul_(scale).to(x.dtype)
 
 
-def _rounded(x: torch.Tensor):
-    """x `[M, K]` float32 as int8, the scales `[M, 1]` of its rows, and the columns that are left out, if any.
-
-    `None` where rounding costs too much all the same.
-    """
-    peak, columns = _peak(x), None
-    limit = _INT8_ERROR * float(torch.linalg.vector_norm(x))
-    if not _noise(x, peak) <= limit and x.shape[1] >= 8 * _OUTLIERS:
-        columns = x.abs().amax(0).topk(_OUTLIERS).indices
-        x = x.index_fill(1, columns, 0.0)
-        peak = _peak(x)
-    if not _noise(x, peak) <= limit:
+def int8_matmul(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor | None:
+    """x `[M, K]` times codes `[K, 64 * tiles]`, rows of x rounded to int8: float32; `None` if outliers forbid it."""
+    states = x.to(torch.float32)
+    peak = _peak(states)
+    if not _noise(states, peak) <= _INT8_ERROR * float(torch.linalg.vector_norm(states)):
         return None
     scale = _scale(peak)
-    return x.div(scale).round_().to(torch.int8), scale, columns
-
-
-def int8_matmul(x: torch.Tensor, tiles: torch.Tensor, steps: torch.Tensor | None = None, numbers=None, factors=None):
-    """x `[M, K]` times the weights, both as int8, for many rows; `None` where outliers or codes forbid it.
-
-    Args:
-        x, tiles, numbers, factors: as in `int4_linear`.
-        steps (`torch.Tensor` `[64 * tiles]`, *optional*): of the rows of the weight; without them, codes are taken.
-
-    Returns:
-        `torch.Tensor` `[M, 64 * tiles]`, bfloat16 with steps, float32 without.
-    """
-    columns = x.shape[1]
-    if not _fits(tiles, columns, numbers, factors):
-        return None
-    states = x.to(torch.float32) if factors is None else x.to(torch.float32) * factors[:columns]
-    found = _rounded(states)
-    if found is None:
-        return None
-    rounded, scale, outliers = found
-    apart = None if outliers is None else states.index_select(1, outliers).to(torch.bfloat16)
-    group, parts = group_of(TILE_ROWS * tiles.shape[1], x.device), []
-    for index, part in enumerate(tiles.split(group)):
-        codes = _whole(part, columns, numbers, factors)
-        out = torch._int_mm(rounded, codes).to(torch.float32).mul_(scale)
-        if apart is not None:
-            out.add_(F.linear(apart, codes.index_select(0, outliers).t().to(torch.bfloat16)))
-        if steps is not None:
-            own = steps[index * group * TILE_ROWS :][: out.shape[1]]
-            out = out.mul_(own).to(torch.bfloat16)
-        parts.append(out)
-    return join_columns(parts)
+    rounded, group = states.div(scale).round_().to(torch.int8), group_of(TILE_ROWS * tiles.shape[1], x.device)
+    parts = [torch._int_mm(rounded, unpack(part)[: x.shape[1]]) for part in tiles.split(group)]
+    return join_columns([part.to(torch.float32).mul_(scale) for part in parts])

@@ -191,16 +191,15 @@ def test_several_groups_equal_one(monkeypatch):
         assert torch.equal(dequantize_int4(tiles, step, shape[1]), codes * step[:, None])
 
 
-def test_few_outlier_columns_stay_in_bfloat16():
-    """Huge activations would drown the others in an int8 scale: few columns of them are taken apart, many forbid."""
+def test_outliers_are_not_rounded_to_int8():
+    """One huge activation would drown the others in an int8 scale; such rows are computed exactly."""
     _, tiles, step = make(64, 256)
-    few, many = torch.randn(100, 256), torch.randn(100, 256)
-    few[:, 0], many[range(100), range(100)] = 300.0, 300.0
-    for x, takes in ((few, True), (many, False)):
-        with torch.no_grad():
-            assert (int8_matmul(x.bfloat16(), tiles) is not None) == takes
-            value = int4_linear(x, tiles, step, 256)
-        assert relative_error(value, int4_linear_reference(x, tiles, step, 256)) < 6e-3
+    x = torch.randn(100, 256)
+    x[:, 0] = 300.0
+    with torch.no_grad():
+        assert int8_matmul(x.bfloat16(), tiles) is None
+        value = int4_linear(x, tiles, step, 256)
+    assert relative_error(value, int4_linear_reference(x, tiles, step, 256)) < 6e-3
 
 
 @given(st.integers(1, 90), st.integers(2, 150), st.sampled_from([7, 100, 127, 1900]), st.integers(0, 99))
