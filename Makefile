@@ -10,7 +10,7 @@ help: ## list what can be made
 setup: ## create .venv from the pinned lock
 	@bash scripts/setup.sh
 
-demo: ## the main job: teacher, distilled, quantized, adapted, published to a folder
+demo: ## the main job: convert a real model, quantize it, adapt it, reload it and ask it a question
 	@bash scripts/demo.sh $(ARGS)
 
 test: ## set up, then the whole test suite with coverage (ARGS="tests/test_house.py -x" narrows it)
