@@ -143,7 +143,9 @@ def chunked_sum(
     if is_sharded(lm_head):
         pieces = index.tensor_split(SHARDED_HEAD_CHUNKS)
     else:
-        pieces = index.split(chunk_size or max(1, CHUNK_LOGITS // getattr(lm_head, "out_features", 1 << 15)))
+        # the head and its gradient are read once a chunk: for fewer tokens that would cost more than their products
+        least = max(1, states.shape[-1] // 4)
+        pieces = index.split(chunk_size or max(least, CHUNK_LOGITS // getattr(lm_head, "out_features", 1 << 15)))
 
     def rows(piece):  # sliced per chunk, so that dense teacher logits are not copied as a whole
         return labels[piece], *(column[piece.to(column.device)].to(states.device) for column in columns)
@@ -188,7 +190,9 @@ class _LinearSum(torch.autograd.Function):
         grad_states = torch.zeros_like(states) if needs_states else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
-        sums, start = None, 0
+        sums, start, device, dtypes = None, 0, states.device.type, (states.dtype, weight.dtype)
+        if torch.is_autocast_enabled(device):  # which would convert the weight in every chunk
+            weight = weight.to(torch.get_autocast_dtype(device))
         for piece in pieces:
             part = states[start : start + len(piece)]
             logits = linear(part, weight, bias).requires_grad_()
@@ -207,7 +211,7 @@ class _LinearSum(torch.autograd.Function):
             sums = values if sums is None else [a + b for a, b in zip(sums, values, strict=True)]
             start += len(piece)
         ctx.save_for_backward(grad_states, grad_weight, grad_bias)
-        ctx.dtypes = states.dtype, weight.dtype
+        ctx.dtypes = dtypes
         ctx.mark_non_differentiable(*sums[1:])
         return tuple(sums)
 
