@@ -70,7 +70,8 @@ def test_recipe_trains_for_two_steps(name, ground, capsys):
         overrides += [f"--model={base}"] if "model" in keys else []
     elif name.startswith("distill"):
         overrides += [f"--teacher={base}", f"--teacher_cache={folder / name}_cache", "--k=4"]
-        overrides += ["--keep_layers=1"] if "keep_layers" in keys else TINY_SHAPE
+        overrides += ["--keep_layers=1"] if "keep_layers" in keys else [] if "model" in keys else TINY_SHAPE
+        overrides += [f"--model={base}"] if "model" in keys else []
         overrides += ["--keep_encoder_layers=1"] if "keep_encoder_layers" in keys else []
     elif name.startswith("adapt"):
         crossed = folder / "crossed"
