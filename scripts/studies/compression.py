@@ -38,7 +38,7 @@ QUESTIONS = {
     "Which animal says meow?": ("cat",),
     "What is the opposite of hot?": ("cold",),
     "Which ocean is the largest?": ("pacific",),
-    "What is the chemical formula of water?": ("h2o",),
+    "What is the chemical formula of water?": ("h2o", "h₂o"),
     "How many days are in a week?": ("7", "seven"),
 }
 
