@@ -22,9 +22,6 @@ from .positions_flashlite import nearer
 from .tiles_flashlite import TILE_ROWS
 from .working_set_flashlite import WorkingSet, fits_working_set
 
-# slots times heads up to which dense keys are held in the type of the computation: 16 MiB a layer at most
-_HELD_SLOTS = 1 << 15
-
 
 class Angles(NamedTuple):
     """Cosines and sines of the new position as a token needs them; tables of positions have them along one axis more.
@@ -195,7 +192,6 @@ class LayerStep:
         self.query_map = None if self.is_rotary else self._query_map()
         self._encoder: EncoderKeys | None = None
         self._working: WorkingSet | None = None
-        self._dense: DenseKeys | None = None
         self._version: int | None = None
 
     @torch.no_grad()
@@ -235,7 +231,7 @@ class LayerStep:
         slots = cache.update(key, value)
         first = None if place.shift is None else nearer(query[None], *place.shift[self.index])[0]
         if first is None and self.spec.is_dense((slots[0].shape[2] - 1) // self.spec.block_size):
-            attended = self._attend_densely(query, key, value, slots, cache, place.bias, encoder)
+            attended = self._attend_densely(query, slots, place.bias, encoder)
         else:
             attended = self._attend(query, slots, cache, encoder, first)
         attended = self.o(attended.reshape(batch, -1), few)
@@ -269,13 +265,10 @@ class LayerStep:
         query.narrow(2, size, size).mul_(angles.cos).addcmul_(query.narrow(2, 2 * size, size), angles.sin)
         return query.narrow(2, 0, 2 * size).transpose(0, 1).reshape(-1, self.groups, 2 * size), key
 
-    def _attend_densely(self, query, key, value, slots, cache, bias, encoder) -> torch.Tensor:
+    @staticmethod
+    def _attend_densely(query, slots, bias, encoder) -> torch.Tensor:
         """Scaled queries `[B M, G, H or 2 H]` over all slots of cache and encoder: `[B M, G, H]`."""
-        held = self._dense_keys(slots, cache, query.dtype)
-        if held is None:
-            keys, values = (states.flatten(0, 1).to(query.dtype) for states in slots)
-        else:
-            keys, values = held.extend(key, value, slots, cache.start)
+        keys, values = (states.flatten(0, 1).to(query.dtype) for states in slots)
         logits = torch.bmm(query, keys.mT) if bias is None else torch.baddbmm(bias, query, keys.mT)
         if encoder is None:
             return torch.bmm(logits.softmax(2), values)
@@ -299,68 +292,17 @@ class LayerStep:
         settings = {"start": start, "scaling": 1.0, "first_query": first, "summaries": cache.summaries}
         return multi_axis_attention(rows, keys, values, self.spec, cross=cross, **settings)
 
-    def _changed(self, cache: FlashLiteCacheLayer) -> bool:
-        """Whether the cache was changed since the last token other than by appending, as while beams change places."""
-        changed = self._version not in (None, cache.version)
-        self._version = cache.version
-        if changed:
-            self._working = self._dense = None
-        return changed
-
-    def _dense_keys(self, slots, cache: FlashLiteCacheLayer, dtype: torch.dtype) -> "DenseKeys | None":
-        """The keys that queries of the first blocks see; `None` where the cache's own are as good."""
-        keys = slots[0]
-        if self._changed(cache) or keys.dtype == dtype or keys.shape[:3].numel() > _HELD_SLOTS:
-            self._dense = None
-        elif self._dense is None:
-            self._dense = DenseKeys(keys, slots[1], dtype)
-        return self._dense
-
     def _working_set(self, keys, values, cache: FlashLiteCacheLayer, cross) -> WorkingSet | None:
         """The working set of the newest token's block; `None` where it would not pay."""
-        changed, block, self._dense = self._changed(cache), cache.start // self.spec.block_size, None
-        if self._working is not None and self._working.block != block:
+        block, changed = cache.start // self.spec.block_size, self._version not in (None, cache.version)
+        self._version = cache.version
+        if changed or (self._working is not None and self._working.block != block):
             self._working = None
         if changed or cache.summaries is None or not fits_working_set(keys, values, self.spec, cache.start):
             return None
         if self._working is None:
             self._working = WorkingSet(keys, values, self.spec, block, cache.summaries, cross)
         return self._working
-
-
-class DenseKeys:
-    """Keys and values of all slots in the type of the computation, so that a token need not cast them all again.
-
-    Valid as long as the cache only grows; its owner watches the cache's version.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype):
-        self.room, self.filled, self.dtype = 0, 0, dtype
-        self.keys = self.values = keys.new_empty(0)
-
-    def extend(self, key, value, slots, start: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take up the newest key and value `[B, M, 1, ..]` of `slots`; returns all of them, `[B M, S, ..]`."""
-        end = slots[0].shape[2]
-        if end > self.room or self.filled != end - 1:
-            self._take_all(slots, end)
-        elif isinstance(start, int):
-            self.keys.narrow(1, end - 1, 1).copy_(key.flatten(0, 1))
-            self.values.narrow(1, end - 1, 1).copy_(value.flatten(0, 1))
-        else:
-            rows = torch.arange(len(self.keys), device=key.device)
-            places = start.repeat_interleave(key.shape[1])
-            for held, new in ((self.keys, key), (self.values, value)):
-                held[:, end - 1] = 0
-                held[rows, places] = new.reshape(len(rows), -1).to(held.dtype)
-        self.filled = end
-        return self.keys.narrow(1, 0, end), self.values.narrow(1, 0, end)
-
-    def _take_all(self, slots, end: int) -> None:
-        self.room = max(64, end + end // 4)
-        wide = [states.new_zeros(*states.shape[:2], self.room, states.shape[3], dtype=self.dtype) for states in slots]
-        for states, own in zip(slots, wide):
-            own[:, :, :end] = states
-        self.keys, self.values = (states.flatten(0, 1) for states in wide)
 
 
 class EncoderKeys:
