@@ -3,6 +3,7 @@
 python scripts/quantize.py --config scripts/recipes/qat_tiny.yaml --model runs/train_tiny --target_bits 2.5
 python scripts/quantize.py --config scripts/recipes/ptq_tiny.yaml --rates 2 2.5 3 3.5 --results runs/rates.json
 python scripts/quantize.py --model you/llama --dataset train=wiki.txt --report runs/report.json --gguf Q4_K_M.gguf
+python scripts/quantize.py --config scripts/recipes/qat_pretrained.yaml --model you/llama --start runs/ptq --resume
 python scripts/quantize.py --config scripts/recipes/qat_tiny.yaml --method lsq --results runs/rates.json
 """
 
@@ -13,15 +14,17 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers.trainer_utils import SaveStrategy
 
+from modeling_flashlite.checkpoint import load_language_model
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.batching import PaddingCollator
 from modeling_flashlite.measure.benchmark import format_table
 from modeling_flashlite.measure.compression import add_points, rate_curve, write_report
 from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers
 from modeling_flashlite.training.calibration import batches_of, mean_loss, quantize
-from modeling_flashlite.training.distillation import DistillationTrainer
+from modeling_flashlite.training.distillation import DistillationTrainer, SegmentDistillationTrainer
 from modeling_flashlite.training.divergence import KDLoss
 from modeling_flashlite.training.launch import (
     ArchitectureArgs,
@@ -38,7 +41,7 @@ from modeling_flashlite.training.launch import (
 )
 from modeling_flashlite.training.lora import add_lora
 from modeling_flashlite.training.lsq import PlainLSQ
-from modeling_flashlite.training.qat import EcqCallback, prepare_qat
+from modeling_flashlite.training.qat import EcqCallback, parameter_groups, prepare_qat
 from modeling_flashlite.training.sampling import with_conversations
 
 RATES = [5.0, 4.0, 3.5, 3.0, 2.5]  # of a report
@@ -61,6 +64,13 @@ class QuantizeArgs:
     chat_share: float | None = field(
         default=None,
         metadata={"help": "of them in conversations that the model writes itself; half if it has a chat template"},
+    )
+    start: str | None = field(
+        default=None, metadata={"help": "qat: folder of the model as ptq has quantized it, from whose codes it starts"}
+    )
+    weight_rate: float | None = field(
+        default=None,
+        metadata={"help": "qat: learning rate of the weights in their steps; learning_rate is of the rest"},
     )
     alpha: float = field(
         default=0.0, metadata={"help": "qat, recover: share of plain cross-entropy beside the teacher"}
@@ -88,6 +98,15 @@ class QuantizeArgs:
     )
 
 
+def optimizers(model, options: QuantizeArgs, args: TrainArgs) -> dict:
+    """The trainer's argument where weights have a rate of their own."""
+    if options.method != "qat" or options.weight_rate is None:
+        return {}
+    groups, betas = parameter_groups(model, options.weight_rate), (args.adam_beta1, args.adam_beta2)
+    adam = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon, args.weight_decay, fused=True)
+    return {"optimizers": (adam, None)}
+
+
 def file_bytes(folder: str) -> int:
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
@@ -110,7 +129,7 @@ def main(
     blocks = Path(args.output_dir) / "blocks"  # an interrupted run goes on from there
     calibration = batches_of(rows, model, collator, args.train_batch_size, options.calibration_batches)
     evaluation = batches_of(held_out or rows, model, collator, args.eval_batch_size)
-    if data.task == "text-generation" and not options.data_free and options.method != "lsq":
+    if data.task == "text-generation" and not options.data_free and options.method != "lsq" and not options.start:
         calibration = with_conversations(calibration, model, tokenizer, options.chat_share, args.output_dir)
     about = {"model": model_args.model, "dataset": data.dataset, "seed": args.seed}
     if options.rates or options.report:
@@ -136,7 +155,8 @@ def main(
         packed_bits = parameters * callbacks[0].bits_per_weight(model)
         args.save_strategy = SaveStrategy.NO  # parametrized tied weights do not fit a checkpoint
     elif options.method == "qat":
-        prepare_qat(model, config, calibration)
+        coded = None if options.start is None else load_language_model(options.start, device=str(model.device))
+        prepare_qat(model, config, calibration, start=coded)
         callbacks = [EcqCallback()]
     else:
         quantize(model, config, None if options.data_free else calibration, resume=blocks)
@@ -148,7 +168,7 @@ def main(
         shutil.rmtree(blocks, ignore_errors=True)
     if options.method != "ptq":
         trainer = make_trainer(
-            DistillationTrainer,
+            SegmentDistillationTrainer if data.segment_length else DistillationTrainer,
             add_lora(model, options.lora_r) if options.method == "recover" else model,
             args,
             tokenizer,
@@ -156,6 +176,7 @@ def main(
             teacher=teacher,
             loss=KDLoss(options.divergence, options.alpha, options.temperature),
             callbacks=callbacks,
+            **optimizers(model, options, args),
         )
         metrics |= run(trainer, "quantize")
         model = trainer.model

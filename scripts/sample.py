@@ -2,9 +2,9 @@
 
 python scripts/sample.py --model you/llama --rows 4000 --output runs/sampled.jsonl
 python scripts/quantize.py --config scripts/recipes/qat_tiny.yaml --model you/llama --dataset train=runs/sampled.jsonl
+python scripts/sample.py --model you/chat --chat --rows 200 --beside wiki.train.txt --output runs/mixed.jsonl
 
-Plain samples at temperature 1 from the beginning of a text (LLM-QAT, arXiv 2305.17888, whose first tokens are greedy,
-which writes the same few beginnings again and again).
+Plain samples, or conversations by the chat template, of which the model writes both sides; see `training/sampling.py`.
 """
 
 import os
@@ -12,14 +12,16 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import set_seed
 
 import modeling_flashlite  # noqa: F401  (registers the architecture)
 from modeling_flashlite.checkpoint import CheckpointArgs, load_language_model, read_tokenizer
 from modeling_flashlite.cli import finish, start
+from modeling_flashlite.data.loading import load_data, pick_split
+from modeling_flashlite.training.sampling import write_conversations, write_texts
+
+_DOCUMENT = 6000  # characters that consecutive lines of a text file are joined to
 
 
 @dataclass
@@ -28,29 +30,27 @@ class SampleArgs:
     rows: int = field(default=4000, metadata={"help": "texts to write"})
     max_new_tokens: int = field(default=256, metadata={"help": "of a text that does not end before"})
     batch_size: int = field(default=64, metadata={"help": "texts at once"})
+    chat: bool = field(default=False, metadata={"help": "conversations by the tokenizer's chat template"})
+    beside: str | None = field(default=None, metadata={"help": "file of text that is mixed in, in documents"})
+    characters: int = field(default=1_000_000, metadata={"help": "how much of it"})
     seed: int = field(default=0, metadata={"help": "of the samples"})
 
 
-@torch.inference_mode()
-def sample(model, tokenizer, args: SampleArgs) -> list[str]:
-    """Texts of the model, written from its first token on."""
-    starts = (tokenizer.bos_token_id, model.generation_config.bos_token_id, tokenizer.eos_token_id)
-    start = next((token for token in starts if token is not None), None)
-    if start is None:
-        raise SystemExit(f"sample.py: {model.name_or_path} has no bos and no eos token to begin a text with; set one.")
-    pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, start) if token is not None)
-    texts: list[str] = []
-    with tqdm(total=args.rows, desc="sample", unit="text") as bar:
-        while len(texts) < args.rows:
-            count = min(args.batch_size, args.rows - len(texts))
-            ids = torch.full((count, 1), start, device=model.device)
-            options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "pad_token_id": pad}
-            ids = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, **options
-            )
-            texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
-            bar.update(count)
-    return texts
+def mixed(texts: list[str], path: str, characters: int) -> list[str]:
+    """The texts, spread evenly between documents from the beginning of a file of lines or of rows."""
+    documents: list[list[str]] = [[]]
+    size = total = 0
+    for text in pick_split(load_data(path), "train")["text"]:
+        if size >= _DOCUMENT:
+            documents.append([])
+            size = 0
+        documents[-1].append(text or "")
+        size, total = size + len(text or "") + 1, total + len(text or "") + 1
+        if total >= characters:
+            break
+    joined = ["\n".join(lines) for lines in documents]
+    places = [((place + 0.5) / len(part), text) for part in (texts, joined) for place, text in enumerate(part)]
+    return [text for _, text in sorted(places, key=lambda pair: pair[0])]
 
 
 def main(checkpoint: CheckpointArgs, args: SampleArgs) -> dict:
@@ -59,7 +59,15 @@ def main(checkpoint: CheckpointArgs, args: SampleArgs) -> dict:
     model = load_language_model(checkpoint.model, device=checkpoint.device, dtype=checkpoint.dtype, **checkpoint.hub)
     if model.config.is_encoder_decoder:
         raise SystemExit(f"sample.py: {checkpoint.model} is an encoder-decoder; name a decoder-only model.")
-    texts = [text for text in sample(model, tokenizer, args) if text.strip()]
+    if args.chat and tokenizer.chat_template is None:
+        raise SystemExit(f"sample.py: the tokenizer of {checkpoint.model} has no chat template; leave --chat out.")
+    if args.chat:
+        chats = write_conversations(model, tokenizer, args.rows, args.batch_size)
+        texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in chats]
+    else:
+        texts = write_texts(model, tokenizer, args.rows, args.max_new_tokens, args.batch_size)
+    if args.beside:
+        texts = mixed(texts, args.beside, args.characters)
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:

@@ -1,10 +1,13 @@
 """Quantization-aware training on the stock Trainer."""
 
+import copy
 import math
 
 import pytest
 import torch
 from coded import build, logits_of
+from conftest import TINY
+from training_runs import streams
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -15,10 +18,14 @@ from transformers import (
     TrainingArguments,
 )
 
+from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
 from modeling_flashlite.ecq_modules_flashlite import EcqLinear
 from modeling_flashlite.ecq_twins_flashlite import FakeQuantLinear, _FakeQuantize
 from modeling_flashlite.quantization_flashlite import EcqConfig
-from modeling_flashlite.training.qat import EcqCallback, RateController, prepare_qat
+from modeling_flashlite.training.calibration import quantize
+from modeling_flashlite.training.distillation import SegmentDistillationTrainer
+from modeling_flashlite.training.divergence import KDLoss
+from modeling_flashlite.training.qat import EcqCallback, RateController, parameter_groups, prepare_qat
 
 
 def data(count: int = 64, length: int = 12) -> list[dict]:
@@ -147,6 +154,55 @@ def test_lambda_pushes_both_ways():
             optimizer.step()
             optimizer.zero_grad()
         assert sign * (start - rate.bits) > 0.05
+
+
+def test_training_starts_from_a_quantized_model():
+    config, original = EcqConfig(target_bits=4.0), build("llama")
+    coded = quantize(copy.deepcopy(original), EcqConfig(target_bits=4.0))
+    model = prepare_qat(original, config, start=coded)
+    assert torch.allclose(logits_of(model), logits_of(coded.dequantize()), atol=1e-5)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="same layers"):
+        prepare_qat(build("llama"), config, start=build("llama"))
+
+
+def test_weights_learn_by_a_share_of_their_step():
+    model = prepare_qat(build("llama").train(), EcqConfig(target_bits=4.0))
+    twin = model.model.layers[0].mlp.up_proj
+    before, steps = twin.weight.detach().clone(), torch.cat([step for _, _, step in twin.pieces()])
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-3, weight_decay=0.0)
+    model(**{k: torch.stack([row[k] for row in data(8)]) for k in ("input_ids", "labels")}).loss.backward()
+    optimizer.step()
+    moved = ((twin.weight - before).abs() / steps)[twin.weight.grad != 0]
+    assert 0.04 < moved.median() < 0.06  # Adam's first step is its rate
+
+
+def test_training_over_segments_reads_with_memory(tmp_path):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "num_hidden_layers": 1, "is_encoder_decoder": False}
+    teacher = FlashLiteForCausalLM(FlashLiteConfig(**{**TINY, **shape}))
+
+    def distances(student, folder, resume=None, callbacks=(), **options):
+        settings = {"max_steps": 3, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2} | options
+        args = arguments(tmp_path / folder, Seq2SeqTrainingArguments, **settings)
+        loss = KDLoss("forward", 0.0, 1.0)
+        trainer = SegmentDistillationTrainer(
+            student, args, teacher=teacher, loss=loss, train_dataset=streams(4), callbacks=list(callbacks)
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return [log["kd"] for log in trainer.state.log_history if "kd" in log]
+
+    # in the later steps too, where both remember the earlier ones
+    assert max(distances(copy.deepcopy(teacher), "same", learning_rate=0.0)) < 1e-6
+
+    def rounded():
+        return prepare_qat(copy.deepcopy(teacher), EcqConfig(target_bits=5.0))
+
+    whole = distances(rounded(), "rounded", callbacks=[EcqCallback()])
+    again = distances(rounded(), "rounded", str(tmp_path / "rounded" / "checkpoint-2"), [EcqCallback()])
+    assert min(whole) > 1e-5 and again[-1] == pytest.approx(whole[-1], rel=1e-3)
+    with pytest.raises(ValueError, match="live Flash-Lite"):
+        SegmentDistillationTrainer(rounded(), arguments(tmp_path, Seq2SeqTrainingArguments))
 
 
 def test_what_training_needs_is_asked_for(tmp_path):

@@ -67,6 +67,13 @@ def test_models_of_others_are_trained_to_a_budget(kind, method, ground, tmp_path
         assert isinstance(AutoModelForCausalLM.from_pretrained(folder / "qat_tiny"), type(model))
 
 
+def test_training_starts_from_the_codes_of_another_run(ground):
+    quantize("ptq_tiny", ground, "--target_bits=5", "--calibration_batches=2")
+    start = f"--start={ground[0] / 'ptq_tiny'}"
+    metrics = quantize("qat_pretrained", ground, "--target_bits=5", "--max_steps=4", "--eval_limit=2", start)
+    assert metrics["bits_per_weight"] == pytest.approx(5, abs=0.1) and metrics["perplexity_increase"] < 1
+
+
 def test_a_model_writes_the_text_that_it_is_quantized_on(ground, tmp_path, capsys):
     script, output = load_script("sample"), tmp_path / "new" / "sampled.jsonl"
     argv = [f"--model={ground[0] / 'train_tiny'}", "--rows=24", "--max_new_tokens=24", "--batch_size=16"]
@@ -79,6 +86,11 @@ def test_a_model_writes_the_text_that_it_is_quantized_on(ground, tmp_path, capsy
     script.main(*args)
     assert output.read_bytes() == first and not [path for path in output.parent.iterdir() if path != output]
     quantize("ptq_tiny", (ground[0], f"train={output}"), "--target_bits=5", "--calibration_batches=1")
+    argv = [argv[0], "--chat=true", "--rows=2", f"--beside={ground[1]}", f"--output={output}"]
+    script.main(*parse_args(argument_classes(script), argv))
+    rows = [json.loads(line)["text"] for line in output.read_text(encoding="utf-8").splitlines()]
+    (joined,) = (row for row in rows if "number 17 and" in row)
+    assert "number 0 and" in joined and len(rows) <= 3  # one document of all lines
 
 
 def test_rates_are_measured(ground, tmp_path):

@@ -14,16 +14,23 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..cache_flashlite import FlashLiteCache
 from ..configuration_flashlite import FlashLiteConfig
 from ..loss_flashlite import check_loss_function
 from .conversion import convert
 from .divergence import KDLoss, parse_divergence, shared_vocabulary
 from .families import FAMILIES
-from .teacher import shift_right, teacher_logits
+from .teacher import check_tokens, shift_right, teacher_logits
 from .teacher_cache import check_teacher_columns, check_vocabulary
-from .trainers import CarefulTrainer
+from .trainers import CarefulTrainer, SegmentTrainer, memory_tensors, read_memories, write_tensors
 
-__all__ = ["DistillationCallback", "DistillationTrainer", "set_loss_function", "student_from_teacher"]
+__all__ = [
+    "DistillationCallback",
+    "DistillationTrainer",
+    "SegmentDistillationTrainer",
+    "set_loss_function",
+    "student_from_teacher",
+]
 
 # the columns that [`TeacherCache`] adds for the loss
 _CACHED = ("teacher_ids", "teacher_weights")
@@ -175,13 +182,17 @@ class DistillationTrainer(CarefulTrainer):
             inputs, extra["kd_only"] = {**inputs, "labels": labels}, True
             inputs.pop("decoder_input_ids", None)  # derived by the collator from the targets that are replaced here
         with torch.no_grad():
-            extra["teacher_logits"], answer = teacher_logits(self.teacher, inputs, seq2seq)
+            extra["teacher_logits"], answer = self._ask(model, inputs, seq2seq)
         loss, outputs = self._loss(model, inputs, extra, True, num_items_in_batch)
         if self.encoder_match and model.training:
             items = (inputs["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
             scale = self.accelerator.num_processes if num_items_in_batch is not None else 1
             loss = loss + scale * self.encoder_weight * self._encoder_distance(outputs, answer, inputs) / items
         return (loss, outputs) if return_outputs else loss
+
+    def _ask(self, model, inputs: dict, seq2seq: bool) -> tuple[torch.Tensor, object]:
+        """The teacher's logits and output."""
+        return teacher_logits(self.teacher, inputs, seq2seq)
 
     def _loss(self, model, inputs: dict, extra: dict, return_outputs: bool, num_items_in_batch):
         """The trainer's own loss, with `extra` passed to the hook beside the labels."""
@@ -254,6 +265,64 @@ class DistillationTrainer(CarefulTrainer):
             pairs = (mask[:, :, None] * mask[:, None, :]).flatten(1)
         per_row = (distance * pairs).sum(1) / pairs.sum(1).clamp(min=1)
         return (per_row * (inputs["labels"] != -100).sum(1)).sum()
+
+
+class SegmentDistillationTrainer(SegmentTrainer, DistillationTrainer):
+    """Distillation with segment recurrence: student and teacher read every stream through memories of their own.
+
+    The dataset is that of [`SegmentTrainer`], the arguments are those of [`DistillationTrainer`]. Checkpoints hold the
+    teacher's memories too.
+
+    Raises:
+        ValueError: there is no live teacher with a segment memory. Cached columns hold what a teacher says that reads
+            each row by itself.
+    """
+
+    def __init__(self, *args, teacher: PreTrainedModel | None = None, **kwargs):
+        if not hasattr(teacher, "new_memory"):
+            raise ValueError(
+                f"The teacher is {type(teacher).__name__}, but over segments it must be a live Flash-Lite model, for "
+                "its memory; pass teacher=, or train on packed rows."
+            )
+        super().__init__(*args, teacher=teacher, **kwargs)
+        self._teacher_memories: dict[int, FlashLiteCache] = {}
+        self._reset: torch.Tensor | None = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in both trainers."""
+        self._reset = inputs["memory_reset"]
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _ask(self, model, inputs: dict, seq2seq: bool) -> tuple[torch.Tensor, object]:
+        slot = self._micro_step % self.args.gradient_accumulation_steps if model.training else -1
+        memory = self._teacher_memories.get(slot)
+        if memory is None or bool(self._reset.all()):
+            memory = self.teacher.new_memory()
+        else:
+            memory.reset_rows(self._reset)
+        check_tokens(self.teacher, inputs["input_ids"])
+        given = {key: inputs[key] for key in ("input_ids", "attention_mask") if key in inputs}
+        answer = self.teacher(**given, memory=memory, use_cache=False)
+        self._teacher_memories[slot] = answer.memory
+        return answer.logits, answer
+
+    def evaluate(self, *args, **kwargs):
+        """Evaluate from empty memories."""
+        self._teacher_memories.pop(-1, None)
+        return super().evaluate(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self._teacher_memories.pop(-1, None)
+        write_tensors(memory_tensors(self._teacher_memories), self._memory_file(output_dir, "teacher_memory"))
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        path, args = self._memory_file(checkpoint, "teacher_memory"), self.args
+        slots, rows = args.gradient_accumulation_steps, args.train_batch_size
+        self._teacher_memories = read_memories(path, self.teacher, slots, rows, args.device)
 
 
 def model_config(model: torch.nn.Module):

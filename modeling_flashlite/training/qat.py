@@ -53,6 +53,7 @@ def prepare_qat(
     data_collator: Callable | None = None,
     batch_size: int = 8,
     max_batches: int | None = None,
+    start=None,
 ):
     """Replace the layers of a float model by fake-quantized twins, in place.
 
@@ -61,23 +62,32 @@ def prepare_qat(
         config (`EcqConfig`): with `target_bits` or `target_bytes`.
         calibration, data_collator, batch_size, max_batches: as for `calibration.quantize`, from whose codes
             training starts.
+        start (`PreTrainedModel`, *optional*): the same model, quantized before; its codes are taken instead.
 
     Returns:
         The same model, ready for `Trainer(..., callbacks=[EcqCallback()])`.
     """
     if config.target_bits is None and config.target_bytes is None:
         raise ValueError("Training needs a budget: set target_bits or target_bytes in the EcqConfig.")
+    layers = collect_layers(model, config)
     originals = {
-        layer.names[0]: (layer.weight.detach().clone(), layer.modules[0].weight.requires_grad)
-        for layer in collect_layers(model, config)
+        layer.names[0]: (
+            layer.weight.clone() if start is None else layer.weight,
+            layer.modules[0].weight.requires_grad,
+        )
+        for layer in layers
     }
-    quantize(model, config, calibration, data_collator, batch_size, max_batches)
+    if start is None:
+        quantize(model, config, calibration, data_collator, batch_size, max_batches)
+    else:
+        _take_rest(model, start, originals)
     config.stage = "qat"
-    for names, modules in groups_of(model):
-        weight, (original, trained) = modules[0].quantized(), originals.pop(names[0])
-        first = None
-        for name, module in zip(names, modules):
-            twin = to_twin(module, weight, _near(weight, original))
+    for names, coded in groups_of(start or model):
+        weight, (original, trained) = coded[0].quantized(), originals.pop(names[0])
+        first, master = None, _near(weight, original)
+        for name in names:
+            module = model.get_submodule(name)
+            twin = to_twin(module, weight, master)
             if twin is not module:
                 model.set_submodule(name, twin)
             if first is None:
@@ -88,6 +98,21 @@ def prepare_qat(
     model.register_buffer("ecq_rate", torch.zeros(3, device=model.device))
     attach(model, config)
     return model
+
+
+@torch.no_grad()
+def _take_rest(model, start, coded: Iterable[str]) -> None:
+    """Take over what stays float, after checking that `start` has codes for all of `coded`."""
+    held = {names[0] for names, _ in groups_of(start)}
+    if different := sorted(held.symmetric_difference(coded)):
+        raise ValueError(
+            f"start does not hold codes of the same layers as the model, {different[0]} for one; quantize this model."
+        )
+    inside = tuple(f"{name}." for names, _ in groups_of(start) for name in names)
+    own = model.state_dict()
+    for name, value in start.state_dict().items():
+        if not name.startswith(inside) or name.endswith(".bias"):
+            own[name].copy_(value)
 
 
 def _smooth(counts: torch.Tensor) -> torch.Tensor:
@@ -107,6 +132,28 @@ def _near(weight: QuantizedWeight, original: torch.Tensor) -> torch.Tensor:
     step = weight.step()[:, None] * (1.0 if weight.column_scale() is None else weight.column_scale())
     rounded, margin = weight.dequantize().to(original.device), _MARGIN * step.to(original.device)
     return (rounded + (original.float() - rounded).clamp(-margin, margin)).to(original.dtype)
+
+
+def parameter_groups(model, weight_rate: float) -> list[dict]:
+    """Groups for an optimizer: the weights of each twin learn by a share of their step, all others as it is told.
+
+    Layers differ in their steps by more than ten times. With Adam a weight moves by about its learning rate, so one
+    rate for all would turn over the codes of some layers and never change those of others.
+
+    Args:
+        model (`PreTrainedModel`): of [`prepare_qat`].
+        weight_rate (`float`): learning rate of the weights, in steps of their layer.
+
+    Returns:
+        `list[dict]`: for `torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-3)`.
+    """
+    groups, coded = [], set()
+    for _, twins in groups_of(model, FakeQuantModule):
+        weight = twins[0].weight
+        steps = torch.cat([step.mean(1) for _, _, step in twins[0].pieces()])
+        groups.append({"params": [weight], "lr": weight_rate * steps.median().item()})
+        coded.add(id(weight))
+    return [{"params": [p for p in model.parameters() if id(p) not in coded]}, *groups]
 
 
 class RateController:
@@ -140,54 +187,70 @@ class RateController:
         return 8 * sum(stream_bytes(twins[0].quantized()) for twins in self.groups)
 
     @torch.no_grad()
-    def measure(self, update: bool = True) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Measures the bits per weight, updates the code lengths; the rate's gradients by weight and by step."""
-        bits, power, noise, gradients = self.side, 0.0, 0.0, []
+    def measure(self, update: bool = True) -> tuple[list[torch.Tensor], float]:
+        """Measures the bits per weight and updates the code lengths.
+
+        Returns:
+            the gradient of the rate by the step of each group, and the squares of those by the weights, summed.
+        """
+        bits, power, noise, shifts, squares = self.side, 0.0, 0.0, [], 0.0
         for twins in self.groups:
             twin = twins[0]
-            step = twin.steps()
-            ratio = (twin.weight.float() / step).clamp(*LEVELS)
-            codes = torch.round(ratio)
-            counts = torch.bincount((codes - LEVELS[0]).long().flatten(), minlength=len(twin.code_lengths)).float()
+            slopes = twin.code_lengths.diff()
+            counts = torch.zeros(len(twin.code_lengths), dtype=torch.long, device=slopes.device)
+            shift = torch.zeros((), device=slopes.device)
+            for _, weight, step in twin.pieces():
+                ratio = (weight / step).clamp_(*LEVELS)
+                codes = ratio.round()
+                counts += torch.bincount((codes - LEVELS[0]).to(torch.uint8).flatten(), minlength=len(counts))
+                slope = _slope(slopes, ratio)
+                shift -= (slope * ratio).sum()
+                squares += slope.div_(step).square_().sum().item()
+                noise += codes.mul_(step).sub_(weight).square_().sum().item()
+                power += weight.square().sum().item()
+            shifts.append(shift * (math.log(2) / math.sqrt(7 * twin.weight.numel())))
+            counts = counts.float()
             p = counts / counts.sum()
             bits -= (counts * torch.log2(p.clamp(min=1e-12))).sum().item()
             lengths = -torch.log2(_smooth(counts).clamp(min=0.1) / counts.sum())
-            started = bool((twin.code_lengths != 4.0).any())
             if update:
+                started = bool((twin.code_lengths != 4.0).any())
                 twin.code_lengths.lerp_(lengths, 1 - _MEMORY if started else 1.0)
-            low = torch.floor(ratio).clamp(max=LEVELS[1] - 1)
-            slope = (twin.code_lengths[1:] - twin.code_lengths[:-1])[(low - LEVELS[0]).long()] / step
-            shift = -(slope * ratio * step).sum() * math.log(2) / math.sqrt(7 * slope.numel())
-            gradients.append((slope, shift))
-            noise += ((twin.weight.float() - codes * step).square()).sum().item()
-            power += twin.weight.float().square().sum().item()
         self.bits, self.distortion = bits / self.parameters, noise / power
-        return gradients
+        return shifts, squares
 
     @torch.no_grad()
     def step(self, frozen: bool = False) -> None:
         """Call it with complete gradients before the optimizer step; `frozen` leaves the weights unchanged."""
-        gradients = self.measure()
+        shifts, rate_power = self.measure()
         state, error = self.model.ecq_rate, self.bits - self.target
-        loss_power = rate_power = 0.0
-        for twins, (slope, _) in zip(self.groups, gradients):
-            if twins[0].weight.grad is not None:
-                loss_power += twins[0].weight.grad.float().square().sum().item()
-                rate_power += slope.square().sum().item()
+        grads = [twins[0].weight.grad for twins in self.groups]
+        loss_power = sum(grad.float().square().sum().item() for grad in grads if grad is not None)
         if loss_power == 0.0:
             return
-        scale = math.sqrt(loss_power / max(rate_power, 1e-30))
-        state[1] = scale if state[1] == 0 else _MEMORY * state[1] + (1 - _MEMORY) * scale
+        if rate_power > 0.0:  # not before the first lengths are known
+            scale = math.sqrt(loss_power / rate_power)
+            state[1] = scale if state[1] == 0 else _MEMORY * state[1] + (1 - _MEMORY) * scale
         state[0] = (state[0] + _INTEGRAL * max(-0.5, min(0.5, error))).clamp(-_LIMIT, _LIMIT)
         self.weight = max(-_LIMIT, min(_LIMIT, state[0].item() + _PROPORTIONAL * error))
-        for twins, (slope, shift) in zip(self.groups, gradients):
+        push = self.weight * state[1]
+        for twins, grad, shift in zip(self.groups, grads, shifts):
             twin = twins[0]
             if twin.log_step.grad is not None:
-                twin.log_step.grad += self.weight * state[1] * shift
+                twin.log_step.grad += push * shift
             if frozen:
                 twin.weight.grad = None
-            elif self.weight > 0 and twin.weight.grad is not None:
-                twin.weight.grad += (self.weight * state[1] * slope).to(twin.weight.grad.dtype)
+            elif self.weight > 0 and grad is not None:
+                slopes = twin.code_lengths.diff()
+                for rows, weight, step in twin.pieces():
+                    slope = _slope(slopes, (weight / step).clamp_(*LEVELS)).div_(step)
+                    grad[rows] += (push * slope).to(grad.dtype)
+
+
+def _slope(slopes: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """Derivative of the code length by `ratio = w / step`, of the piece of the line on which it lies."""
+    low = ratio.floor().clamp_(max=LEVELS[1] - 1).sub_(LEVELS[0])
+    return slopes[low.to(torch.int32)]
 
 
 class EcqCallback(TrainerCallback):

@@ -179,8 +179,8 @@ class SegmentTrainer(CarefulTrainer):
         else:
             logger.warning(f"{path} is missing: the streams of this process continue with an empty memory.")
 
-    def _memory_file(self, folder: str | Path) -> Path:
-        return Path(folder) / f"memory_{self.args.process_index}.safetensors"
+    def _memory_file(self, folder: str | Path, name: str = "memory") -> Path:
+        return Path(folder) / f"{name}_{self.args.process_index}.safetensors"
 
 
 def prompts_of(input_ids: torch.Tensor, labels: torch.Tensor, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,9 +6,11 @@ python scripts/studies/compression.py --model HuggingFaceTB/SmolLM2-135M-Instruc
 
 Calibrated on lines from the beginning of `train` and, where the model has a chat template, on as many tokens that it
 writes itself; measured on lines of `test` in windows, a newline behind every line. `--tokens 0` is data-free, in
-`from_pretrained`. Points join those that the results file has, so a run that is stopped goes on.
+`from_pretrained`. Points join those that the results file has, so a run that is stopped goes on. `--coded` measures
+models that are quantized already, as by `quantize.py --method qat`, instead.
 """
 
+import json
 import math
 import resource
 import tempfile
@@ -55,6 +57,7 @@ class StudyArgs:
     limit: int = field(default=400, metadata={"help": "lines to measure on"})
     length: int = field(default=512, metadata={"help": "tokens read at once"})
     answers: bool = field(default=True, metadata={"help": "ask the ten questions"})
+    coded: list[str] = field(default_factory=list, metadata={"help": "folders of coded models, measured as they are"})
     work: str = field(default="runs/compression", metadata={"help": "keeps conversations, steps and finished blocks"})
     output: str = field(default="runs/results/compression.json", metadata={"help": "results file"})
     label: str | None = field(default=None, metadata={"help": "name of the data set in tables"})
@@ -140,6 +143,21 @@ def measure_rate(
     return {"target": rate, "bits": 8 * size / parameters, "bytes": size, **cost, **point}
 
 
+def measure_coded(folder: str, args: StudyArgs, tokenizer, lines: list[str], parameters: int) -> dict:
+    """A model that is quantized already, and what its training took if the trainer has left its state."""
+    size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    target = model.hf_quantizer.quantization_config.target_bits
+    point = {"method": "coded", "target": target, "bits": 8 * size / parameters, "bytes": size}
+    state = Path(folder) / "trainer_state.json"
+    if state.is_file():
+        held = json.loads(state.read_text(encoding="utf-8"))
+        seconds = next((log["train_runtime"] for log in held["log_history"] if "train_runtime" in log), None)
+        training = {"steps": held["global_step"], "tokens": held["num_input_tokens_seen"], "seconds": seconds}
+        point |= {"method": "trained", "training": training}
+    return point | measure(model, tokenizer, lines, args)
+
+
 def key(point: dict) -> tuple:
     return point.get("method", "calibrated"), point["target"]
 
@@ -177,13 +195,17 @@ def main(args: StudyArgs) -> dict:
     if not any(key(point)[0] == "float" for point in points):
         points.append({"method": "float", "target": None, "bits": 32.0, **measure(model, tokenizer, lines, args)})
     base = next(point["perplexity"] for point in points if point["method"] == "float")
-    batches = calibration_batches(model, tokenizer, splits["train"]["text"], args) if args.tokens else None
+    rates = [] if args.coded else args.rates
+    batches = calibration_batches(model, tokenizer, splits["train"]["text"], args) if args.tokens and rates else None
     parameters = sum(p.numel() for p in model.parameters())
     del model
-    for rate in args.rates:
-        point = {"method": "calibrated" if args.tokens else "data-free"}
-        point |= measure_rate(rate, args, tokenizer, batches, lines, parameters) | stamp
-        point["increase"] = point["perplexity"] / base - 1
+    method = {"method": "calibrated" if args.tokens else "data-free"}
+    for rate_or_folder in [*rates, *args.coded]:
+        if args.coded:
+            point = measure_coded(rate_or_folder, args, tokenizer, lines, parameters)
+        else:
+            point = method | measure_rate(rate_or_folder, args, tokenizer, batches, lines, parameters)
+        point |= stamp | {"increase": point["perplexity"] / base - 1}
         points = [other for other in points if key(other) != key(point)] + [point]
         print(f"{point['bits']:.3f} bits: perplexity {point['perplexity']:.2f} ({point['increase']:+.1%})")
         write(args, points)
