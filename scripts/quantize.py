@@ -98,6 +98,11 @@ class QuantizeArgs:
     )
 
 
+def without_memory(batches: list[dict]) -> list[dict]:
+    """Segments without what a trainer needs to carry memory: each row is read by itself."""
+    return [{k: v for k, v in batch.items() if k not in ("memory_reset", "shift_labels")} for batch in batches]
+
+
 def optimizers(model, options: QuantizeArgs, args: TrainArgs) -> dict:
     """The trainer's argument where weights have a rate of their own."""
     if options.method != "qat" or options.weight_rate is None:
@@ -129,6 +134,7 @@ def main(
     blocks = Path(args.output_dir) / "blocks"  # an interrupted run goes on from there
     calibration = batches_of(rows, model, collator, args.train_batch_size, options.calibration_batches)
     evaluation = batches_of(held_out or rows, model, collator, args.eval_batch_size)
+    calibration, evaluation = without_memory(calibration), without_memory(evaluation)
     if data.task == "text-generation" and not options.data_free and options.method != "lsq" and not options.start:
         calibration = with_conversations(calibration, model, tokenizer, options.chat_share, args.output_dir)
     about = {"model": model_args.model, "dataset": data.dataset, "seed": args.seed}

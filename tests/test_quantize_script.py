@@ -49,6 +49,12 @@ def test_recipe_quantizes(recipe, ground, capsys):
     assert {"method", "target_bits", "output_dir"} <= keys
 
 
+def test_a_model_with_memory_is_trained_over_segments(ground):
+    options = ["--segment_length=16", "--calibration_batches=2", "--target_bits=5", "--max_steps=2"]
+    metrics = quantize("qat_tiny", ground, *options)
+    assert metrics["bits_per_weight"] == pytest.approx(5, abs=0.1) and metrics["eval_loss"] > 0
+
+
 @pytest.mark.parametrize(("kind", "method"), [("llama", "qat"), ("gpt2", "qat"), ("gemma3_text", "lsq")])
 def test_models_of_others_are_trained_to_a_budget(kind, method, ground, tmp_path):
     """With their float selves as the teachers; their hooks are called by name, by position, and not at all."""
