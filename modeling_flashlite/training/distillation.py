@@ -8,6 +8,7 @@ import math
 import random
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -286,7 +287,7 @@ class SegmentDistillationTrainer(SegmentTrainer, DistillationTrainer):
             )
         super().__init__(*args, teacher=teacher, **kwargs)
         self._teacher_memories: dict[int, FlashLiteCache] = {}
-        self._reset: torch.Tensor | None = None
+        self._reset = torch.ones(1, dtype=torch.bool)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in both trainers."""
@@ -294,15 +295,16 @@ class SegmentDistillationTrainer(SegmentTrainer, DistillationTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _ask(self, model, inputs: dict, seq2seq: bool) -> tuple[torch.Tensor, object]:
+        teacher: Any = self.teacher
         slot = self._micro_step % self.args.gradient_accumulation_steps if model.training else -1
         memory = self._teacher_memories.get(slot)
         if memory is None or bool(self._reset.all()):
-            memory = self.teacher.new_memory()
+            memory = teacher.new_memory()
         else:
             memory.reset_rows(self._reset)
-        check_tokens(self.teacher, inputs["input_ids"])
+        check_tokens(teacher, inputs["input_ids"])
         given = {key: inputs[key] for key in ("input_ids", "attention_mask") if key in inputs}
-        answer = self.teacher(**given, memory=memory, use_cache=False)
+        answer = teacher(**given, memory=memory, use_cache=False)
         self._teacher_memories[slot] = answer.memory
         return answer.logits, answer
 
