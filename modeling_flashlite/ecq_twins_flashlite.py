@@ -11,7 +11,6 @@ from torch import nn
 from .ecq_modules_flashlite import HELD, TWIN_STATE, EcqModule, _Layer, retype
 from .ecq_weight_flashlite import QuantizedWeight
 
-
 _PIECE = 1 << 17  # weights rounded at once: they and what is made of them stay in a core's cache
 
 
