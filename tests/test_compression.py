@@ -23,11 +23,13 @@ def test_every_rate_is_measured_from_its_file(tokens, tmp_path, capsys):
     argv = [f"--model={tmp_path / 'llama'}", f"--dataset=train={text},test={text}", "--rates", "4", "6"]
     argv += [f"--tokens={tokens}", "--length=16", "--limit=20", f"--output={output}"]
     (args,) = parse_args((script.StudyArgs,), argv)
-    metrics = script.main(args)
-    points = json.loads(output.read_text(encoding="utf-8"))["points"]
-    assert [point["target"] for point in points] == [None, 4, 6]
+    script.main(args)
+    results = json.loads(output.read_text(encoding="utf-8"))
+    metrics, points = results["metrics"], results["points"]
+    assert [point["target"] for point in points] == [None, 6, 4]
     for point in points[1:]:
         assert 0.96 * point["target"] < point["bits"] <= point["target"]
         assert len(point["answers"]) == len(script.QUESTIONS)
     assert points[2]["increase"] == pytest.approx(points[2]["perplexity"] / points[0]["perplexity"] - 1)
-    assert metrics["perplexity 4 bits"] == points[1]["perplexity"]
+    method = "calibrated" if tokens else "data-free"
+    assert metrics[f"perplexity {method} 4.0"] == points[2]["perplexity"]

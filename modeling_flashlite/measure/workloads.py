@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from ..attention_flashlite import AxisSpec, multi_axis_attention
 from ..cache_flashlite import FlashLiteCache
 from ..configuration_flashlite import FlashLiteConfig
 from ..modeling_flashlite import FlashLiteForCausalLM
+from ..quantization_flashlite import EcqConfig
 from ..training.divergence import KDLoss
 
 __all__ = [
@@ -189,3 +190,10 @@ def loading(folder: str, first_token: bool) -> Callable[[], object]:
 
     run(Path(folder).parent / "small")
     return lambda: run(folder)
+
+
+def quantizing(model: str, rate: float) -> Callable[[], object]:
+    """Quantize `model` to `rate` bits per weight without data, as a user does: while it is loaded."""
+    AutoTokenizer.from_pretrained(model)  # imports are not counted
+    config = EcqConfig(target_bits=rate)
+    return lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, quantization_config=config)

@@ -26,6 +26,7 @@ from modeling_flashlite.data.loading import load_data, pick_split
 from modeling_flashlite.measure.benchmark import fresh_cost
 from modeling_flashlite.measure.perplexity import text_likelihood
 from modeling_flashlite.measure.results import command_line, git_commit, read_results, write_results
+from modeling_flashlite.measure.workloads import quantizing
 from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.training.calibration import quantize
 from modeling_flashlite.training.sampling import with_conversations
@@ -106,17 +107,10 @@ def measure(model, tokenizer, lines: list[str], args: StudyArgs) -> dict:
     return {**point, "right": sum(answer["right"] for answer in answers), "answers": answers}
 
 
-def load_coarse(model: str, rate: float):
-    """What a user writes to quantize without data; for a fresh process."""
-    AutoTokenizer.from_pretrained(model)  # imports are not counted
-    config = EcqConfig(target_bits=rate)
-    return lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, quantization_config=config)
-
-
 def quantized(rate: float, args: StudyArgs, batches: list[dict] | None) -> tuple[torch.nn.Module, dict]:
     """The model at a rate, and what that took."""
     if batches is None:
-        peak, seconds = fresh_cost(load_coarse, args.model, rate)
+        peak, seconds = fresh_cost(quantizing, args.model, rate)
         model = AutoModelForCausalLM.from_pretrained(
             args.model, dtype=torch.float32, quantization_config=EcqConfig(target_bits=rate)
         )
