@@ -343,7 +343,7 @@ def _step_attention(q, k, v, spec, start, scaling, cross, first_query, summaries
     starts = [start] if isinstance(start, int) else start.tolist()
     first = 1 if spec.memory_blocks is None else max(min(starts) // b - spec.memory_blocks, 1)
     end, r = (max(starts) + length - 1) // b - 1, b // spec.sub_block_size
-    k_mean, v_mean = (x[:, :, first:end].to(wide) for x in summaries[:2])
+    k_mean, v_mean = (x[:, :, first:end].to(wide) for x in (summaries.keys, summaries.values))
 
     blocks = (_slots(start, length, q.device) // b)[:, None, :, None]
     j = torch.arange(first, end, device=q.device)
