@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -176,7 +177,8 @@ class Engine:
             with session():
                 while not batch.is_idle or held is not None:
                     held, closing = self._admit(batch, held, closing)
-                    self._step_safely(batch)
+                    with self._failing_apart(batch.abandon):
+                        batch.step()
         if held is not None:
             held.finish("cancelled", "the server is stopping")
         self._cancel_waiting()
@@ -200,11 +202,13 @@ class Engine:
             else:
                 return held, closing
 
-    def _step_safely(self, batch: ContinuousBatch) -> None:
+    @contextlib.contextmanager
+    def _failing_apart(self, abandoned: Callable[[], list[Job]]) -> Iterator[None]:
+        """A failure inside ends the answers that `abandoned` names with an error; the worker goes on."""
         try:
-            batch.step()
+            yield
         except Exception:
-            jobs = batch.abandon()
+            jobs = abandoned()
             logger.exception("a batch of %d answers failed", len(jobs))
             self.counters["failed_batches"] += 1
             for job in jobs:
@@ -222,21 +226,14 @@ class Engine:
                 if closing := follower is None:
                     break
                 jobs.append(follower)
-            self._generate_safely([job for job in jobs if job.is_wanted()])
+            if wanted := [job for job in jobs if job.is_wanted()]:
+                with self._failing_apart(partial(list, wanted)):
+                    self._generate(wanted)
+                for job in wanted:
+                    job.finish("error", "generation failed")  # nothing where the answer has ended
             if closing:
                 break
         self._cancel_waiting()
-
-    def _generate_safely(self, jobs: list[Job]) -> None:
-        if not jobs:
-            return
-        try:
-            self._generate(jobs)
-        except Exception:
-            logger.exception("a batch of %d answers failed", len(jobs))
-            self.counters["failed_batches"] += 1
-        for job in jobs:
-            job.finish("error", "generation failed")
 
     @torch.inference_mode()
     def _generate(self, jobs: list[Job]) -> None:

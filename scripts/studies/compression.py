@@ -12,7 +12,6 @@ models that are quantized already, as by `quantize.py --method qat`, instead.
 
 import json
 import math
-import resource
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import load_data, pick_split
 from modeling_flashlite.measure.benchmark import fresh_cost
+from modeling_flashlite.measure.cost import peak_memory_bytes
 from modeling_flashlite.measure.perplexity import text_likelihood
 from modeling_flashlite.measure.results import command_line, git_commit, read_results, write_results
 from modeling_flashlite.measure.workloads import quantizing
@@ -120,7 +120,7 @@ def quantized(rate: float, args: StudyArgs, batches: list[dict] | None) -> tuple
     quantize(model, EcqConfig(target_bits=rate), batches, resume=args.work)
     cost = {"seconds": time.perf_counter() - begin, "processor_seconds": time.process_time() - processor}
     cost = {name: round(value, 1) for name, value in cost.items()}
-    return model, {**cost, "process_peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    return model, {**cost, "process_peak_bytes": peak_memory_bytes()}
 
 
 def measure_rate(
