@@ -2,7 +2,7 @@
 
 python scripts/studies/long_text.py --model runs/smol --dataset test=books.jsonl --length 8192 --texts 2 --dense
 python scripts/studies/long_text.py --model runs/smol --dataset test=books.jsonl --length 32768 \
-    --ranges 4096-8192,8192-32768
+    --ranges 4096-8192,8192-32768 --control 8192
 """
 
 import math
@@ -28,6 +28,10 @@ class StudyArgs:
     texts: int = field(default=1, metadata={"help": "texts, each the beginning of another document"})
     ranges: str | None = field(default=None, metadata={"help": "positions from-to, separated by commas; all if unset"})
     chunk: int = field(default=2048, metadata={"help": "tokens read at once"})
+    control: int | None = field(
+        default=None,
+        metadata={"help": "read the ranges anew in windows of this many tokens, of which the second half counts"},
+    )
     dense: bool = field(default=False, metadata={"help": "read everything, whatever the model's axes are"})
     block_size: int | None = field(default=None, metadata={"help": "tokens of a block; the model's own"})
     sub_block_size: int | None = field(default=None, metadata={"help": "tokens under one mean key; the model's own"})
@@ -69,6 +73,27 @@ def token_losses(model, ids: torch.Tensor, chunk: int) -> torch.Tensor:
     return torch.cat(losses)
 
 
+def control_losses(model, ids: torch.Tensor, window: int, chunk: int) -> torch.Tensor:
+    """`token_losses` without a memory of the text: each token has `window / 2` to `window` tokens before it, no more.
+
+    A passage may be harder than the one before it. These are the losses of the same tokens, to compare with.
+    """
+    step = window // 2
+    losses = [token_losses(model, ids[:, :window], chunk)]
+    for place in tqdm(range(step, ids.shape[1] - step, step), desc="windows", leave=False):
+        losses.append(token_losses(model, ids[:, place : place + window], chunk)[step - 1 :])
+    return torch.cat(losses)
+
+
+def perplexities(losses: torch.Tensor, ranges: str, name: str) -> dict[str, float]:
+    """Perplexity of positions `from-to`, over all texts `[texts, length - 1]`."""
+    found = {}
+    for positions in ranges.split(","):
+        low, high = map(int, positions.split("-"))
+        found[f"{name} {positions}"] = math.exp(losses[:, max(low, 1) - 1 : high - 1].double().mean())
+    return found
+
+
 def config_with_axes(args: StudyArgs):
     """The model's config with the sizes of sparse attention that were asked for; any other model is dense already."""
     config = AutoConfig.from_pretrained(args.model)
@@ -90,10 +115,11 @@ def main(args: StudyArgs) -> dict:
     model = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=getattr(torch, args.dtype)).eval()
     texts = beginnings(args, tokenizer)
     losses = torch.stack([token_losses(model, ids, args.chunk) for ids in tqdm(texts, desc="texts")])
-    metrics = {}
-    for name in (args.ranges or f"1-{args.length}").split(","):
-        low, high = map(int, name.split("-"))
-        metrics[f"perplexity {name}"] = math.exp(losses[:, max(low, 1) - 1 : high - 1].double().mean())
+    ranges = args.ranges or f"1-{args.length}"
+    metrics = perplexities(losses, ranges, "perplexity")
+    if args.control:
+        anew = [control_losses(model, ids, args.control, args.chunk) for ids in tqdm(texts, desc="control")]
+        metrics |= perplexities(torch.stack(anew), ranges, "control")
     write_results(
         args.output,
         metrics,
