@@ -44,6 +44,15 @@ def test_bench_measures(name):
 
 
 @pytest.mark.slow
+def test_shapes_leave_out_what_would_take_too_long():
+    shapes = load_script("bench_shapes")
+    args = shapes.ShapesArgs(shapes=["tiny"], lengths=[64, 10**9], batches=[1, 2], threads=[1], seconds=60, repeats=1)
+    rows, skipped = shapes.measure(args)
+    assert [(row["varied"], row["batch"]) for row in rows] == [("length", 1), ("batch", 1), ("batch", 2)]
+    assert all(row["ms"] > 0 for row in rows) and len(skipped) == 1 and "1000000000" in skipped[0]
+
+
+@pytest.mark.slow
 def test_peers_that_are_installed_race_too():
     pytest.importorskip("ctranslate2")
     rows = rows_of("generate", peers=["ctranslate2"])

@@ -131,7 +131,7 @@ WORKSHOP_EDGES = {
     "measure.results": set(),
     "measure.scaling": set(),
     "measure.study": {"cli", "measure.benchmark", "measure.peers", "measure.results", "measure.workloads"},
-    "measure.workloads": {"training.divergence"},
+    "measure.workloads": {"training.divergence", "training.families"},
     "publish.cards": {"publish.repository"},
     "publish.hub": {"publish.repository"},
     "publish.onnx_export": set(),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig
 
 from ..attention_flashlite import AxisSpec, multi_axis_attention
 from ..cache_flashlite import FlashLiteCache
@@ -17,17 +17,21 @@ from ..configuration_flashlite import FlashLiteConfig
 from ..modeling_flashlite import FlashLiteForCausalLM
 from ..quantization_flashlite import EcqConfig
 from ..training.divergence import KDLoss
+from ..training.families import flashlite_config
 
 __all__ = [
     "ATTENTIONS",
     "HEAD_SHAPE",
+    "SHAPES",
     "SPEC",
     "attention_inputs",
     "attention_work",
     "continuation",
+    "generating",
     "greedy",
     "random_decoder",
     "random_tokens",
+    "reading",
     "training_step",
 ]
 
@@ -43,6 +47,33 @@ OUR_MODEL, BART, T5GEMMA, LLAMA = "Flash-Lite", "BART", "T5Gemma", "Llama"
 SOURCE_TOKENS, NEW_TOKENS, PREFILL_TOKENS = 32, 30, 512
 # width, layers, heads, vocabulary: 75 M parameters, more than a cache holds
 CODED = (1024, 8, 16, 16000)
+# those of SmolLM2-135M and of Llama-3.2-1B; tiny is for a look at the program
+SHAPES = {
+    "tiny": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+    "135M": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "1.2B": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
 
 
 def sdpa(q, k, v):
@@ -149,6 +180,39 @@ def continuation(model, length: int, new_tokens: int, seed: int = 0) -> Callable
         cache.crop(length - 1 - cache.get_seq_length())
 
     return step
+
+
+def random_model(shape: str, seed: int) -> FlashLiteForCausalLM:
+    """A converted Llama of this shape in bfloat16, trained length 8,192, with random weights."""
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=True)
+    torch.manual_seed(seed)
+    return FlashLiteForCausalLM._from_config(flashlite_config(config), dtype=torch.bfloat16).eval()
+
+
+def reading(shape: str, seed: int, length: int, batch: int) -> Callable[[], object]:
+    """Read a prompt of `length` tokens in chunks of 2,048."""
+    model = random_model(shape, seed)
+    ids = random_tokens(batch, length, SHAPES[shape]["vocab_size"], seed=seed)
+
+    @torch.inference_mode()
+    def read(ids: torch.Tensor) -> None:
+        cache = None
+        for part in ids.split(2048, 1):
+            cache = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+
+    read(ids[:, :64])  # one-time initialisation
+    return lambda: read(ids)
+
+
+def generating(shape: str, seed: int, length: int, batch: int) -> Callable[[], object]:
+    """Generate 16 tokens for `batch` rows after a prompt of 64 tokens, which is read too."""
+    run = greedy(
+        random_model(shape, seed),
+        random_tokens(batch, length, SHAPES[shape]["vocab_size"], seed=seed),
+        max_new_tokens=16,
+    )
+    run()
+    return run
 
 
 def loss_step(seed: int, vocabulary: int, name: str, tokens: int = 2048) -> Callable[[], None]:
