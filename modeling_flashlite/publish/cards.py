@@ -12,6 +12,7 @@ made. `card.yaml` next to the checkpoint contains what cannot be derived:
     distilled_from: you/teacher                   # or: none
     datasets: [{name: tatoeba, license: cc-by-2.0, url: ...}]
     example: I like cats.                         # input of the snippet
+    tags: [conversational]                        # of a chat model, whose snippet is a chat; optional
     limits: [Sentences only.]
     citation: "@software{...}"
     command: python scripts/distill.py ...        # of the training, where the results files have another
@@ -265,6 +266,8 @@ def make_snippet(card: dict) -> str:
         question, _, context = example.partition("?")
         call = f"question={quote(question + '?')}, context={quote(context.strip())}"
     elif task == "text-generation":
+        if "conversational" in card["tags"]:  # the Hub's tag of chat models
+            call = f'[{{"role": "user", "content": {call}}}]'
         call += ", max_new_tokens=40, do_sample=False"
     shape = "print(len(pipe(" + call + ")[0]))" if task == "feature-extraction" else f"print(pipe({call}))"
     arguments = f"{name}model={pinned}{trust}"

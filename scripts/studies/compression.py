@@ -7,7 +7,7 @@ python scripts/studies/compression.py --model HuggingFaceTB/SmolLM2-135M-Instruc
 Calibrated on lines from the beginning of `train` and, where the model has a chat template, on as many tokens that it
 writes itself; measured on lines of `test` in windows, a newline behind every line. `--tokens 0` is data-free, in
 `from_pretrained`. Points join those that the results file has, so a run that is stopped goes on. `--coded` measures
-models that are quantized already, as by `quantize.py --method qat`, instead.
+models that are quantized already, as by `quantize.py --method qat` or GGUF files of the same model, instead.
 """
 
 import json
@@ -58,7 +58,9 @@ class StudyArgs:
     limit: int = field(default=400, metadata={"help": "lines to measure on"})
     length: int = field(default=512, metadata={"help": "tokens read at once"})
     answers: bool = field(default=True, metadata={"help": "ask the ten questions"})
-    coded: list[str] = field(default_factory=list, metadata={"help": "folders of coded models, measured as they are"})
+    coded: list[str] = field(
+        default_factory=list, metadata={"help": "folders of coded models and .gguf files, to measure"}
+    )
     work: str = field(default="runs/compression", metadata={"help": "keeps conversations, steps and finished blocks"})
     output: str = field(default="runs/results/compression.json", metadata={"help": "results file"})
     label: str | None = field(default=None, metadata={"help": "name of the data set in tables"})
@@ -152,6 +154,14 @@ def measure_coded(folder: str, args: StudyArgs, tokenizer, lines: list[str], par
     return point | measure(model, tokenizer, lines, args)
 
 
+def measure_gguf(path: Path, args: StudyArgs, tokenizer, lines: list[str], parameters: int) -> dict:
+    """A GGUF file of the same model, which transformers dequantizes to float32."""
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    size = path.stat().st_size
+    point = {"method": f"GGUF {path.stem}", "target": None, "bits": 8 * size / parameters, "bytes": size}
+    return point | measure(model, tokenizer, lines, args)
+
+
 def key(point: dict) -> tuple:
     return point.get("method", "calibrated"), point["target"]
 
@@ -195,7 +205,9 @@ def main(args: StudyArgs) -> dict:
     del model
     method = {"method": "calibrated" if args.tokens else "data-free"}
     for rate_or_folder in [*rates, *args.coded]:
-        if args.coded:
+        if str(rate_or_folder).endswith(".gguf"):
+            point = measure_gguf(Path(rate_or_folder), args, tokenizer, lines, parameters)
+        elif args.coded:
             point = measure_coded(rate_or_folder, args, tokenizer, lines, parameters)
         else:
             point = method | measure_rate(rate_or_folder, args, tokenizer, batches, lines, parameters)
