@@ -199,8 +199,9 @@ def test_snippet_runs_without_the_package(kind, tmp_path):
     assert cards.run_snippet(card, folder)
 
 
-def test_snippet_of_a_coded_model_of_another_family_runs_without_the_package(tmp_path):
+def test_chat_snippet_of_a_coded_model_of_another_family_runs_without_the_package(tmp_path):
     tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96
     )
@@ -208,8 +209,9 @@ def test_snippet_of_a_coded_model_of_another_family_runs_without_the_package(tmp
     tokenizer.save_pretrained(tmp_path / "run")
     folder = stage(tmp_path / "run", tmp_path / "staged")
     assert (folder / "codec_flashlite.py").is_file() and not (folder / "modeling_flashlite.py").exists()
-    card = cards.collect_card(folder, "you/model", [RESULTS], {**WRITTEN, "example": "You may not"})
-    assert cards.run_snippet(card, folder)
+    words = {**WRITTEN, "example": "You may not", "tags": ["conversational"]}
+    card = cards.collect_card(folder, "you/model", [RESULTS], words)
+    assert "'role': 'assistant'" in cards.run_snippet(card, folder)
 
 
 def test_failing_snippet_does_not_publish(run, tmp_path, card):
