@@ -36,7 +36,7 @@ def quantize(recipe, ground, *overrides):
     return script.main(*parse_args(argument_classes(script), [*argv, f"--output_dir={folder / recipe}", *overrides]))
 
 
-@pytest.mark.parametrize("recipe", ["ptq_tiny", "qat_tiny", "recover_tiny", "qat_lm", "qat_translation"])
+@pytest.mark.parametrize("recipe", ["ptq_tiny", "ptq_smol", "qat_tiny", "recover_tiny", "qat_lm", "qat_translation"])
 def test_recipe_quantizes(recipe, ground, capsys):
     metrics = quantize(recipe, ground, "--target_bits=5", "--calibration_batches=2", "--lora_r=2", "--max_steps=4")
     assert metrics["bits_per_weight"] == pytest.approx(5, abs=0.1)

@@ -10,8 +10,10 @@ from modeling_flashlite.cli import parse_args
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 RECIPES = {path.stem: path for path in sorted((SCRIPTS / "recipes").glob("*.yaml"))}
 VERBS = {"train": "train", "distill": "distill", "lora": "finetune", "adapt": "distill"}
-# recipes of tasks for a converted model are named <task>_smol, the others <verb>_<what>
-VERB_OF = {name: "finetune" if name.endswith("_smol") else VERBS.get(name.partition("_")[0]) for name in RECIPES}
+QUANTIZE = ("ptq", "qat", "recover")  # tested by test_quantize_script.py
+# recipes are named <verb>_<what>, or <task>_smol for a converted model
+VERB_OF = {name: VERBS.get(name.partition("_")[0], "finetune" if name.endswith("_smol") else None) for name in RECIPES}
+VERB_OF |= dict.fromkeys([name for name in RECIPES if name.startswith(QUANTIZE)])
 TINY_SHAPE = [
     "--hidden_size=32",
     "--num_hidden_layers=2",
