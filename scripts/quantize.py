@@ -154,6 +154,8 @@ def main(
         max_loss_increase=options.max_loss_increase,
     )
     teacher = copy.deepcopy(model) if options.method != "ptq" else None
+    if teacher is not None and args.bf16:
+        teacher.bfloat16()  # autocast is the trainer's, and does not reach the teacher
     metrics = {"output_dir": args.output_dir, "float_loss": base}
     callbacks, packed_bits = [], None
     if options.method == "lsq":

@@ -62,7 +62,7 @@ for version in $versions; do
         folder="$(environment "$version")" || { failed+=("$version (no environment)"); continue; }
     fi
     echo "versions: transformers $version"
-    "$folder/bin/python" -m pytest -q -p no:cacheprovider "${small[@]}" "$@" || failed+=("$version")
+    "$folder/bin/python" -m pytest -q -p no:cacheprovider -n auto --maxprocesses 4 --dist loadfile "${small[@]}" "$@" || failed+=("$version")
 done
 if [ "${#failed[@]}" -gt 0 ]; then
     printf 'versions: failed on transformers %s\n' "${failed[@]}" >&2
