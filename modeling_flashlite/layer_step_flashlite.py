@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .attention_flashlite import joint_weights, multi_axis_attention
+from .attention_dense_flashlite import joint_weights
+from .attention_flashlite import multi_axis_attention
 from .cache_flashlite import EncoderCacheLayer, FlashLiteCacheLayer
 from .ecq_modules_flashlite import EcqLinear, join
 from .int4_flashlite import int4_few_rows

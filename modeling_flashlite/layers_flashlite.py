@@ -15,11 +15,13 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_flashlite import dense_attention, multi_axis_attention, multi_axis_attention_reference
-from .cache_flashlite import FlashLiteCache, Rows, axis_spec, own_cache
+from .attention_dense_flashlite import dense_attention
+from .attention_flashlite import multi_axis_attention, multi_axis_attention_reference
+from .cache_flashlite import FlashLiteCache, axis_spec, own_cache
 from .configuration_flashlite import FlashLiteDecoderConfig, FlashLiteEncoderConfig
 from .linear_flashlite import Linear
 from .positions_flashlite import nearer, rotate
+from .rows_flashlite import Rows
 
 
 def product_dtype(states: torch.Tensor) -> torch.dtype:
@@ -195,7 +197,7 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
             query, key, value = rows.gather(query), rows.gather(key), rows.gather(value)
             first_query = None if first_query is None else rows.gather(first_query)
         key, value, start, summaries = context.extend(self.layer_idx, key, value)
-        cross = self.encoder_keys(encoder_hidden_states, context)
+        cross = context.encoder_keys(self, encoder_hidden_states)
         settings = {"start": start, "scaling": self.scaling, "cross": cross, "first_query": first_query}
         weights = cross_weights = None
         if self.config._attn_implementation == "eager":
@@ -226,22 +228,6 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
         if cross is not None:
             out = out + cross_weights @ cross[1].repeat_interleave(self.num_key_value_groups, dim=1)
         return out, weights
-
-    def encoder_keys(self, states: torch.Tensor | None, context: "DecoderContext"):
-        """Keys and values of the encoder's states `[U, S, D]` and their mask; computed once if a cache keeps them."""
-        if states is None:
-            return None
-        past = context.past_key_values
-        if not isinstance(past, EncoderDecoderCache):
-            return *self.keys_values(states, context.encoder_angles[self.layer_idx]), context.encoder_mask
-        layer = past.cross_attention_cache.layers[self.layer_idx]
-        if not past.is_updated.get(self.layer_idx):
-            key, value = self.keys_values(states, context.encoder_angles[self.layer_idx])
-            if context.sources is not None:
-                key, value = key[context.sources], value[context.sources]
-            past.cross_attention_cache.update(key, value, self.layer_idx)
-            past.is_updated[self.layer_idx], layer.sources = True, context.sources
-        return layer.whole, layer.values, context.encoder_mask
 
 
 @dataclass
@@ -282,6 +268,22 @@ class DecoderContext:
         if self.next_memory is not None:
             self.next_memory.layers[layer_idx] = extended
         return key, value, layer.fill, None
+
+    def encoder_keys(self, attention: FlashLiteAttention, states: torch.Tensor | None):
+        """Keys and values of the encoder's states `[U, S, D]` and their mask; computed once if a cache keeps them."""
+        if states is None:
+            return None
+        past, index = self.past_key_values, attention.layer_idx
+        if not isinstance(past, EncoderDecoderCache):
+            return *attention.keys_values(states, self.encoder_angles[index]), self.encoder_mask
+        layer = past.cross_attention_cache.layers[index]
+        if not past.is_updated.get(index):
+            key, value = attention.keys_values(states, self.encoder_angles[index])
+            if self.sources is not None:
+                key, value = key[self.sources], value[self.sources]
+            past.cross_attention_cache.update(key, value, index)
+            past.is_updated[index], layer.sources = True, self.sources
+        return layer.whole, layer.values, self.encoder_mask
 
 
 def equal_sources(states: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:

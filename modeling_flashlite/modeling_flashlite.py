@@ -262,7 +262,7 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
         with super()._optimize_model_for_decode(), decode_session(self) as session, int8_codes(session.int8_codes):
             yield
 
-    def _head(self, hidden_states, labels, logits_to_keep, teacher, kwargs):
+    def loss_and_logits(self, hidden_states, labels, logits_to_keep, teacher, kwargs):
         """Loss and logits of the decoder's states `[B, T, D]`; `labels` `[B, T]` are aligned with them.
 
         For training batches with many logits, none are returned: the loss runs over chunks of tokens.
@@ -273,13 +273,13 @@ class FlashLiteHeadModel(FlashLitePreTrainedModel):
             hidden_states = hidden_states / self.config.decoder.logits_scaling
         vocab_size = self.config.decoder.vocab_size
         chunked = "lm_head" in self._loss_arguments  # the hook applies the head itself
-        large = hidden_states.shape[:-1].numel() * vocab_size > _MAX_TRAINING_LOGITS
-        logits = None
-        if labels is None or not (self.training and chunked and large):
-            logits = self.lm_head(kept_states(hidden_states, logits_to_keep))
         if labels is None:
             self._check_labels_are_not_missed(kwargs)
-            return None, logits
+            return None, self.lm_head(kept_states(hidden_states, logits_to_keep))
+        large = hidden_states.shape[:-1].numel() * vocab_size > _MAX_TRAINING_LOGITS
+        logits = None
+        if not (self.training and chunked and large):
+            logits = self.lm_head(kept_states(hidden_states, logits_to_keep))
         whole = logits is not None and logits.shape[:2] == hidden_states.shape[:2]
         own = {"hidden_states": hidden_states, "lm_head": self.lm_head} if chunked else {"shift_labels": labels}
         own |= {name: value for name, value in kwargs.items() if name in self._loss_arguments - {"num_items_in_batch"}}
@@ -386,7 +386,7 @@ class FlashLiteForConditionalGeneration(FlashLiteHeadModel, GenerationMixin):
             **self.model._recorded(kwargs),
         )
         teacher = {"teacher_ids": teacher_ids, "teacher_weights": teacher_weights}
-        loss, logits = self._head(outputs.last_hidden_state, labels, logits_to_keep, teacher, kwargs)
+        loss, logits = self.loss_and_logits(outputs.last_hidden_state, labels, logits_to_keep, teacher, kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return FlashLiteSeq2SeqLMOutput(loss=loss, logits=logits, **fields)
 
@@ -446,7 +446,7 @@ class FlashLiteForCausalLM(FlashLiteHeadModel, GenerationMixin):
         if labels is not None and shifted is None:
             shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         teacher = {"teacher_ids": teacher_ids, "teacher_weights": teacher_weights}
-        loss, logits = self._head(outputs.last_hidden_state, shifted, logits_to_keep, teacher, kwargs)
+        loss, logits = self.loss_and_logits(outputs.last_hidden_state, shifted, logits_to_keep, teacher, kwargs)
         return FlashLiteCausalLMOutput(
             loss=loss,
             logits=logits,

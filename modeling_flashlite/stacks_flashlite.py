@@ -17,12 +17,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .base_flashlite import FlashLitePreTrainedModel, check_inputs
 from .cache_flashlite import (
     FlashLiteCache,
-    Rows,
     axis_spec,
     own_cache,
     prepare_cache,
-    rows_of_documents,
-    rows_of_mask,
 )
 from .compat_flashlite import CACHE, CacheNames, takes_cache
 from .configuration_flashlite import FlashLiteDecoderConfig, FlashLiteEncoderConfig
@@ -38,6 +35,7 @@ from .layers_flashlite import (
 )
 from .linear_flashlite import Linear
 from .positions_flashlite import first_block_shift, layer_angles, shift_angles
+from .rows_flashlite import Rows, packed_rows, padded_rows
 
 
 @dataclass
@@ -202,14 +200,18 @@ class FlashLiteDecoder(FlashLiteStack):
             layer_angles(self.config, positions, dtype),
             self._shift_angles(positions, context, dtype),
         )
-        # fewer layers run in early-exit drafts
-        for layer, angle in zip(self.layers[: self.config.num_hidden_layers], angles):
-            hidden_states = layer(hidden_states, encoder_hidden_states, angle, context)
         return FlashLiteDecoderOutput(
-            last_hidden_state=self.dropout(self.norm(hidden_states)),
+            last_hidden_state=self.run_layers(hidden_states, encoder_hidden_states, angles, context),
             memory=context.next_memory,
             **{CACHE: past_key_values if use_cache else None},
         )
+
+    def run_layers(self, hidden_states, encoder_hidden_states, angles, context: DecoderContext) -> torch.Tensor:
+        """Embedded tokens `[B, T, D]` and the angles of each layer -> states after the final norm."""
+        # fewer layers run in early-exit drafts
+        for layer, angle in zip(self.layers[: self.config.num_hidden_layers], angles):
+            hidden_states = layer(hidden_states, encoder_hidden_states, angle, context)
+        return self.dropout(self.norm(hidden_states))
 
     def _shift_angles(self, positions: torch.Tensor, context: DecoderContext, dtype: torch.dtype):
         """Angles of how much nearer the first block seems to the columns `[B or 1, T]`; `None` where it does not."""
@@ -286,40 +288,6 @@ def check_packed(rows: Rows | None, encoder_hidden_states, past_key_values, memo
             f"The decoder's position ids restart within a row, which means packed documents, but {belong} to whole "
             f"rows; give each document its own row."
         )
-
-
-def padded_rows(states: torch.Tensor, attention_mask: torch.Tensor | None) -> Rows | None:
-    """Map the new columns `[B, T]` to rows of real tokens; `None` if all are real."""
-    mask = None if attention_mask is None else attention_mask[:, -states.shape[1] :].bool()
-    # an exported graph cannot read the mask, so it does not use the shortcut
-    return None if mask is None or not torch.compiler.is_exporting() and mask.all() else rows_of_mask(mask)
-
-
-def packed_rows(states, attention_mask, position_ids) -> Rows | None:
-    """Map the columns of packed documents to rows; `None` if no `position_ids` restart within a row.
-
-    Within a document, the position of the next real token grows by 1, or by the number of columns if padding is
-    counted, or by 1 from the padding column before it, as `generate` counts after a prompt padded on the right. An
-    exported graph cannot inspect positions and treats each row as one document.
-    """
-    batch, columns = states.shape[:2]
-    if position_ids is None or columns < 2 or torch.compiler.is_exporting():
-        return None
-    positions = position_ids[..., -columns:].expand(batch, -1)
-    starts = positions.diff(dim=1) != 1
-    if attention_mask is None:
-        mask = torch.ones_like(positions, dtype=torch.bool)
-    else:
-        mask = attention_mask[:, -columns:].bool()
-        column = torch.arange(columns, device=mask.device).expand(batch, -1)
-        # the last real column before each column, or the first column
-        before = torch.where(mask, column, 0).cummax(1).values[:, :-1]
-        step = positions[:, 1:] - positions.gather(1, before)
-        starts &= mask[:, 1:] & mask.gather(1, before) & (step != 1) & (step != column[:, 1:] - before)
-    if not starts.any():
-        return None
-    starts = nn.functional.pad(starts, (1, 0))
-    return rows_of_documents(starts | (mask & (mask.cumsum(1) == 1)), mask)
 
 
 def target_positions(hidden_states: torch.Tensor, context: DecoderContext) -> torch.Tensor:

@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from .attention_flashlite import AxisSpec, BlockSummaries, block_table, is_block_table, joint_attention
-from .attention_tiles_flashlite import top_blocks
+from .attention_dense_flashlite import joint_attention
+from .attention_flashlite import AxisSpec, BlockSummaries, block_table, is_block_table
+from .attention_parts_flashlite import top_blocks
 
 # Up to this many key-value heads over all rows, decoding uses a working set: one thread gathers its chosen blocks.
 _FEW_HEADS = 16

@@ -2,7 +2,7 @@
 
 import torch
 
-import modeling_flashlite.attention_flashlite as attention
+from modeling_flashlite.attention_dense_flashlite import query_slots
 
 
 def random(*shape, grad=False, dtype=torch.float64):
@@ -39,6 +39,6 @@ def cross_inputs(kind, batch, hkv, dv, grad):
 
 def first_queries(q, spec, start):
     """Other queries for the first block, where it may be met by others; needs a memory of some blocks."""
-    slots = attention._slots(start, q.shape[2], q.device)[:, None, :, None]
+    slots = query_slots(start, q.shape[2], q.device)[:, None, :, None]
     far = slots // spec.block_size >= spec.reach + 1
     return torch.where(far, torch.randn_like(q), q.detach()).requires_grad_(q.requires_grad)

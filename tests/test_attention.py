@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import modeling_flashlite.attention_flashlite as attention
-import modeling_flashlite.attention_tiles_flashlite as tiles
+import modeling_flashlite.attention_parts_flashlite as parts
 from modeling_flashlite.attention_flashlite import (
     AxisSpec,
     BlockSummaries,
@@ -79,7 +79,7 @@ def test_every_path_equals_the_reference_in_values_and_gradients(call):
 
 @pytest.mark.parametrize("kind", [None, "masked"])
 def test_tiles_without_the_private_op_are_the_same(monkeypatch, kind):
-    monkeypatch.setattr(tiles, "_flash", None)
+    monkeypatch.setattr(parts, "_flash", None)
     inputs, spec = qkv(2, queries=70, keys=75, grad=True), AxisSpec(4, 2, 2, 8)
     cross = cross_inputs(kind, 2, 2, 8, grad=True)
     leaves = inputs if cross is None else inputs + cross[:2]

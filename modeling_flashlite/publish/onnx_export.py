@@ -6,6 +6,7 @@ multi-axis attention, so it is exact at every length up to there, and costs `max
 text is: it is for running anywhere, not for running fast.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..attention_flashlite import multi_axis_attention_reference
+from ..cache_flashlite import axis_spec
 from ..compat_flashlite import CACHE
+from ..layers_flashlite import DecoderContext, FlashLiteAttention
 from ..modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
-from ..positions_flashlite import LENGTH_ROPES, layer_angles, nearer, shift_angles
+from ..positions_flashlite import LENGTH_ROPES, layer_angles, shift_angles
 
 
 class ExportError(ValueError):
@@ -43,45 +45,66 @@ class DecoderGraph(nn.Module):
     """New tokens `[B, T]` at slots `position [B]` on -> logits `[B, T, V]` and the cache with them written in.
 
     Keys and values are `[layers, B, M, max_length, H]`. A row's tokens stand from slot 0 on without gaps; what a row
-    holds behind its last token is never seen, so shorter rows of a prompt are padded on the right.
+    holds behind its last token is never seen, so shorter rows of a prompt are padded on the right. The model's own
+    layers run, over a [`SlotContext`].
     """
 
     def __init__(self, model: FlashLiteForCausalLM | FlashLiteForConditionalGeneration):
         super().__init__()
-        self.decoder, self.head = model.model.decoder, model
-        self.crossed = isinstance(model, FlashLiteForConditionalGeneration)
+        self.model = model
 
     def forward(self, input_ids, position, keys, values, encoder_keys=None, encoder_values=None, encoder_mask=None):
-        decoder = self.decoder
+        decoder = self.model.model.decoder
         states = decoder.embed(decoder.embed_tokens(input_ids))
         slots = position[:, None] + torch.arange(input_ids.shape[1], device=input_ids.device)
-        all_angles = layer_angles(decoder.config, slots, states.dtype)
-        spec = decoder.layers[0].self_attn.spec
-        shifts = None if spec.memory_blocks is None else shift_angles(decoder.config, slots, spec, states.dtype)
-        new_keys, new_values = [], []
-        for index, (layer, angles) in enumerate(zip(decoder.layers, all_angles)):
-            attention, normed = layer.self_attn, layer.input_layernorm(states)
-            key, value = attention.keys_values(normed, angles)
-            new_keys.append(_write(keys[index], key, slots))
-            new_values.append(_write(values[index], value, slots))
-            cross = (encoder_keys[index], encoder_values[index], encoder_mask.bool()) if self.crossed else None
-            query = attention.queries(normed, angles)
-            out, _, _ = multi_axis_attention_reference(
-                query,
-                new_keys[-1],
-                new_values[-1],
-                attention.spec,
-                start=position,
-                scaling=attention.scaling,
-                cross=cross,
-                first_query=None if shifts is None else nearer(query, *shifts[index]),
-            )
-            states = layer.add_branches(states, attention.o_proj(out.transpose(1, 2).flatten(2)))
-        states = decoder.norm(states)
-        if self.head.head_proj is not None:
-            states = self.head.head_proj(states)
-        states = states / decoder.config.logits_scaling
-        return self.head.lm_head(states), torch.stack(new_keys), torch.stack(new_values)
+        context = SlotContext(slots, keys, values)
+        if encoder_mask is not None:
+            context.encoder = encoder_keys, encoder_values, encoder_mask.bool()
+        if (spec := axis_spec(decoder.config)).memory_blocks is not None:
+            context.shift_angles = shift_angles(decoder.config, slots, spec, states.dtype)
+        with _by_definition(decoder.config):
+            states = decoder.run_layers(states, None, layer_angles(decoder.config, slots, states.dtype), context)
+        _, logits = self.model.loss_and_logits(states, None, 0, {}, {})
+        return logits, torch.stack(context.new_keys), torch.stack(context.new_values)
+
+
+class SlotContext(DecoderContext):
+    """What the decoder's layers read and write, as plain tensors of a graph.
+
+    Args:
+        slots: slots `[B, T]` of the new tokens.
+        keys, values: the cache of all layers, `[layers, B, M, max_length, H]`.
+    """
+
+    def __init__(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor):
+        super().__init__()
+        self.slots, self.keys, self.values = slots, keys, values
+        self.encoder: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.new_keys: list[torch.Tensor] = []
+        self.new_values: list[torch.Tensor] = []
+
+    def extend(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor):
+        """All slots of a layer, the new ones written; the slot of each row's first new token; no summaries."""
+        self.new_keys.append(_write(self.keys[layer_idx], key, self.slots))
+        self.new_values.append(_write(self.values[layer_idx], value, self.slots))
+        return self.new_keys[-1], self.new_values[-1], self.slots[:, 0], None
+
+    def encoder_keys(self, attention: FlashLiteAttention, states: torch.Tensor | None):
+        """Keys and values of the encoder, inputs of the graph, and their mask; `None` without an encoder."""
+        if self.encoder is None:
+            return None
+        keys, values, mask = self.encoder
+        return keys[attention.layer_idx], values[attention.layer_idx], mask
+
+
+@contextlib.contextmanager
+def _by_definition(config):
+    """Attend by the reference, whose operations do not depend on values, as a graph demands."""
+    chosen, config._attn_implementation = config._attn_implementation, "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = chosen
 
 
 def _write(buffer: torch.Tensor, new: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -203,7 +226,7 @@ def _rounded(graph) -> int:
 def _export(graph: nn.Module, inputs: dict, dynamic: dict, outputs: list[str], path: Path) -> None:
     with torch.no_grad():
         program = torch.onnx.export(
-            graph,
+            graph.eval(),
             kwargs=inputs,
             input_names=list(inputs),
             output_names=outputs,
@@ -211,6 +234,8 @@ def _export(graph: nn.Module, inputs: dict, dynamic: dict, outputs: list[str], p
             dynamo=True,
             verbose=False,
         )
+    for node in program.model.graph.all_nodes():  # Python stack traces, which name paths of this machine
+        node.metadata_props.clear()
     program.save(str(path))
 
 
