@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modeling_flashlite.cli import finish, start
-from modeling_flashlite.measure.results import write_results
 from modeling_flashlite.training.scratch import SIZES, ScratchStages
 
 
@@ -52,21 +51,8 @@ def main(args: DemoArgs) -> dict:
         demo.stage(work)
     text = demo.stage(demo.reloaded)["text"]
     print(f"\n{text}\n\n{demo.render(COLUMNS)}\n")
-    results = write_results(
-        demo.root / "results.json",
-        {
-            "seconds": round(demo.seconds, 1),
-            **{f"perplexity_{r['stage']}": r["perplexity"] for r in demo.table},
-        },
-        task="text-generation",
-        dataset=args.dataset,
-        split="validation",
-        config={**dataclasses.asdict(args), **dataclasses.asdict(demo.size)},
-        seed=args.seed,
-        stages=demo.table,
-        sample=text,
-    )
-    return finish({"stages": demo.table, "seconds": results["metrics"]["seconds"], "output": args.output})
+    config = {**dataclasses.asdict(args), **dataclasses.asdict(demo.size)}
+    return finish(demo.write_results(config, dataset=args.dataset, sample=text))
 
 
 if __name__ == "__main__":

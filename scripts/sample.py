@@ -7,18 +7,15 @@ python scripts/sample.py --model you/chat --chat --rows 200 --beside wiki.train.
 Plain samples, or conversations by the chat template, of which the model writes both sides; see `training/sampling.py`.
 """
 
-import os
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from datasets import Dataset
 from transformers import set_seed
 
 import modeling_flashlite  # noqa: F401  (registers the architecture)
 from modeling_flashlite.checkpoint import CheckpointArgs, load_language_model, read_tokenizer
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import load_data, pick_split
+from modeling_flashlite.measure.results import write_json_lines
 from modeling_flashlite.training.sampling import write_conversations, write_texts
 
 _DOCUMENT = 6000  # characters that consecutive lines of a text file are joined to
@@ -68,13 +65,8 @@ def main(checkpoint: CheckpointArgs, args: SampleArgs) -> dict:
         texts = write_texts(model, tokenizer, args.rows, args.max_new_tokens, args.batch_size)
     if args.beside:
         texts = mixed(texts, args.beside, args.characters)
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        path = Path(folder) / output.name
-        Dataset.from_dict({"text": texts}).to_json(path, force_ascii=False)
-        os.replace(path, output)
-    return finish({"output": str(output), "rows": len(texts), "characters": sum(map(len, texts))})
+    write_json_lines(args.output, ({"text": text} for text in texts))
+    return finish({"output": args.output, "rows": len(texts), "characters": sum(map(len, texts))})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Every recipe is parsed, documented line by line, and trains for two steps on a tiny corpus."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -183,12 +182,11 @@ def test_ablation_trains_each_choice_once(tmp_path, monkeypatch, capsys):
     text = "".join(json.dumps({"text": f"number {i} and number {i + 1} " * 40}) + "\n" for i in range(8))
     (tmp_path / "a.jsonl").write_text(text)
     argv = ["ablate.py", "--study", "axes", "--only", "dense", "multi-axis", "--steps", "2", "--length", "64"]
-    argv += ["--block-size", "8", "--relevance-top-k", "1", "--hidden-size", "32", "--layers", "1", "--seeds", "0"]
-    argv += ["--dataset", f"train={tmp_path}/a.jsonl,validation={tmp_path}/a.jsonl", "--vocab-size", "300"]
+    argv += ["--block_size", "8", "--relevance_top_k", "1", "--hidden_size", "32", "--layers", "1", "--seeds", "0"]
+    argv += ["--dataset", f"train={tmp_path}/a.jsonl,validation={tmp_path}/a.jsonl", "--vocab_size", "300"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [*argv, "--rows", "2", "--out", "out.json"])
-    script.main()
-    dense, sparse = json.loads(capsys.readouterr().out.splitlines()[-1])
+    script.main(*parse_args((script.AblateArgs,), [*argv[1:], "--rows", "2", "--output", "out.json"]))
+    dense, sparse = json.loads(capsys.readouterr().out.splitlines()[-1])["table"]
     assert (dense["choice"], dense["relative_perplexity"], sparse["choice"]) == ("dense", 1.0, "multi-axis")
     # the same weights and rows, and rows long enough that the choice matters
     assert sparse["loss_equal_steps"] != dense["loss_equal_steps"]

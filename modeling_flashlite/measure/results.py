@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -82,9 +82,25 @@ def read_results(paths: list[Path]) -> list[dict]:
 
 
 def write_json(path: str | Path, content: object) -> None:
-    """Write JSON atomically: to a temporary file beside the target, which then replaces it."""
-    path = Path(path)
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=_plain, allow_nan=False) + "\n"
+    """Write JSON atomically.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON cannot hold.
+    """
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, default=_plain, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} would hold a number that is not finite ({error}); check the run's losses.") from None
+    _replace(Path(path), text + "\n")
+
+
+def write_json_lines(path: str | Path, rows: Iterable[object]) -> None:
+    """Write one JSON value per line, atomically."""
+    _replace(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write to a temporary file beside `path`, which then replaces it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

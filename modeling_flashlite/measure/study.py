@@ -1,10 +1,11 @@
 """What the benchmark scripts share: options, table, results file and growth curves."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from .peers import installed
 from .results import write_results
 from .workloads import HEAD_SHAPE, SPEC
 
-__all__ = ["BenchArgs", "run_bench"]
+__all__ = ["BenchArgs", "run_bench", "write_bench"]
 
 
 @dataclass
@@ -49,6 +50,34 @@ class BenchArgs:
         return installed(self.peers)[0]
 
 
+def write_bench(
+    path: Path,
+    name: str,
+    args: Any,
+    rows: list[dict],
+    metrics: Mapping[str, float] | None = None,
+    *,
+    without: Sequence[str] = (),
+    settings: Mapping | None = None,
+    **fields,
+) -> None:
+    """Write the results file of a benchmark.
+
+    Args:
+        path (`Path`): the file.
+        name (`str`): of the benchmark.
+        args (dataclass): its options, with `seed`; they are recorded, except `output` and those of `without`.
+        rows (`list[dict]`): the table.
+        metrics (`Mapping[str, float]`, *optional*): name to number.
+        without (sequence of `str`): options that do not apply.
+        settings (`Mapping`, *optional*): further settings, such as fixed shapes.
+        **fields: see [`write_results`].
+    """
+    config = {key: value for key, value in asdict(args).items() if key not in ("output", *without)}
+    config |= settings or {}
+    write_results(path, metrics or {}, task=f"bench {name}", config=config, seed=args.seed, rows=rows, **fields)
+
+
 def run_bench(
     name: str, measure: Callable[[BenchArgs], list[dict]], *, grows: bool = False, against_packages: bool = False
 ) -> dict:
@@ -71,15 +100,13 @@ def run_bench(
     if against_packages and skipped:
         sys.stderr.write(f"Left out, not installed: {', '.join(skipped)}; pip install 'flashlite[bench]' adds them.\n")
     rows = measure(args)
-    fields: dict = {"rows": rows}
+    fields: dict = {}
     if against_packages:
         fields |= {"peers": {package: metadata.version(package) for package in found}, "skipped": skipped}
     if grows:
         fields["growth"] = fit_growth(rows)
-    settings = {key: value for key, value in asdict(args).items() if key != "output"}
-    settings |= {**HEAD_SHAPE, "axes": asdict(SPEC)}
     path = Path(args.output) / f"bench-{name}.json"
-    write_results(path, {}, task=f"bench {name}", config=settings, seed=args.seed, **fields)
+    write_bench(path, name, args, rows, settings={**HEAD_SHAPE, "axes": asdict(SPEC)}, **fields)
     if grows:
         draw_growth(rows, path.with_suffix(""))
         sys.stdout.write(f"\n{name}, growth\n{format_table(fields['growth'])}\n")

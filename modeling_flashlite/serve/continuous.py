@@ -14,6 +14,7 @@ import copy
 from collections import Counter, deque
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -219,14 +220,13 @@ class ContinuousBatch:
 
     def _join(self, prompt: Prompt, token: int) -> None:
         """Add a completely read prompt as a row of the batch."""
-        row = torch.ones(1, len(prompt.tokens), dtype=torch.long)
+        rows = [] if self.cache is None else [*self.mask]
         if self.cache is None:
-            self.cache, self.mask = prompt.cache, row
+            self.cache = prompt.cache
         else:
             join_caches(self.cache, prompt.cache)
-            width = max(self.mask.shape[1], row.shape[1])
-            pads = (torch.nn.functional.pad(mask, (width - mask.shape[1], 0)) for mask in (self.mask, row))
-            self.mask = torch.cat(list(pads))
+        rows.append(torch.ones(len(prompt.tokens), dtype=torch.long))
+        self.mask = pad_sequence(rows, batch_first=True, padding_side="left")
         self.answers.append(prompt.answer)
         self.newest.append(token)
 

@@ -66,8 +66,10 @@ def _batches(calibration, model, batch_size: int, data_collator: Callable | None
 
 
 def batches_of(calibration, model, data_collator=None, batch_size: int = 8, max_batches: int | None = None) -> list:
-    """The first batches of calibration data, in any form that [`quantize`] accepts."""
-    return list(itertools.islice(_batches(calibration, model, batch_size, data_collator), max_batches))
+    """The first batches of calibration data, in any form that [`quantize`] accepts; segments lose their memory."""
+    batches = itertools.islice(_batches(calibration, model, batch_size, data_collator), max_batches)
+    carried = "memory_reset", "shift_labels"
+    return [{name: value for name, value in batch.items() if name not in carried} for batch in batches]
 
 
 def with_labels(batch: dict, model) -> dict:

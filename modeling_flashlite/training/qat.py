@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from ..ecq_modules_flashlite import to_quantized
 from ..ecq_stream_flashlite import stream_bytes
@@ -154,6 +154,12 @@ def parameter_groups(model, weight_rate: float) -> list[dict]:
         groups.append({"params": [weight], "lr": weight_rate * steps.median().item()})
         coded.add(id(weight))
     return [{"params": [p for p in model.parameters() if id(p) not in coded]}, *groups]
+
+
+def qat_optimizer(model, weight_rate: float, args: TrainingArguments) -> torch.optim.AdamW:
+    """AdamW over [`parameter_groups`], otherwise as the arguments of a `Trainer` say."""
+    groups, betas = parameter_groups(model, weight_rate), (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon, args.weight_decay, fused=True)
 
 
 class RateController:

@@ -8,18 +8,20 @@ puts before a user's words; the model then writes the question and answers it (M
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
-import tempfile
 import zlib
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokenization import end_tokens, turn_end
+from ..measure.results import write_json_lines
 
 logger = logging.getLogger(__name__)
 Conversation = list[dict[str, str]]
@@ -112,12 +114,11 @@ def write_conversations(
 
 def _answered(model, tokenizer, asked: list[Conversation], ends: dict) -> list[Conversation]:
     texts = [tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) for turns in asked]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    length = max(map(len, encoded))
-    pad = _pad_token(model, tokenizer)
+    encoded = [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
     given = {
-        "input_ids": torch.tensor([[pad] * (length - len(ids)) + ids for ids in encoded]),
-        "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in encoded]),
+        "input_ids": pad(encoded, padding_value=_pad_token(model, tokenizer)),
+        "attention_mask": pad([torch.ones_like(ids) for ids in encoded]),
     }
     _, answers = _write(model, tokenizer, given, ANSWER_TOKENS, do_sample=False, **ends)
     return [[*turns, {"role": "assistant", "content": answer}] for turns, answer in zip(asked, answers) if answer]
@@ -137,15 +138,6 @@ def conversation_rows(
             rows.append(row[:length])
             row = []
     return torch.tensor(rows, dtype=torch.long).view(-1, length)
-
-
-def _keep(path: Path, rows: list[Conversation]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        partial = Path(folder) / path.name
-        lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in rows]
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(partial, path)
 
 
 def conversation_batches(
@@ -180,7 +172,7 @@ def conversation_batches(
             held += write_conversations(model, tokenizer, min(max(8, 2 * left), 64))
             rows = conversation_rows(tokenizer, held, length)
             if path is not None and held:
-                _keep(path, held)
+                write_json_lines(path, ({"messages": messages} for messages in held))
             if len(rows) >= count or not held:
                 break
     if not held:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainingArg
 from transformers.trainer_callback import ProgressCallback
 
 from ..measure.cost import model_size
+from ..measure.results import write_json, write_results
 from .trainers import CarefulTrainer, last_checkpoint
 
 __all__ = ["LossOnBar", "Stages", "print_line", "reload_elsewhere", "run_elsewhere", "weight_cost"]
@@ -74,7 +76,7 @@ class Stages:
         record = self.root / "args.json"
         if record.is_file() and json.loads(record.read_text(encoding="utf-8")) != dict(made_with):
             raise ValueError(f"{self.root} was made with other arguments; give another --output, or remove it.")
-        _write(record, made_with)
+        write_json(record, dict(made_with))
 
     def stage(self, work: Callable[[Path], dict | None]) -> dict:
         """Run `work` on the stage's folder unless the stage is finished; return its result, a row of the table.
@@ -91,7 +93,7 @@ class Stages:
             set_seed(self.seed)
             start = time.monotonic()
             row = work(folder) or {}
-            _write(finished, {**row, "seconds": round(time.monotonic() - start, 1)})
+            write_json(finished, {**row, "seconds": round(time.monotonic() - start, 1)})
             shutil.rmtree(folder / "trainer", ignore_errors=True)
         row = json.loads(finished.read_text(encoding="utf-8"))
         self.seconds += row["seconds"]
@@ -141,18 +143,19 @@ class Stages:
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
+    def write_results(self, config: Mapping, **fields: Any) -> dict:
+        """Write the table into `results.json`, see [`write_results`]; return what a script prints as its last line."""
+        metrics = {"seconds": round(self.seconds, 1)}
+        metrics |= {f"perplexity_{row['stage']}": row["perplexity"] for row in self.table}
+        fields |= {"task": "text-generation", "split": "validation", "seed": self.seed, "stages": self.table}
+        write_results(self.root / "results.json", metrics, config=config, **fields)
+        return {"stages": self.table, "seconds": metrics["seconds"], "output": str(self.root)}
+
 
 def print_line(text: str) -> None:
     """Print the name of the running stage."""
     sys.stdout.write(f"demo: {text}\n")
     sys.stdout.flush()
-
-
-def _write(path: Path, content: Mapping) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(dict(content), indent=2), encoding="utf-8")
-    part.replace(path)
 
 
 def weight_cost(model, folder: Path, adapter: Path | None = None) -> dict:

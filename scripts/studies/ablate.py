@@ -2,25 +2,25 @@
 
     python scripts/studies/ablate.py --dataset python --study positions
     python scripts/studies/ablate.py --dataset train=a.jsonl.xz,validation=b.jsonl.xz --seeds 0 1 2 --steps 600
-    python scripts/studies/ablate.py --study axes --only dense multi-axis --length 4096 --block-size 64
+    python scripts/studies/ablate.py --study axes --only dense multi-axis --length 4096 --block_size 64
 
 Each run trains a small decoder-only model from scratch. The results file records every evaluation with the processor
 time spent on training so far, so that choices can be compared at equal steps and at equal time. Runs already in the
 results file are not repeated.
 """
 
-import argparse
 import json
 import math
 import statistics
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
-from modeling_flashlite.cli import start
+from modeling_flashlite.cli import finish, start
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
 from modeling_flashlite.data.batching import PaddingCollator, pack, tokenize_texts
 from modeling_flashlite.data.loading import load_data, pick_split
@@ -36,6 +36,29 @@ STUDIES = {
         "local only": {"relevance_top_k": 0, "memory_blocks": 1},
     },
 }
+
+
+@dataclass
+class AblateArgs:
+    study: str = field(default="positions", metadata={"help": "positions or axes"})
+    dataset: str = field(default="python", metadata={"help": "Hub id, split=file list, or 'python'"})
+    limit: int | None = field(default=None, metadata={"help": "rows of each split"})
+    steps: int = field(default=600, metadata={"help": "optimizer steps of each run"})
+    length: int = field(default=384, metadata={"help": "tokens per row"})
+    batch_size: int = field(default=6, metadata={"help": "rows per step"})
+    block_size: int = field(default=32, metadata={"help": "tokens per block"})
+    relevance_top_k: int = field(default=4, metadata={"help": "blocks that multi-axis attention reads in full"})
+    hidden_size: int = field(default=192, metadata={"help": "width of the models"})
+    layers: int = field(default=4, metadata={"help": "layers of the models"})
+    rows: int = field(default=96, metadata={"help": "validation rows"})
+    vocab_size: int = field(default=4096, metadata={"help": "of the tokenizer that is trained"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak of the cosine schedule"})
+    bf16: bool = field(default=False, metadata={"help": "matrix products in bfloat16"})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "one run of each choice per seed"})
+    only: list[str] = field(default_factory=list, metadata={"help": "choices of the study to run; all if unset"})
+    output: str | None = field(
+        default=None, metadata={"help": "results file; model_cards/results/ablation_<study>.json if unset"}
+    )
 
 
 class Clock(TrainerCallback):
@@ -54,7 +77,7 @@ class Clock(TrainerCallback):
         state.log_history[-1]["train_seconds"] = self.seconds
 
 
-def run(overrides: dict, seed: int, args, tokenizer, train, validation) -> list[dict]:
+def run(overrides: dict, seed: int, args: AblateArgs, tokenizer, train, validation) -> list[dict]:
     """Train one model; return `step`, `loss` (nats per token) and `train_seconds` of each evaluation."""
     set_seed(seed)
     shape = {
@@ -141,16 +164,16 @@ def summarise(runs: list[dict]) -> list[dict]:
     return rows
 
 
-def save(args, runs: list[dict]) -> None:
+def save(path: Path, args: AblateArgs, runs: list[dict]) -> None:
     """Rewrite the results file, so that an interrupted study loses at most one run."""
     table = summarise(runs)
     write_results(
-        args.out,
+        path,
         {row["choice"]: row["loss_equal_steps"] for row in table},
         task="ablation",
         dataset=args.dataset,
         split="validation",
-        config={name: value for name, value in vars(args).items() if name not in ("out", "only")},
+        config={name: value for name, value in asdict(args).items() if name not in ("output", "only")},
         seeds=sorted({entry["seed"] for entry in runs}),
         unit="nats per token",
         table=table,
@@ -158,30 +181,10 @@ def save(args, runs: list[dict]) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", choices=STUDIES, default="positions")
-    parser.add_argument("--dataset", default="python", help="Hub id, split=file list, or 'python'")
-    parser.add_argument("--limit", type=int, help="rows of each split")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--length", type=int, default=384, help="tokens per row")
-    parser.add_argument("--batch-size", type=int, default=6)
-    parser.add_argument("--block-size", type=int, default=32)
-    parser.add_argument(
-        "--relevance-top-k", type=int, default=4, help="blocks that multi-axis attention reads in full"
-    )
-    parser.add_argument("--hidden-size", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=96, help="validation rows")
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
-    parser.add_argument("--only", nargs="+", help="choices of the study to run; all by default")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    args.out = args.out or Path("model_cards/results") / f"ablation_{args.study}.json"
-
+def main(args: AblateArgs) -> dict:
+    if args.study not in STUDIES:
+        raise ValueError(f"study is {args.study!r}, but must be one of {', '.join(STUDIES)}.")
+    path = Path(args.output or f"model_cards/results/ablation_{args.study}.json")
     splits = load_data(args.dataset, limit=args.limit)
     train, validation = pick_split(splits, "train"), pick_split(splits, "validation")
     tokenizer = train_tokenizer((row["text"] for row in train), args.vocab_size, total=len(train))
@@ -193,8 +196,8 @@ def main() -> None:
     train = train.select([index for index, full in enumerate(whole) if full])
 
     report = {"runs": []}
-    if args.out.exists():
-        report = json.loads(args.out.read_text())
+    if path.exists():
+        report = json.loads(path.read_text())
     for seed in args.seeds:
         for choice, overrides in STUDIES[args.study].items():
             done = any(entry["choice"] == choice and entry["seed"] == seed for entry in report["runs"])
@@ -203,9 +206,9 @@ def main() -> None:
             print(f"{args.study}: {choice}, seed {seed}", flush=True)
             curve = run(overrides, seed, args, tokenizer, train, validation)
             report["runs"].append({"choice": choice, "seed": seed, "curve": curve})
-            save(args, report["runs"])
-    print(json.dumps(summarise(report["runs"])))
+            save(path, args, report["runs"])
+    return finish({"table": summarise(report["runs"])})
 
 
 if __name__ == "__main__":
-    start(main)
+    start(main, [AblateArgs], __doc__)

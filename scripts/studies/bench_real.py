@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,8 +33,8 @@ from modeling_flashlite.measure.benchmark import (
     summarize_race,
 )
 from modeling_flashlite.measure.peers import llama_bench
-from modeling_flashlite.measure.results import git_commit, read_results, write_results
-from modeling_flashlite.measure.study import BenchArgs
+from modeling_flashlite.measure.results import git_commit, read_results
+from modeling_flashlite.measure.study import BenchArgs, write_bench
 from modeling_flashlite.measure.workloads import continuation, random_tokens
 from modeling_flashlite.training.conversion import transplant
 from modeling_flashlite.training.source import open_source
@@ -173,20 +173,8 @@ def write(rows: list[dict], args: RealArgs) -> None:
     old = read_results([path])[0]["rows"] if path.exists() else []
     rows = sorted([row for row in old if key(row) not in fresh] + rows, key=key)
     metrics = {f"{row['name']}, {row['work']} {row['length']}, {row['threads']} threads": row["ms"] for row in rows}
-    settings = {
-        name: value for name, value in asdict(args).items() if name not in ("output", "note", "shape", "peers")
-    }
-    write_results(
-        path,
-        metrics,
-        task="bench real",
-        model=args.model,
-        config=settings,
-        seed=args.seed,
-        rows=rows,
-        cpu_features=cpu_features(),
-        note=args.note,
-    )
+    about = {"model": args.model, "cpu_features": cpu_features(), "note": args.note}
+    write_bench(path, "real", args, rows, metrics, without=("model", "note", "shape", "peers"), **about)
 
 
 def main(args: RealArgs) -> dict:

@@ -5,7 +5,7 @@ python scripts/bench.py server --model runs/smollm2-3bits --threads 2
 
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from modeling_flashlite.checkpoint import CheckpointArgs
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.measure.benchmark import cpu_features, format_table
-from modeling_flashlite.measure.results import write_results
+from modeling_flashlite.measure.study import write_bench
 from modeling_flashlite.measure.workloads import random_tokens
 from modeling_flashlite.serve.engine import Engine
 from modeling_flashlite.serve.jobs import Job, Limits, Settings
@@ -112,17 +112,8 @@ def main(args: ServerArgs) -> dict:
         }
         for name, samples in values.items()
     ]
-    settings = {name: value for name, value in asdict(args).items() if name not in ("output", "model")}
-    write_results(
-        Path(args.output),
-        metrics,
-        task="bench server",
-        model=args.model,
-        config=settings,
-        seed=args.seed,
-        rows=rows,
-        cpu_features=cpu_features(),
-    )
+    about = {"model": args.model, "cpu_features": cpu_features()}
+    write_bench(Path(args.output), "server", args, rows, metrics, without=("model",), **about)
     print(format_table(rows))
     print({name: round(value, 2) for name, value in metrics.items()})
     return finish({"results": args.output})
