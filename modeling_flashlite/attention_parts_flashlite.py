@@ -14,7 +14,11 @@ from torch import Tensor
 from .compat_flashlite import private_operator
 
 # queries scored at once
-_SCORED_QUERIES = 512
+_SCORED_QUERIES = 256
+# Queries that share gathered blocks: with more, less is copied, and each reads more that it did not select.
+_GATHERED_QUERIES = 32
+# Keys of a block that make a tile of their own worth its overhead; smaller blocks are gathered.
+_TILE_KEYS = 32
 
 _flash: Any = private_operator("aten", "_scaled_dot_product_flash_attention_for_cpu")
 _flash_backward: Any = private_operator("aten", "_scaled_dot_product_flash_attention_for_cpu_backward")
@@ -81,6 +85,16 @@ class TileSizes(NamedTuple):
     top: int
     memory: int
     scale: float
+
+    @property
+    def gathers(self) -> bool:
+        """Whether neighbouring queries share one copy of their selected blocks, which is one part of their softmax;
+        else every block is a part and a tile of its own, with the queries that selected it."""
+        return self.block < _TILE_KEYS and self.top > 0
+
+    def parts(self, cross: bool) -> int:
+        """How many parts a query's softmax has: block axis, grid, first block, selected blocks, encoder keys."""
+        return 3 + (1 if self.gathers else self.top) + cross
 
     def first_sparse_slot(self) -> int:
         """Queries before this slot see every earlier token."""
@@ -194,14 +208,14 @@ def _causal_bias(head: Head, hi: int) -> Tensor:
     return bias.masked_fill_(torch.ones_like(bias, dtype=torch.bool).triu_(head.start + 1), -math.inf)
 
 
-def _hide_others(x: Tensor, lo: int, first: int, start: int, sizes: TileSizes, columns: int = 1) -> None:
-    """Sets non-candidates of the queries (rows of x [R, ..], from `lo`) to -inf; `columns` for each block."""
+def _hide_others(x: Tensor, lo: int, first: int, start: int, sizes: TileSizes) -> None:
+    """Sets non-candidates of the queries (rows of x [R, .., n], from `lo`) to -inf."""
     b, rows = sizes.block, x.shape[0]
     for block in range((start + lo) // b, (start + lo + rows - 1) // b + 1):
         mine = x[max(block * b - start - lo, 0) : (block + 1) * b - start - lo]
-        mine[..., (block - 1 - first) * columns :] = -math.inf
+        mine[..., block - 1 - first :] = -math.inf
         if sizes.memory:
-            mine[..., : max(block - sizes.memory - first, 0) * columns] = -math.inf
+            mine[..., : max(block - sizes.memory - first, 0)] = -math.inf
 
 
 def _candidate_range(lo: int, hi: int, start: int, sizes: TileSizes) -> tuple[int, int]:
@@ -218,11 +232,11 @@ def choose(head: Head, lo: int, hi: int, sub_keys: Tensor, sizes: TileSizes) -> 
     """Selected blocks [R, K] of the queries lo..hi, given the mean keys of all sub-blocks [n r, dk]."""
     first, end = _candidate_range(lo, hi, head.start, sizes)
     (rows, groups, dim), r = head.q[lo:hi].shape, sizes.sub_blocks
-    logits = (head.q[lo:hi].view(-1, dim) * sizes.scale) @ sub_keys[first * r : end * r].T
-    logits = logits.view(rows, groups, -1)
-    _hide_others(logits, lo, first, head.start, sizes, r)
-    shares = logits.softmax(2).sum(1)
-    shares = shares if r == 1 else shares.view(rows, -1, r).sum(2)
+    # one slab of columns for each place in a block: sums over contiguous memory
+    slabs = sub_keys[first * r : end * r].view(end - first, r, dim).transpose(0, 1).flatten(0, 1)
+    logits = ((head.q[lo:hi].view(-1, dim) * sizes.scale) @ slabs.T).view(rows, groups, -1)
+    _hide_others(logits.view(rows, groups, r, -1), lo, first, head.start, sizes)
+    shares = logits.softmax(2).view(rows, groups * r, -1).sum(1)
     _hide_others(shares, lo, first, head.start, sizes)
     return top_blocks(shares, sizes.top) + first
 
@@ -245,3 +259,25 @@ def pairs_by_block(chosen: Tensor) -> tuple[Tensor, list[int], list[int]]:
 def blocks_of(x: Tensor, b: int) -> tuple[Tensor, ...]:
     """The whole blocks of x [S, d], each as [1, 1, b, d]."""
     return x[: x.shape[0] // b * b].view(-1, 1, 1, b, x.shape[1]).unbind(0)
+
+
+def whole_blocks(x: Tensor, b: int) -> Tensor:
+    """The whole blocks of x [S, d] as rows [n, b d], without a copy."""
+    return x[: x.shape[0] // b * b].view(-1, b * x.shape[1])
+
+
+def gathered_tiles(head: Head, lo: int, chosen: Tensor, sizes: TileSizes):
+    """Cuts the queries from `lo` on, with their selected blocks [R, K], into tiles that share gathered keys.
+
+    Neighbouring queries select much the same blocks. Yields `(lo, hi, blocks [M], keys [M b, dk], values [M b, dv],
+    bias [hi - lo, M b])` with every block that one of the queries selected; the bias hides it from the others.
+    """
+    keys, values = (whole_blocks(x, sizes.block) for x in (head.k, head.v))
+    for rows in chosen.long().split(_GATHERED_QUERIES):
+        seen = rows.new_zeros(rows.shape[0], keys.shape[0], dtype=torch.bool).scatter_(1, rows, True)
+        blocks = seen.any(0).nonzero().flatten()
+        k, v = (x.index_select(0, blocks).view(blocks.shape[0] * sizes.block, -1) for x in (keys, values))
+        bias = head.q.new_zeros(rows.shape[0], blocks.shape[0]).masked_fill_(~seen[:, blocks], -math.inf)
+        bias = bias[:, :, None].expand(-1, -1, sizes.block).flatten(1)
+        yield lo, lo + rows.shape[0], blocks, k, v, bias[None, None]
+        lo += rows.shape[0]

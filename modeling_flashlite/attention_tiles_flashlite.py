@@ -1,9 +1,10 @@
 """The long path of multi-axis attention: tiles merged by log-sum-exp, with the exact joint gradient.
 
 The softmax over a query's keys is split into parts with contiguous keys: the block axis, the first
-block, one part per selected block, the grid axis, the encoder keys. Each part gives an output `o_p` and a log-sum-exp
-`l_p`; with `l = logsumexp_p l_p` the whole is `sum_p exp(l_p - l) o_p`. The queries that selected a block are gathered
-into one tile, so that no key is copied and no L x L matrix is formed. The backward pass of a part needs only `P =
+block, the selected blocks, the grid axis, the encoder keys. Each part gives an output `o_p` and a log-sum-exp
+`l_p`; with `l = logsumexp_p l_p` the whole is `sum_p exp(l_p - l) o_p`. Large selected blocks are parts of their own:
+the queries that selected a block are gathered into one tile, and no key is copied. Small ones are copied, once for all
+of some neighbouring queries, and are one part. No L x L matrix is formed. The backward pass of a part needs only `P =
 exp(s - l)` and `D = do . o`: given the merged output and log-sum-exp, it computes the part's share of the joint
 gradient.
 """
@@ -20,6 +21,7 @@ from .attention_parts_flashlite import (
     TileSizes,
     blocks_of,
     choose,
+    gathered_tiles,
     grid_bias,
     heads_view,
     local_bias,
@@ -33,6 +35,7 @@ from .attention_parts_flashlite import (
     take_head,
     tile_backward,
     tile_forward,
+    whole_blocks,
 )
 
 # elements of the buffer that holds the outputs of all parts of a chunk of queries
@@ -47,7 +50,7 @@ def _head_forward(head: Head, sub_keys: Tensor, sizes: TileSizes, buffer: Tensor
         _dense_prefix(head, dense, sizes, out, lse)
     if dense == t_count:
         return
-    parts = sizes.top + 3 + (head.cross is not None)
+    parts = sizes.parts(head.cross is not None)
     chunk = -(-(t_count - dense) // -(-(t_count - dense) * parts * groups // buffer.shape[0]))
     bias = local_bias(sizes.block, groups, head.q)
     for lo in range(dense, t_count, chunk):
@@ -66,7 +69,8 @@ def _head_forward(head: Head, sub_keys: Tensor, sizes: TileSizes, buffer: Tensor
         if head.cross is not None:
             there = slice(-rows * groups, None)
             _forward_cross(head, lo, hi, sizes, view[there].view(rows, groups, -1), logs[-1])
-        where = _forward_pairs(head, lo, chosen[lo:hi], sizes, view, logs)
+        selected = _forward_gathered if sizes.gathers else _forward_pairs
+        where = selected(head, lo, chosen[lo:hi], sizes, view, logs)
         _merge(view, logs, where, out[lo:hi], lse[lo:hi])
 
 
@@ -120,6 +124,17 @@ def _forward_cross(head: Head, lo: int, hi: int, sizes: TileSizes, out: Tensor, 
     logs.copy_(log[0].T)
 
 
+def _forward_gathered(head: Head, lo: int, chosen: Tensor, sizes: TileSizes, buffer: Tensor, logs: Tensor) -> Tensor:
+    """The selected blocks as one part. Returns where it is: in the place of the only pair of every query [R, 1]."""
+    rows, groups = chosen.shape[0], head.q.shape[1]
+    out = buffer[3 * rows * groups : 4 * rows * groups].view(rows, groups, -1)
+    for a, z, _, k, v, bias in gathered_tiles(head, lo, chosen, sizes):
+        o, log = tile_forward(heads_view(head.q[a:z]), shared(k, groups), shared(v, groups), bias, sizes.scale)
+        out[a - lo : z - lo] = o[0, ..., : out.shape[2]].transpose(0, 1)
+        logs[3, a - lo : z - lo] = log[0].T
+    return torch.arange(rows, device=chosen.device)[:, None]
+
+
 def _forward_pairs(head: Head, lo: int, chosen: Tensor, sizes: TileSizes, buffer: Tensor, logs: Tensor) -> Tensor:
     """One tile per selected block, with the queries that selected it.
 
@@ -148,7 +163,7 @@ def _forward_pairs(head: Head, lo: int, chosen: Tensor, sizes: TileSizes, buffer
 def _merge(buffer: Tensor, logs: Tensor, where: Tensor, out: Tensor, lse: Tensor) -> None:
     """Sums the parts of every query with their weights into out [R, G, dv] and lse [R, G].
 
-    The buffer holds rows in the order: block axis, grid axis, first block, pairs (at `where`), encoder keys.
+    The buffer holds rows in the order: block axis, grid axis, first block, selected (at `where`), encoder keys.
     """
     parts, rows, groups = logs.shape
     device = buffer.device
@@ -209,7 +224,8 @@ def _head_backward(head: Head, sizes: TileSizes, out, lse, chosen, grad: Tensor,
             grads.cross[0].add_(gk)
             grads.cross[1].add_(gv)
     if sizes.top:
-        _backward_pairs(head, dense, sizes, out, lse, chosen, grad, grads)
+        selected = _backward_gathered if sizes.gathers else _backward_pairs
+        selected(head, dense, sizes, out, lse, chosen, grad, grads)
 
 
 def _backward_shared(head, lo, hi, k, v, bias, sizes, out, lse, grad, grad_q, causal=False) -> tuple[Tensor, Tensor]:
@@ -238,6 +254,15 @@ def _backward_local(head: Head, lo: int, hi: int, sizes: TileSizes, out, lse, gr
                 into[origin + b : origin + (blocks + 1) * b] += part[:, 0, b:].reshape(-1, part.shape[-1])
             else:
                 into[origin : origin + part.shape[2]] += part[0, 0]
+
+
+def _backward_gathered(head: Head, lo: int, sizes: TileSizes, out, lse, chosen, grad, grads: _Grads) -> None:
+    into = [whole_blocks(x, sizes.block) for x in (grads.k, grads.v)]
+    for start, end in scored_chunks(lo, head.q.shape[0]):
+        for a, z, blocks, k, v, bias in gathered_tiles(head, start, chosen[start:end], sizes):
+            parts = _backward_shared(head, a, z, k, v, bias, sizes, out, lse, grad, grads.q)
+            for whole, part in zip(into, parts):
+                whole.index_add_(0, blocks, part.reshape(blocks.shape[0], -1))
 
 
 def _backward_pairs(head: Head, lo: int, sizes: TileSizes, out, lse, chosen, grad, grads: _Grads) -> None:
@@ -275,7 +300,7 @@ class TileAttention(torch.autograd.Function):
         out = q.new_empty(batch, length, heads, dv)
         lse = q.new_empty(batch, hkv, length, groups, dtype=wide)
         chosen = torch.zeros(batch, hkv, length, sizes.top, dtype=torch.int32, device=q.device)
-        parts = sizes.top + 3 + (cross_k is not None)
+        parts = sizes.parts(cross_k is not None)
         sparse = min(max(length + max(starts) - sizes.first_sparse_slot(), 0), length)
         rows = parts * groups * min(sparse, max(_PART_ELEMENTS // (parts * groups * dv), 2 * sizes.block))
         buffer = q.new_empty(rows, dv, dtype=wide)

@@ -1,4 +1,4 @@
-"""Common fixtures: offline, seeded, two threads (one in each of several workers), uninitialised memory filled with NaN, tiny configs."""
+"""Common fixtures: offline, seeded, two threads (a worker has one), unwritten memory filled with NaN, tiny configs."""
 
 import atexit
 import os
@@ -9,11 +9,12 @@ import tempfile
 if "HF_ENDPOINT" not in os.environ:
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ[name] = "1"
-WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if "HF_HOME" not in os.environ or WORKER:  # workers share no cache: they would write the same modules at once
+if (
+    "HF_HOME" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ
+):  # workers share no cache: they would write the same modules at once
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="flashlite-test-", dir=os.environ.get("HF_HOME"))
     atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
-if WORKER:  # one for each core: threads of busy workers would wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:  # one for each core: threads of busy workers would wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -38,7 +38,8 @@ def cross_inputs(kind, batch, hkv, dv, grad):
 
 
 def first_queries(q, spec, start):
-    """Other queries for the first block, where it may be met by others; needs a memory of some blocks."""
+    """Queries for the first block, and what they are where it may be met by others than `q`; needs a memory."""
     slots = query_slots(start, q.shape[2], q.device)[:, None, :, None]
     far = slots // spec.block_size >= spec.reach + 1
-    return torch.where(far, torch.randn_like(q), q.detach()).requires_grad_(q.requires_grad)
+    others = torch.randn_like(q).requires_grad_(q.requires_grad)
+    return torch.where(far, others, q), others

@@ -52,33 +52,41 @@ def paths_for(spec, queries, start):
     return paths
 
 
+@pytest.fixture(params=["gathered", "pairs"])
+def selected(request, monkeypatch):
+    """Selected blocks, all of them small here, in either of their two ways through the long path."""
+    monkeypatch.setattr(parts, "_TILE_KEYS", 1 if request.param == "pairs" else 32)
+    return request.param
+
+
 SLOW_HOST = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 @settings(max_examples=60, derandomize=True, **SLOW_HOST)
 @given(calls())
-def test_every_path_equals_the_reference_in_values_and_gradients(call):
+def test_every_path_equals_the_reference_in_values_and_gradients(selected, call):
     seed, spec, shapes, start, kind, others = call
     torch.manual_seed(seed)
     inputs = qkv(**shapes, grad=True)
     cross = cross_inputs(kind, shapes["batch"], shapes["hkv"], shapes["dv"], grad=True)
-    first = first_queries(inputs[0], spec, start) if others and spec.memory_blocks is not None else None
-    leaves = inputs if cross is None else inputs + cross[:2]
-    leaves = leaves if first is None else (*leaves, first)
+    leaves, first = inputs if cross is None else inputs + cross[:2], None
+    if others and spec.memory_blocks is not None:
+        first, leaf = first_queries(inputs[0], spec, start)
+        leaves = (*leaves, leaf)
     expected = multi_axis_attention_reference(*inputs, spec, start=start, cross=cross, first_query=first)[0]
     grad = torch.randn_like(expected)
-    expected_grads = torch.autograd.grad(expected, leaves, grad)
+    expected_grads = torch.autograd.grad(expected, leaves, grad, retain_graph=True)
     for name, path in paths_for(spec, shapes["queries"], start).items():
         if path is None:
             out = multi_axis_attention(*inputs, spec, start=start, cross=cross, first_query=first)
         else:
             out = path(*inputs, spec, start, None, cross, first, None)
-        grads = torch.autograd.grad(out, leaves, grad)
+        grads = torch.autograd.grad(out, leaves, grad, retain_graph=True)
         assert largest_gap((expected, *expected_grads), (out, *grads)) < 1e-12, name
 
 
 @pytest.mark.parametrize("kind", [None, "masked"])
-def test_tiles_without_the_private_op_are_the_same(monkeypatch, kind):
+def test_tiles_without_the_private_op_are_the_same(monkeypatch, kind, selected):
     monkeypatch.setattr(parts, "_flash", None)
     inputs, spec = qkv(2, queries=70, keys=75, grad=True), AxisSpec(4, 2, 2, 8)
     cross = cross_inputs(kind, 2, 2, 8, grad=True)
@@ -127,7 +135,7 @@ def test_selection_does_not_flip_between_paths_in_float32():
         assert (step - whole[:, :, t : t + 1]).abs().max() < 1e-5
 
 
-def test_equal_scores_choose_the_older_block_everywhere():
+def test_equal_scores_choose_the_older_block_everywhere(selected):
     q, k, v = qkv(queries=64)
     # Every block holds the same keys, so every score ties, exactly because small integers are added without rounding.
     q, k = q.round(), k[:, :, :4].round().repeat(1, 1, 16, 1)
@@ -142,13 +150,15 @@ def test_equal_scores_choose_the_older_block_everywhere():
 
 
 @pytest.mark.parametrize("length", [29, 64, 97])
-def test_the_future_changes_nothing_bit_for_bit(length):
+def test_the_future_changes_nothing(length, selected):
+    """Bit for bit, or to rounding where later queries are in the same tile."""
     spec = AxisSpec(4, 2, 2, None)
-    q, k, v = qkv(queries=length, dtype=torch.float32)
+    q, k, v = qkv(queries=length, dtype=torch.float64 if selected == "gathered" else torch.float32)
     before = multi_axis_attention(q, k, v, spec)
     for t in range(0, length - 1, 3):
         future = [torch.cat([x[:, :, : t + 1], 50 * torch.randn_like(x[:, :, t + 1 :])], 2) for x in (q, k, v)]
-        assert torch.equal(multi_axis_attention(*future, spec)[:, :, : t + 1], before[:, :, : t + 1])
+        gap = (multi_axis_attention(*future, spec)[:, :, : t + 1] - before[:, :, : t + 1]).abs().max()
+        assert gap <= (1e-13 if selected == "gathered" else 0)
 
 
 def test_a_selector_that_pools_its_own_block_leaks(monkeypatch):
@@ -297,7 +307,7 @@ class CopiesOnly(Allocations):
         return results
 
 
-def test_a_fully_masked_part_has_no_mass_and_no_gradient():
+def test_a_fully_masked_part_has_no_mass_and_no_gradient(selected):
     spec = AxisSpec(4, 2, 1, None)
     q, k, v = qkv(queries=48, grad=True)
     k_e, v_e, _ = cross_inputs("all", 1, 2, 8, grad=True)
@@ -310,7 +320,7 @@ def test_a_fully_masked_part_has_no_mass_and_no_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_finite_and_close(dtype):
+def test_low_precision_is_finite_and_close(dtype, selected):
     torch.manual_seed(0)
     spec = AxisSpec(8, 4, 2, None)
     q, k, v = (x.to(dtype).requires_grad_() for x in qkv(queries=200))
@@ -324,7 +334,7 @@ def test_low_precision_is_finite_and_close(dtype):
     assert (step - exact[:, :, 150:151]).abs().max() < 2e-2
 
 
-def test_gradient_checkpointing_recomputes_the_same():
+def test_gradient_checkpointing_recomputes_the_same(selected):
     spec = AxisSpec(4, 2, 2, None)
     inputs = qkv(queries=64, grad=True)
     plain = torch.autograd.grad(multi_axis_attention(*inputs, spec).sum(), inputs)

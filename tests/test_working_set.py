@@ -35,7 +35,7 @@ def test_a_working_set_serves_the_tokens_of_its_block(memory, kind, top):
     spec, b = AxisSpec(4, 2, top, memory), 4
     q, k, v = qkv(2, queries=60, dv=6)
     cross = cross_inputs(kind, 2, 2, 6, grad=False)
-    first = None if memory is None else first_queries(q, spec, 0)
+    first = None if memory is None else first_queries(q, spec, 0)[0]
     expected = multi_axis_attention_reference(q, k, v, spec, cross=cross, first_query=first)[0]
     for begin in range((top + 3) * b, 60, b):
         summaries = summarize_blocks(k[:, :, :begin], v[:, :, :begin], spec)
