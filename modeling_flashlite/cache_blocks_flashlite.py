@@ -154,6 +154,22 @@ class BlockLayer(DynamicLayer):
         self._summarize(first // self.spec.block_size, end // self.spec.block_size)
         return self._keys.narrow(2, 0, end), self._values.narrow(2, 0, end)
 
+    def open_slot(self) -> int:
+        """Make room for one token of each row, all of one length, and return its slot in the buffers.
+
+        Whoever writes keys, values and, at the end of a block, summaries there by itself calls [`close_slot`] after.
+        """
+        self._evict()
+        self._reserve(self.fill + 1)
+        self.start = self.fill
+        return self.fill
+
+    def close_slot(self) -> None:
+        """Take the token written to the slot of [`open_slot`] into account."""
+        self.fill += 1
+        self._record_columns(1, None)
+        self.summarized = self.fill // self.spec.block_size
+
     def _append_one(self, key_states, value_states, end: int):
         """[`update`] by one token per row, for rows of different lengths; refreshes summaries of completed blocks."""
         fill, block = self._fill_tensor(key_states.device), self.spec.block_size

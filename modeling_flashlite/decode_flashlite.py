@@ -85,7 +85,12 @@ def decoding(decoder: FlashLiteDecoder) -> "FlashLiteDecoder | DecodeSession":
 
 
 class DecodeSession:
-    """Called like the decoder, and equal to it; see [`decode_session`]."""
+    """Called like the decoder, and equal to it; see [`decode_session`].
+
+    `step_class` runs a layer; faster ones take its place.
+    """
+
+    step_class: type[LayerStep] = LayerStep
 
     def __init__(self, decoder: FlashLiteDecoder):
         self.decoder, config = decoder, decoder.config
@@ -167,7 +172,7 @@ class DecodeSession:
             self.forget()
             plain = is_plain(self.decoder) and product_dtype(weight) == weight.dtype
             layers = zip(self.decoder.layers, itertools.count(), self.kinds)
-            self.layers = [LayerStep(*layer, weight.dtype) for layer in layers] if plain else []
+            self.layers = [self.step_class(*layer, weight.dtype) for layer in layers] if plain else []
             self._made_for, self._cache = made_for, past_key_values
         return self.layers
 

@@ -21,7 +21,6 @@ from .int4_flashlite import (
     int4_linear,
     is_few_rows,
     is_plain,
-    kernel_weight,
 )
 from .linear_flashlite import Linear
 from .tiles_flashlite import TILE_ROWS
@@ -229,7 +228,7 @@ class EcqLinear(EcqModule, nn.Linear):
             with torch.inference_mode(self.tiles.is_inference()):
                 step = self.step.detach()
                 # bypasses nn.Module.__setattr__, which searches parameters, buffers and modules first
-                kernel = kernel_weight(self.tiles.detach(), step, self.numbers, self.factors)
+                kernel = KernelWeight.of(self.tiles.detach(), step, self.numbers, self.factors)
                 self.__dict__["kernel"] = kernel
         return kernel
 

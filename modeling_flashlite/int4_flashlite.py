@@ -124,19 +124,32 @@ class KernelWeight(NamedTuple):
     numbers: torch.Tensor | None = None
     factors: torch.Tensor | None = None
 
+    @classmethod
+    def of(
+        cls,
+        tiles: torch.Tensor,
+        step: torch.Tensor,
+        numbers: torch.Tensor | None = None,
+        factors: torch.Tensor | None = None,
+    ) -> KernelWeight:
+        """Tiles and steps made ready for [`int4_few_rows`]: one byte more for every 16 to 64 weights."""
+        group = kernel_group(tiles.shape[1])
+        steps = F.pad(step.detach().to(torch.bfloat16), (0, len(tiles) * TILE_ROWS - len(step)))
+        scales = torch.stack([steps, torch.zeros_like(steps)], -1).expand(tiles.shape[1] // group, -1, -1)
+        factors = None if factors is None else factors.detach().to(torch.bfloat16)
+        return cls(_kernel_form(tiles), group, scales.contiguous(), numbers, factors)
 
-def kernel_weight(
-    tiles: torch.Tensor,
-    step: torch.Tensor,
-    numbers: torch.Tensor | None = None,
-    factors: torch.Tensor | None = None,
-) -> KernelWeight:
-    """Tiles and steps made ready for [`int4_few_rows`]: one byte more for every 16 to 64 weights."""
-    group = kernel_group(tiles.shape[1])
-    steps = F.pad(step.detach().to(torch.bfloat16), (0, len(tiles) * TILE_ROWS - len(step)))
-    scales = torch.stack([steps, torch.zeros_like(steps)], -1).expand(tiles.shape[1] // group, -1, -1)
-    factors = None if factors is None else factors.detach().to(torch.bfloat16)
-    return KernelWeight(_kernel_form(tiles), group, scales.contiguous(), numbers, factors)
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[M, K]` of any floating dtype times the weight: bfloat16 `[M, 64 * tiles]`."""
+        packed, group, scales, numbers, factors = self
+        rows, padded = x.to(torch.bfloat16), 2 * packed.shape[1]
+        if numbers is not None:
+            rows = rows.index_select(1, numbers)
+        if factors is not None:
+            rows = rows * factors
+        if padded != rows.shape[1]:
+            rows = F.pad(rows, (0, padded - rows.shape[1]))
+        return torch.ops.aten._weight_int4pack_mm_for_cpu.default(rows.contiguous(), packed, group, scales)
 
 
 def spread(x: torch.Tensor, numbers: torch.Tensor | None, factors: torch.Tensor | None) -> torch.Tensor:
@@ -170,22 +183,14 @@ def int4_few_rows(x: torch.Tensor, weight: KernelWeight, out_features: int) -> t
 
     Args:
         x (`torch.Tensor` `[..., K]`): activations on the CPU, any floating dtype.
-        weight ([`KernelWeight`]): see [`kernel_weight`].
+        weight ([`KernelWeight`]): see its `of`.
         out_features (`int`): N.
 
     Returns:
         `torch.Tensor` `[..., N]` in x's dtype.
     """
     *batch, in_features = x.shape
-    packed, group, scales, numbers, factors = weight
-    rows, padded = x.reshape(-1, in_features).to(torch.bfloat16), 2 * packed.shape[1]
-    if numbers is not None:
-        rows = rows.index_select(1, numbers)
-    if factors is not None:
-        rows = rows * factors
-    if padded != rows.shape[1]:
-        rows = F.pad(rows, (0, padded - rows.shape[1]))
-    out = torch.ops.aten._weight_int4pack_mm_for_cpu.default(rows.contiguous(), packed, group, scales)
+    out = weight.rows(x.reshape(-1, in_features))
     if out.shape[1] != out_features:
         out = out[:, :out_features].contiguous()
     return out.to(x.dtype).view(*batch, out_features)

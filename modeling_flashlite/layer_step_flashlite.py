@@ -16,7 +16,7 @@ from .attention_dense_flashlite import joint_weights
 from .attention_flashlite import multi_axis_attention
 from .cache_flashlite import EncoderCacheLayer, FlashLiteCacheLayer
 from .ecq_modules_flashlite import EcqLinear, join
-from .int4_flashlite import int4_few_rows
+from .int4_flashlite import KernelWeight, int4_few_rows
 from .layers_flashlite import FlashLiteDecoderLayer
 from .linear_flashlite import Linear, is_hooked, linear
 from .positions_flashlite import nearer
@@ -74,15 +74,15 @@ def _branch_end(module: nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor
         run = _call(module)
         return lambda states, few: run(states.to(dtype))
     kernel, size = module.prepared(), module.out_features
-    packed, group, scales, numbers, factors = kernel
-    padded = numbers is None or factors is None or len(numbers) < 2 * packed.shape[1]
-    if padded or len(packed) > size or dtype != torch.bfloat16:
+    if not _is_whole(kernel, size) or dtype != torch.bfloat16:
 
         def general(states: torch.Tensor, few: bool) -> torch.Tensor:
             states = states.to(dtype)
             return int4_few_rows(states, kernel, size) if few else module.forward(states)
 
         return general
+
+    packed, group, scales, numbers, factors = kernel
 
     def product(states: torch.Tensor, few: bool) -> torch.Tensor:
         if not few:
@@ -92,6 +92,13 @@ def _branch_end(module: nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor
         return torch.ops.aten._weight_int4pack_mm_for_cpu.default(rows.to(dtype), packed, group, scales)
 
     return product
+
+
+def _is_whole(kernel: KernelWeight, size: int) -> bool:
+    """Whether a weight of PyTorch's kernel has numbers and factors for all columns, and no rows beyond `size`."""
+    if type(kernel) is not KernelWeight or kernel.numbers is None or kernel.factors is None:
+        return False
+    return len(kernel.numbers) == 2 * kernel.packed.shape[1] and len(kernel.packed) == size
 
 
 def _is_coded(module: nn.Module) -> bool:
@@ -118,7 +125,8 @@ def _together(
             return [_in_a_row([call(states) for call in group]) for group in calls]
 
         return apart
-    normed = _few_normed_rows(norm, joint) if _is_coded(joint) and isinstance(norm, nn.RMSNorm) else None
+    folds = _is_coded(joint) and isinstance(norm, nn.RMSNorm) and type(joint.prepared()) is KernelWeight
+    normed = _few_normed_rows(norm, joint) if folds else None
     places = _places(groups)
     sizes = [group[0][2] for group in places]
     has_gaps = sum(sizes) < joint.out_features

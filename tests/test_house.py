@@ -137,6 +137,7 @@ WORKSHOP_EDGES = {
     "measure.scaling": set(),
     "measure.study": {"cli", "measure.benchmark", "measure.peers", "measure.results", "measure.workloads"},
     "measure.workloads": {"training.divergence", "training.families"},
+    "native.kernels": set(),
     "publish.cards": {"publish.repository"},
     "publish.hub": {"publish.repository"},
     "publish.onnx_export": set(),

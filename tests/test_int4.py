@@ -20,12 +20,12 @@ from modeling_flashlite import int4_flashlite as int4
 from modeling_flashlite import tiles_flashlite
 from modeling_flashlite.ecq_weight_flashlite import QuantizedWeight, TiledWeight
 from modeling_flashlite.int4_flashlite import (
+    KernelWeight,
     int4_embedding,
     int4_embedding_reference,
     int4_few_rows,
     int4_linear,
     int4_linear_reference,
-    kernel_weight,
 )
 from modeling_flashlite.int8_flashlite import int8_codes, int8_matmul
 from modeling_flashlite.tiles_flashlite import dequantize_int4, tile_codes, untile_codes
@@ -121,7 +121,7 @@ def test_linear_gradients(shape, rows):
 def test_few_rows_in_one_call(shape, dtype):
     """The kernel that applies the steps keeps bfloat16 precision."""
     _, tiles, step = make(*shape)
-    weight = kernel_weight(tiles, step)
+    weight = KernelWeight.of(tiles, step)
     for batch in [(1,), (2, 3), (32,)]:
         x = torch.randn(*batch, shape[1]).to(dtype)
         value = int4_few_rows(x, weight, shape[0])

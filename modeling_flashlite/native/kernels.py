@@ -1,0 +1,204 @@
+"""Decoding of coded models by compiled code, built on this machine on request: products and whole layers for a token.
+
+[`enable_native`] compiles `decode.cpp` once (half a minute; the library stays in the cache of
+`torch.utils.cpp_extension`), and puts [`NativeWeight`] in the place of `KernelWeight` and [`NativeLayerStep`] in that
+of `LayerStep`. The Python path is the reference, and runs everywhere else. Activations are split into two bytes, so
+that products are as exact as in float32; those of PyTorch's kernel have bfloat16 precision.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils import cpp_extension
+from transformers.activations import ACT2FN
+
+from ..cache_flashlite import FlashLiteCacheLayer
+from ..decode_flashlite import DecodeSession
+from ..ecq_modules_flashlite import EcqLinear, join
+from ..int4_flashlite import KernelWeight
+from ..layer_step_flashlite import EncoderKeys, LayerStep, Place, norms_of
+from ..layers_flashlite import FlashLiteDecoderLayer
+from ..linear_flashlite import is_hooked
+from ..tiles_flashlite import TILE_ROWS
+
+_NAME = "flashlite_native"
+_MOST_ROWS = 4  # beyond, products of more rows at a time pay
+_PYTHON = KernelWeight.of
+
+
+class NativeWeight(NamedTuple):
+    """What [`KernelWeight`] is for PyTorch's kernel: a weight as `decode.cpp` takes it, with nothing held twice.
+
+    Attributes:
+        tiles, step, numbers, factors (`torch.Tensor`): as in `int4_linear`.
+    """
+
+    tiles: torch.Tensor
+    step: torch.Tensor
+    numbers: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, tiles, step, numbers=None, factors=None) -> NativeWeight:
+        """The arguments as they are; see `KernelWeight.of`."""
+        step, factors = (x if x is None else x.detach().contiguous() for x in (step, factors))
+        return cls(tiles, step, numbers, factors)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[M, K]` of any floating dtype times the weight: `[M, N]` in x's dtype."""
+        return torch.ops.flashlite_native.int4_rows.default(x, *self, None)
+
+
+class NativeLayerStep(LayerStep):
+    """A [`LayerStep`] in one call of compiled code, where all weights of the layer are codes on the CPU.
+
+    Rows of different lengths, the shifted first block of long bounded texts and other activations than SiLU take the
+    Python path.
+    """
+
+    def __init__(self, layer: FlashLiteDecoderLayer, index: int, kind: str | None, dtype: torch.dtype):
+        super().__init__(layer, index, kind, dtype)
+        self.native: Any = _native_layer(layer, self.query_map) if _is_coded(layer) else None
+
+    def __call__(
+        self, states: torch.Tensor, cache: FlashLiteCacheLayer, place: Place, encoder: EncoderKeys | None = None
+    ) -> torch.Tensor:
+        """States `[B, D]` of the newest tokens -> `[B, D]`; the cache grows in place."""
+        cross = (None, None, None) if encoder is None else encoder.cross
+        if not self._takes(states, cache, place, cross):
+            return super().__call__(states, cache, place, encoder)
+        slot, angles = cache.open_slot(), place.angles[self.kind]
+        states = self.native.step(
+            states, angles.cos, angles.sin, cache._keys, cache._values, *cache._summaries, slot, *cross
+        )
+        cache.close_slot()
+        return states
+
+    def _takes(self, states: torch.Tensor, cache: FlashLiteCacheLayer, place: Place, cross) -> bool:
+        return (
+            self.native is not None
+            and place.few
+            and place.shift is None
+            and place.bias is None
+            and len(states) <= _MOST_ROWS
+            and type(cache.fill) is int
+            and cache.summarized == cache.fill // self.spec.block_size
+            and cache._keys.dtype in (torch.float32, torch.bfloat16)
+            and all(x is None or x.is_contiguous() and x.dtype in (cache._keys.dtype, torch.bool) for x in cross)
+        )
+
+
+def _is_coded(layer: FlashLiteDecoderLayer) -> bool:
+    """Whether a layer is made of nothing but what `decode.cpp` computes."""
+    attention, mlp = layer.self_attn, layer.mlp
+    coded = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    coded += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    norms = [*norms_of(layer), attention.q_norm, attention.k_norm]
+    if any(map(is_hooked, [*coded, *norms, mlp.act_fn])) or type(mlp.act_fn) is not type(ACT2FN["silu"]):
+        return False
+    if len({norm.eps for norm in norms if isinstance(norm, nn.RMSNorm)} - {None}) != 1:
+        return False
+    return all(
+        type(linear) is EcqLinear
+        and linear.tiles is not None
+        and linear.tiles.is_cpu
+        and not linear.step.requires_grad
+        for linear in coded
+    )
+
+
+def _held(linear: EcqLinear):
+    tensors = linear.tiles, linear.step, linear.numbers, linear.factors, linear.bias
+    tiles, step, numbers, factors, bias = (x if x is None else x.detach().contiguous() for x in tensors)
+    bias = None if bias is None else bias.float()
+    return torch.classes.flashlite_native.Held(tiles, step, numbers, factors, bias, linear.in_features)
+
+
+def _together(layers: list[EcqLinear]) -> tuple[list, list[int]]:
+    """The weights of layers that read the same states, in one product if they can be joined, and where each begins."""
+    joint = join(layers)
+    sizes = [layer.out_features if joint is None else len(layer.tiles) * TILE_ROWS for layer in layers]
+    places = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [_held(layer) for layer in (layers if joint is None else [joint])], places
+
+
+@torch.no_grad()
+def _native_layer(layer: FlashLiteDecoderLayer, query_map):
+    attention, mlp, spec = layer.self_attn, layer.mlp, layer.self_attn.spec
+    reads, places = _together([attention.q_proj, attention.k_proj, attention.v_proj])
+    gates, inner_places = _together([mlp.gate_proj, mlp.up_proj])
+    norms, eps = [], 0.0
+    for norm in (*norms_of(layer), attention.q_norm, attention.k_norm):
+        if isinstance(norm, nn.RMSNorm):
+            norms.append(norm.weight.float().add(getattr(norm, "offset", 0.0)).contiguous())
+            eps = norm.eps
+        else:
+            norms.append(torch.zeros(0))
+    bias, matrix = (None, None) if query_map is None else (x.float().contiguous() for x in query_map)
+    config = attention.config
+    heads = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    limits = (-1 if limit is None else limit for limit in (spec.relevance_top_k, spec.memory_blocks))
+    sizes = [mlp.down_proj.out_features, *heads, mlp.down_proj.in_features]
+    sizes += [spec.block_size, spec.sub_block_size, *limits]
+    arguments = reads, _held(attention.o_proj), gates, _held(mlp.down_proj), norms, bias, matrix
+    return torch.classes.flashlite_native.Layer(
+        *arguments, places + inner_places, sizes, eps, layer.residual_multiplier
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def build() -> None:
+    """Compile and load the library, unless this process has it.
+
+    Raises:
+        RuntimeError: there is no compiler or no ninja, the compiler fails, or the processor is not one that gains.
+    """
+    try:
+        cpp_extension.verify_ninja_availability()
+        cpp_extension.load(
+            _NAME,
+            [str(Path(__file__).with_name("decode.cpp"))],
+            # the version, so that another PyTorch does not load what was built for this one
+            extra_cflags=["-O3", "-fopenmp", "-fno-math-errno", f"-DBUILT_FOR={torch.__version__.split('+')[0]}"],
+            extra_ldflags=["-fopenmp"],
+            is_python_module=False,
+        )
+    except (RuntimeError, OSError) as error:
+        compiler = os.environ.get("CXX", "c++")
+        raise RuntimeError(
+            f"The native kernels could not be built ({str(error).strip().splitlines()[0]}); install {compiler} and "
+            "`pip install flashlite[native]`, or leave them out: they change nothing but speed."
+        ) from error
+    torch.library.register_fake(f"{_NAME}::int4_rows", _int4_rows_shape)
+
+
+def _int4_rows_shape(x, tiles, step, numbers=None, factors=None, bias=None):
+    return x.new_empty(x.shape[0], step.shape[0])
+
+
+def enable_native(on: bool = True) -> None:
+    """Let coded models on the CPU decode by compiled code, or with `on=False` by the Python path again.
+
+    A model that has decoded before keeps the products that it prepared.
+
+    Args:
+        on (`bool`): whether to use the compiled code.
+
+    Raises:
+        RuntimeError: it cannot be built, or this processor has neither AVX2 nor AVX-512, where it would not pay.
+    """
+    if on:
+        build()
+        if not torch.ops.flashlite_native.best_level():
+            raise RuntimeError(
+                "This processor has neither AVX2 nor AVX-512, without which the native kernels are slower than "
+                "PyTorch's; leave them out."
+            )
+    KernelWeight.of = NativeWeight.of if on else _PYTHON  # type: ignore[method-assign, assignment]
+    DecodeSession.step_class = NativeLayerStep if on else LayerStep

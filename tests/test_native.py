@@ -1,0 +1,250 @@
+"""The compiled path: its products and layers against float32 references, at every level of processor."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM, enable_native
+from modeling_flashlite.checkpoint import load_language_model, read_tokenizer
+from modeling_flashlite.decode_flashlite import decode_session
+from modeling_flashlite.ecq_modules_flashlite import EcqLinear, to_float, to_quantized
+from modeling_flashlite.ecq_weight_flashlite import QuantizedWeight, TiledWeight
+from modeling_flashlite.int4_flashlite import KernelWeight, int4_few_rows
+from modeling_flashlite.layer_step_flashlite import LayerStep
+from modeling_flashlite.native import kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def native():
+    """The library, built once and kept in the user's cache."""
+    try:
+        kernels.build()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return torch.ops.flashlite_native
+
+
+@pytest.fixture
+def enabled(native):
+    if not native.best_level():
+        pytest.skip("the processor has neither AVX2 nor AVX-512")
+    enable_native()
+    yield native
+    enable_native(False)
+
+
+def random_weight(rows: int, columns: int, wide: int, seed: int) -> TiledWeight:
+    """Codes of which the first `wide` columns have two or three digits; then all columns have scales."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-8, 8, (rows, columns), generator=generator, dtype=torch.int16)
+    for column in range(min(wide, columns)):
+        reach = (136, 2184)[column % 2]
+        codes[:, column] = torch.randint(-reach, reach * 7 // 8, (rows,), generator=generator, dtype=torch.int16)
+    exponents = torch.randint(-30, 30, (rows,), generator=generator).to(torch.int8)
+    # the same for all layers of one width, which can be joined then
+    generator.manual_seed(columns)
+    scales = torch.randint(-16, 16, (columns,), generator=generator).to(torch.int8) if wide else None
+    return TiledWeight.of(QuantizedWeight(codes, 0.02, exponents, column_exponents=scales))
+
+
+@given(
+    rows=st.integers(1, 200),
+    columns=st.integers(1, 200),
+    wide=st.integers(0, 5),
+    count=st.integers(1, 4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    level=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_products_of_any_shape(native, rows, columns, wide, count, dtype, level, seed):
+    """Activations have 15 bits, so float32 results are those of float32 products."""
+    weight = random_weight(rows, columns, wide, seed)
+    x = torch.randn(count, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    bias = torch.randn(rows) if seed % 2 else None
+    matrix = weight.quantized().dequantize().double()
+    expected = F.linear(x.double(), matrix, None if bias is None else bias.double())
+    native.use_level(level)
+    try:
+        value = native.int4_rows(x, weight.tiles, weight.step(), *weight.inputs(), bias)
+    finally:
+        native.use_level(2)
+    assert value.dtype == dtype and value.shape == expected.shape
+    # where wide columns begin, digits that count 16 or 256 times share a scale with others
+    limit = (1e-3 if wide else 1e-4) * x.double().norm(dim=1)[:, None] * matrix.norm(dim=1) + 1e-6
+    rounding = 0 if dtype == torch.float32 else 2**-8
+    assert ((value - expected).abs() <= limit + rounding * expected.abs()).all()
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_what_is_not_finite_stays_so(native, level):
+    weight = random_weight(70, 64, 2, 0)
+    x = torch.randn(3, 64)
+    x[0, 5], x[1, 40] = float("nan"), float("inf")
+    native.use_level(level)
+    value = native.int4_rows(x, weight.tiles, weight.step(), *weight.inputs(), None)
+    native.use_level(2)
+    assert not value[:2].isfinite().any() and value[2].isfinite().all()
+
+
+def test_damaged_weights_are_refused(native):
+    weight = random_weight(70, 64, 2, 0)
+    numbers, factors = weight.inputs()
+    x, tiles, step = torch.randn(1, 64), weight.tiles, weight.step()
+    for arguments in (
+        (x, tiles, step, numbers + 64, factors),
+        (x, tiles, step, numbers, None),
+        (x, tiles, step, numbers, factors[:-1]),
+        (x, tiles[:1], step, numbers, factors),
+        (x, tiles[..., :16], step, numbers, factors),
+        (torch.randn(1, 500), tiles, step, None, None),
+    ):
+        with pytest.raises(RuntimeError, match="must|do not fit"):
+            native.int4_rows(*arguments, None)
+
+
+def test_the_operator_can_be_traced(native):
+    weight = random_weight(70, 64, 2, 0)
+    arguments = torch.randn(2, 64), weight.tiles, weight.step(), *weight.inputs(), None
+    torch.library.opcheck(native.int4_rows.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_enabled_and_disabled_again(enabled):
+    """Layers prepare their products by the compiled code, and hold nothing twice."""
+    weight, x = random_weight(100, 64, 3, 1), torch.randn(2, 64)
+    tiles, step, inputs = weight.tiles, weight.step(), weight.inputs()
+    native, expected = KernelWeight.of(tiles, step, *inputs), F.linear(x, weight.quantized().dequantize())
+    assert native.tiles is tiles
+    assert (int4_few_rows(x, native, 100) - expected).norm() < 1e-4 * expected.norm()
+    enable_native(False)
+    python = KernelWeight.of(tiles, step, *inputs)
+    assert type(python) is KernelWeight
+    assert (int4_few_rows(x, python, 100) - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_without_a_compiler_one_sentence_says_so(monkeypatch):
+    def missing():
+        raise RuntimeError("Ninja is required")
+
+    monkeypatch.setattr(kernels.cpp_extension, "verify_ninja_availability", missing)
+    with pytest.raises(RuntimeError, match=r"could not be built \(Ninja is required\); install .*flashlite\[native\]"):
+        kernels.build.__wrapped__()
+
+
+def coded_and_float(config: FlashLiteConfig, wide: int, seed: int):
+    """A model whose layers have random codes, and the same with float32 weights."""
+    torch.manual_seed(seed)
+    coded = FlashLiteForCausalLM(config).eval()
+    for name, module in coded.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith("_proj") and "r_proj" not in name:
+            if module.bias is not None:
+                nn.init.normal_(module.bias)
+            weight = random_weight(*module.weight.shape, wide, seed)
+            weight.base *= 0.6 / weight.quantized().dequantize().norm(dim=1).mean().item()
+            to_quantized(module).set_quantized(weight)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    plain = copy.deepcopy(coded)
+    for module in plain.modules():
+        if isinstance(module, EcqLinear):
+            to_float(module, torch.float32)
+    return coded, plain
+
+
+@torch.inference_mode()
+def logits_by_token(model, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits of the tokens after a prompt, one token at a time in a session."""
+    with decode_session(model):
+        cache = model(ids[:, :prompt]).past_key_values
+        steps = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(prompt, ids.shape[1])]
+    return torch.cat(steps, 1).float()
+
+
+@given(
+    heads=st.sampled_from([(4, 4, 8), (4, 2, 16), (6, 2, 10), (3, 1, 6)]),
+    blocks=st.sampled_from([(8, 4, 2, None), (4, 1, 3, 9), (8, 8, 0, 20), (4, 2, None, 5), (16, 4, None, None)]),
+    position=st.sampled_from(["rotary", "transformer_xl"]),
+    norms=st.sampled_from([("pre", None), ("post", None), ("both", "head"), ("pre", "projection")]),
+    bias=st.booleans(),
+    wide=st.sampled_from([0, 3]),
+    batch=st.integers(1, 3),
+    inner=st.sampled_from([24, 70]),
+    level=st.integers(0, 2),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=25, deadline=None)
+def test_layers_of_any_shape(native, heads, blocks, position, norms, bias, wide, batch, inner, level, seed):
+    """Logits are those of float32 weights in a full forward pass, through dense, sparse and bounded texts."""
+    names = "block_size", "sub_block_size", "relevance_top_k", "memory_blocks"
+    sizes = dict(zip(names, blocks))
+    sizes |= dict(zip(("num_attention_heads", "num_key_value_heads", "head_dim"), heads), intermediate_size=inner)
+    kinds = {"position_encoding": position, "norm_placement": norms[0], "qk_norm": norms[1], "attention_bias": bias}
+    config = FlashLiteConfig(**{**TINY, **sizes, **kinds}, is_encoder_decoder=False, initializer_range=0.2)
+    coded, plain = coded_and_float(config, wide, seed)
+    ids = torch.randint(3, 97, (batch, 70))
+    with torch.inference_mode():
+        expected = plain(ids).logits[:, 3:]
+    native.use_level(level)
+    enable_native()
+    try:
+        value = logits_by_token(coded, ids, 3)
+    finally:
+        enable_native(False)
+        native.use_level(2)
+    assert (value - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("encoding", ["rotary", "transformer_xl"])
+def test_bfloat16_is_no_worse_than_the_python_path(enabled, tiny_config, encoding):
+    config = tiny_config(position_encoding=encoding, initializer_range=0.2)
+    coded, plain = coded_and_float(config, 3, 0)
+    ids = torch.randint(3, 97, (2, 70))
+    with torch.inference_mode():
+        expected = plain(ids).logits[:, 3:]
+    coded = coded.bfloat16()
+    errors = {}
+    for on in (True, False):
+        enable_native(on)
+        for module in coded.modules():
+            if isinstance(module, EcqLinear):
+                module._forget()
+        errors[on] = (logits_by_token(coded, ids, 3) - expected).norm() / expected.norm()
+    assert errors[True] < errors[False] < 0.1
+
+
+def test_the_whole_layer_runs_compiled(enabled, tiny_config, monkeypatch):
+    """No layer of a token takes the Python path, before and after the first block leaves the dense range."""
+    coded, _ = coded_and_float(tiny_config(memory_blocks=None), 0, 0)
+    monkeypatch.setattr(LayerStep, "__call__", lambda *_: pytest.fail("the Python path ran"))
+    logits_by_token(coded, torch.randint(3, 97, (1, 60)), 3)
+
+
+def test_other_activations_and_longer_batches_take_the_python_path(enabled, tiny_config):
+    ids = torch.randint(3, 97, (6, 20))
+    for config in (tiny_config(hidden_act="gelu"), tiny_config()):
+        coded, plain = coded_and_float(config, 0, 0)
+        with torch.inference_mode():
+            expected = plain(ids).logits[:, 2:]
+        assert (logits_by_token(coded, ids, 2) - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["flash-lite-lm", "flash-lite-en-de"])
+def test_committed_models_generate_the_same(enabled, name):
+    """Greedy tokens of the Python path, with and without an encoder."""
+    folder, tokens = str(ROOT / "model_cards" / name), {}
+    text = "The history of the city begins in the year"
+    for on in (False, True):
+        enable_native(on)
+        model = load_language_model(folder)
+        inputs = read_tokenizer(folder)(text, return_tensors="pt", return_token_type_ids=False)
+        tokens[on] = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert tokens[True].tolist() == tokens[False].tolist()
