@@ -27,7 +27,7 @@ from modeling_flashlite.serve.jobs import Limits
 with needs("serve"):
     import uvicorn
 
-    from modeling_flashlite.serve.server import create_app
+    from modeling_flashlite.serve.endpoints import create_app
 
 
 @dataclass

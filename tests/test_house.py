@@ -149,6 +149,7 @@ WORKSHOP_EDGES = {
     "serve.openai_schema": {"serve.jobs"},
     "serve.page": {"serve.engine", "serve.jobs"},
     "serve.terminal": {"serve.engine", "serve.jobs"},
+    "serve.endpoints": {"serve.engine", "serve.openai_schema", "serve.server", "serve.tools"},
     "serve.server": {"serve.engine", "serve.grammar", "serve.jobs", "serve.openai_schema", "serve.tools"},
     "serve.tools": set(),
     "training.conversion": {"training.converted_files", "training.families", "training.source"},

@@ -5,126 +5,44 @@ They run where `HF_ENDPOINT` names a server and `FLASHLITE_HUB_TOKEN` a token wi
 `FLASHLITE_HUB_ADMIN_TOKEN` (a test server that can be told to fail) add the tests that need them.
 """
 
+# ruff: noqa: F811  (fixtures of hub_server)
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
 import uuid
-from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import HEADS, RESULTS, TEXT, WRITTEN, httpx, make_model, make_tokenizer, save_checkpoint
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError
+from checkpoints import HEADS, RESULTS, TEXT, WRITTEN, make_model, make_tokenizer
+from hub_server import (  # noqa: F401  (fixtures among them)
+    BLOCKER,
+    ENDPOINT,
+    KINDS,
+    NEEDS_HUB,
+    ROOT,
+    TOKEN,
+    account,
+    clean,
+    commits,
+    complete,
+    other,
+    path,
+    remote,
+    repo,
+    runs,
+    staged,
+)
+from huggingface_hub import HfApi
 
 from modeling_flashlite.publish import cards, hub
 from modeling_flashlite.publish.hub import DownloadError, Publisher, PublishError
 from modeling_flashlite.publish.repository import content_tag, list_files, stage
 from modeling_flashlite.saving_flashlite import fitting_auto_map
 
-ROOT = Path(__file__).parents[1]
-ENDPOINT = os.environ.get("HF_ENDPOINT")
-TOKEN = os.environ.get("FLASHLITE_HUB_TOKEN") or os.environ.get("HF_TOKEN")
-pytestmark = [
-    pytest.mark.network,
-    pytest.mark.skipif(not (ENDPOINT and TOKEN), reason="HF_ENDPOINT and FLASHLITE_HUB_TOKEN name no Hub to talk to"),
-]
-KINDS = {**HEADS, "quantized": HEADS["seq2seq"]}
-BLOCKER = "import sys; sys.modules['modeling_flashlite'] = None\n"
-
-
-def other(name: str) -> str:
-    """Token or password from the environment; skip the test without it."""
-    value = os.environ.get(f"FLASHLITE_HUB_{name}")
-    if not value:
-        pytest.skip(f"FLASHLITE_HUB_{name} is not set")
-    return value
-
-
-@pytest.fixture(scope="module")
-def account():
-    return HfApi(token=TOKEN).whoami()["name"]
-
-
-@pytest.fixture
-def repo(account):
-    """Name of a repository that does not exist yet; removed afterwards."""
-    name = f"{account}/flashlite-test-{uuid.uuid4().hex[:10]}"
-    yield name
-    HfApi(token=TOKEN).delete_repo(name, missing_ok=True)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """One saved checkpoint of every head, and a quantized one."""
-    folder = tmp_path_factory.mktemp("runs")
-    return {kind: save_checkpoint(kind, folder / kind) for kind in KINDS}
-
-
-def complete(run: Path, folder: Path, repo: str, task: str | None = None) -> Path:
-    """Stage a run with a card whose snippet was not run; running it is tested in test_cards.py."""
-    stage(run, folder, task=task)
-    card = cards.collect_card(folder, repo, [{**RESULTS, "float": RESULTS["metrics"]}], WRITTEN)
-    (folder / "README.md").write_text(cards.render_card({**card, "snippet_output": "text"}))
-    return folder
-
-
-@pytest.fixture
-def staged(runs, tmp_path, repo):
-    return complete(runs["seq2seq"], tmp_path / "staged", repo, "translation")
-
-
-@pytest.fixture
-def faults():
-    """Function that makes the server fail; everything is healed afterwards."""
-    headers = {"Authorization": f"Bearer {other('ADMIN_TOKEN')}"}
-
-    def inject(**fault):
-        httpx.post(f"{ENDPOINT}/_admin/faults", json=fault, headers=headers).raise_for_status()
-
-    yield inject
-    httpx.delete(f"{ENDPOINT}/_admin/faults", headers=headers).raise_for_status()
-
-
-@pytest.fixture(params=["lfs", "xet"])
-def path(request, monkeypatch):
-    """Both ways of uploading and downloading large files."""
-    if request.param == "xet":
-        pytest.importorskip("hf_xet")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", request.param == "lfs")
-    return request.param
-
-
-def remote(repo: str, revision: str | None = None) -> dict[str, int]:
-    entries = HfApi(token=TOKEN).list_repo_tree(repo, recursive=True, revision=revision)
-    return {entry.path: entry.size for entry in entries if hasattr(entry, "size") and entry.path != ".gitattributes"}
-
-
-def commits(repo: str) -> int:
-    return len(HfApi(token=TOKEN).list_repo_commits(repo))
-
-
-def clean(code: str, home: Path, token: str | None = TOKEN, check: bool = True, **environment):
-    """Run code where only transformers, torch and numpy can be imported, with its own empty cache."""
-    kept = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS", "SYSTEMROOT") if name in os.environ}
-    credentials = {"HF_TOKEN": token} if token else {}
-    variables = {
-        **kept,
-        "HF_HOME": str(home),
-        "HOME": str(home),
-        "HF_ENDPOINT": ENDPOINT,
-        **credentials,
-        **environment,
-    }
-    home.mkdir(exist_ok=True)
-    command = [sys.executable, "-I", "-c", BLOCKER + code]
-    done = subprocess.run(command, env=variables, cwd=home, capture_output=True, text=True, timeout=300, check=False)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
+pytestmark = NEEDS_HUB
 
 
 def test_publish_is_one_commit_and_runs_again_without_another(path, repo, staged):
@@ -337,96 +255,6 @@ def test_stale_parent_is_refused(repo, staged):
     with pytest.raises(PublishError, match=r"changed while publishing \(412\)"):
         publisher.publish(staged)
     assert HfApi(token=TOKEN).repo_info(repo).sha == new
-
-
-@pytest.mark.parametrize("fault", [{"status": 503}, {"reset": True}], ids=["503", "dropped"])
-@pytest.mark.parametrize(
-    "where", ["commit/", "preupload", "upload|v1/xorbs|v1/shards"], ids=["commit", "plan", "data"]
-)
-def test_upload_survives_faults_or_leaves_the_repository_as_it_was(path, repo, staged, faults, fault, where):
-    publisher = Publisher(repo, TOKEN)
-    publisher.publish(staged)
-    (staged / "README.md").write_text((staged / "README.md").read_text() + "\nMore.\n")
-    weights = (staged / "model.safetensors").resolve().read_bytes()
-    (staged / "model.safetensors").unlink()
-    # another copy of the same length: new bytes to send
-    (staged / "model.safetensors").write_bytes(weights[:-16] + os.urandom(16))
-    before = remote(repo), HfApi(token=TOKEN).repo_info(repo).sha
-    faults(match=where, times=2, **fault)
-    report = publisher.publish(staged)
-    assert HfApi(token=TOKEN).repo_info(repo).sha == report["commit"] != before[1]
-    assert remote(repo) == {file.name: file.size for file in list_files(staged)}
-    assert commits(repo) == 3
-
-
-def test_upload_that_never_gets_through_says_so_and_changes_nothing(path, repo, staged, faults, monkeypatch):
-    publisher = Publisher(repo, TOKEN, retries=1)
-    before = publisher.publish(staged)["commit"]
-    (staged / "README.md").write_text((staged / "README.md").read_text() + "\nMore.\n")
-    faults(match="/commit/", status=503, times=1000)
-    with pytest.raises(PublishError, match=r"Could not commit the files .*run again to resume") as caught:
-        publisher.publish(staged)
-    assert "\n" not in str(caught.value) and TOKEN not in str(caught.value)
-    assert HfApi(token=TOKEN).repo_info(repo).sha == before
-
-
-def test_damaged_downloads_are_refused(path, repo, staged, faults, tmp_path):
-    Publisher(repo, TOKEN).publish(staged)
-    weights = "model.safetensors|/lfs/|/xorb/"
-    faults(match=weights, method="GET", server="cdn", truncate=1000, times=1)
-    folder = hub.download(repo, token=TOKEN, cache_dir=tmp_path / "truncated")
-    assert (folder / "model.safetensors").read_bytes() == (staged / "model.safetensors").read_bytes()
-    faults(match=weights, method="GET", server="cdn", corrupt=True, times=1)
-    folder = hub.download(repo, token=TOKEN, cache_dir=tmp_path / "once")
-    assert (folder / "model.safetensors").read_bytes() == (staged / "model.safetensors").read_bytes()
-    if path == "xet":
-        return  # its client keeps trying for minutes before it gives up
-    faults(match=weights, method="GET", server="cdn", corrupt=True, times=1000)
-    with pytest.raises(DownloadError):
-        hub.download(repo, token=TOKEN, cache_dir=tmp_path / "always")
-    assert not list((tmp_path / "always").rglob("snapshots/*/model.safetensors"))
-
-
-def test_full_disk_is_said_and_leaves_a_usable_cache(path, repo, staged, tmp_path):
-    Publisher(repo, TOKEN).publish(staged)
-    code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r}); del sys.modules["modeling_flashlite"]
-import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from modeling_flashlite.publish.hub import download, DownloadError
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-try:
-    download({repo!r})
-except DownloadError as error:
-    print("refused:", error)
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-print((download({repo!r}) / "model.safetensors").stat().st_size)
-"""
-    done = clean(code, tmp_path / "home", HF_HUB_DISABLE_XET="1" if path == "lfs" else "0")
-    refused, size = done.stdout.splitlines()[-2:]
-    assert refused.startswith("refused: ") and int(size) == (staged / "model.safetensors").stat().st_size
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-
-
-def test_warm_cache_works_offline(repo, runs, tmp_path):
-    Publisher(repo, TOKEN).publish(complete(runs["seq2seq"], tmp_path / "staged", repo, "translation"))
-    code = f"""
-from transformers import pipeline
-pipe = pipeline("translation", model={repo!r}, trust_remote_code=True, max_new_tokens=4)
-print(pipe("Hello")[0].keys())
-"""
-    online = clean(code, tmp_path / "home").stdout
-    offline = clean(code, tmp_path / "home", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:1").stdout
-    assert online.splitlines()[-1] == offline.splitlines()[-1] == "dict_keys(['translation_text'])"
-    cold = clean(code, tmp_path / "cold", check=False, HF_HUB_OFFLINE="1")
-    assert cold.returncode == 1 and "offline" in cold.stderr.lower()
-
-
-def test_server_errors_keep_their_text_and_lose_the_token():
-    request = httpx.Request("GET", "http://hub")
-    error = HfHubHTTPError("quota of hf_secret used up", response=httpx.Response(402, request=request))
-    explained = hub.explain("commit the files", "you/model", error, "hf_secret")
-    assert "402" in str(explained) and "hf_secret" not in str(explained)
 
 
 def test_published_checkpoint_is_chatted_with_and_served(repo, runs, tmp_path):

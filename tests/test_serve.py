@@ -1,22 +1,15 @@
-"""The server with the real `openai` client, its limits, its errors, a fuzz of its API, and its page in a browser."""
+"""The server with the real `openai` client: answers, streams, tools, limits, errors, and a fuzz of its API."""
 
 import json
-import os
 import re
-import runpy
-import shutil
 import signal
-import subprocess
-import sys
 import threading
-import time
-from collections import Counter
-from pathlib import Path
 
 import pytest
 from checkpoints import httpx, save_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from serving import make_engine, start
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
@@ -25,33 +18,12 @@ import torch  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
-    RepetitionPenaltyLogitsProcessor,
 )
 
-from modeling_flashlite.checkpoint import CheckpointArgs, add_adapter  # noqa: E402
-from modeling_flashlite.serve.engine import Engine  # noqa: E402
-from modeling_flashlite.serve.grammar import Grammars  # noqa: E402
-from modeling_flashlite.serve.jobs import Answer, Job, Limits, QueueFull, Settings, TextAssembler, pick  # noqa: E402
-from modeling_flashlite.serve.tools import split_calls  # noqa: E402
+from modeling_flashlite.checkpoint import add_adapter  # noqa: E402
 from modeling_flashlite.training.lora import add_lora  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
 LIMITS = ("--max-new-tokens=64", "--max-prompt-tokens=200", "--max-body=20000", "--max-waiting=30", "--timeout=60")
-
-
-def start(folder: Path, *arguments: str, **environment: str) -> tuple[subprocess.Popen, str]:
-    """Start the script on a free port; return the process and the address."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "serve.py"), "--model", str(folder), "--port=0", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    line = process.stdout.readline()
-    if not line:
-        raise AssertionError(process.communicate()[1])
-    return process, re.search(r"http://\S+?(?=/v1)", line)[0]
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +71,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    limits = Limits(prompt_tokens=100, new_tokens=50, batch=4, waiting=6, seconds=60)
-    engine = Engine(CheckpointArgs(str(folder), device="cpu"), limits=limits)
+    engine = make_engine(folder)
     yield engine
     engine.close()
 
@@ -185,16 +156,6 @@ def test_an_adapter_is_chosen_by_its_name(client, folder, adapter):
     assert client.completions.create(model="tiny-lm", **request).choices[0].text == plain.choices[0].text
 
 
-@pytest.mark.parametrize("given", ["caller={folder}", "caller", "a={folder},a={folder}"])
-def test_adapters_that_do_not_fit_are_one_sentence(given, folder, monkeypatch, capsys):
-    argv = ["serve.py", f"--model={folder}", "--port=0", f"--adapters={given.format(folder=folder)}"]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "scripts" / "serve.py"), run_name="__main__")
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and re.search("is no adapter of this model|must read name=folder", said)
-
-
 WEATHER = {
     "type": "function",
     "function": {
@@ -262,25 +223,6 @@ def test_tools_and_schemas_that_cannot_be_honoured_are_refused(server, changes, 
     body = {"messages": ASKED, "max_tokens": 4, **changes}
     answer = httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60)
     assert answer.status_code == 400 and words in answer.text
-
-
-def test_json_answers_without_their_extra_are_one_sentence(engine, monkeypatch):
-    monkeypatch.setitem(sys.modules, "llguidance.hf", None)
-    with pytest.raises(ImportError, match=r"pip install 'flashlite\[json\]'"):
-        Grammars(engine.tokenizer, engine.vocabulary, {2})
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.dictionaries(st.text(max_size=5), st.integers(), max_size=2), max_size=3), st.text(max_size=20))
-def test_calls_are_read_and_broken_ones_stay_text(calls, said):
-    said = said.replace("<", "")
-    marks = [f"<tool_call>\n{json.dumps({'name': 'f', 'arguments': call})}\n</tool_call>" for call in calls]
-    content, found = split_calls(said + "".join(marks))
-    assert [json.loads(call["function"]["arguments"]) for call in found] == calls
-    assert content == (said if not calls else said.strip() or None)
-    for broken in ('{"name": 1}', '{"name": "f", "arguments": "x"}', "[]", "{", '"f"'):
-        text = f"{said}<tool_call>{broken}</tool_call>"
-        assert split_calls(text) == (text, [])
 
 
 def test_log_probabilities_and_echo(client, engine):
@@ -392,7 +334,6 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-ROLES = st.sampled_from(["system", "user", "assistant", "tool"])
 FIELDS = {
     "prompt": st.text(max_size=30) | st.lists(st.integers(-5, 500), max_size=5),
     "messages": st.lists(
@@ -452,179 +393,3 @@ def test_health_and_metrics(server, client):
     text = httpx.get(f"{server}/metrics").text
     assert re.search(r'flashlite_responses_total\{status="200"\} \d', text)
     assert re.search(r"flashlite_generated_tokens_total [1-9]", text)
-
-
-def test_key_is_asked_for_and_running_answers_end_before_the_stop(folder):
-    process, address = start(folder, FLASHLITE_API_KEY="the key")
-    for key in (None, "Bearer wrong", "Basic the key"):
-        answer = httpx.get(f"{address}/v1/models", headers={"Authorization": key} if key else {})
-        assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
-    assert httpx.get(f"{address}/health").status_code == 200
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="the key", max_retries=0, timeout=60)
-    stream = client.completions.create(model="tiny-lm", prompt="x", max_tokens=200, seed=0, stream=True)
-    next(stream)
-    process.send_signal(signal.SIGTERM)
-    assert [chunk.choices[0].finish_reason for chunk in stream][-1] in ("stop", "length")
-    output = "".join(process.communicate(timeout=60))
-    assert "the key" not in output and "Traceback" not in output
-
-
-def test_other_machines_need_a_key(folder):
-    command = [sys.executable, str(ROOT / "scripts" / "serve.py"), "--model", str(folder), "--host", "0.0.0.0"]
-    environment = {name: value for name, value in os.environ.items() if name != "FLASHLITE_API_KEY"}
-    done = subprocess.run(
-        command, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2 and "set FLASHLITE_API_KEY" in done.stderr
-
-
-def test_encoder_decoder_is_served(tmp_path):
-    folder = save_checkpoint("seq2seq", tmp_path / "tiny-s2s")
-    engine = Engine(CheckpointArgs(str(folder), device="cpu"), limits=Limits(new_tokens=8))
-    jobs = [engine.submit(prompt, Settings(8, 0.0)) for prompt in engine.encode(["The Licensor grants.", "You"])]
-    texts = ["".join(job) for job in jobs]
-    for text, prompt in zip(texts, ("The Licensor grants.", "You")):
-        inputs = engine.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        ids = engine.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
-        assert text == engine.tokenizer.decode(ids, skip_special_tokens=True)
-    assert engine.encode_chat([{"role": "user", "content": "You"}]) == engine.encode(["You"])[0]
-    engine.close()
-
-
-def test_requests_share_a_batch_and_the_queue_is_limited(engine):
-    before = dict(engine.counters)
-    prompt = engine.encode(["Licensed"])[0]
-    jobs = [engine.submit(prompt, Settings(20, 0.0)) for _ in range(6)]
-    with pytest.raises(QueueFull, match="answers are waiting already"):
-        for _ in range(50):
-            jobs.append(engine.submit(prompt, Settings(20, 0.0)))
-    assert len({"".join(job) for job in jobs}) == 1
-    steps = engine.counters["batches"] - before.get("batches", 0)
-    assert steps < sum(job.new_tokens for job in jobs)
-
-
-@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
-def test_generation_settings_of_the_checkpoint_do_not_break_answers(tmp_path, kind):
-    folder = save_checkpoint(kind, tmp_path / "model")
-    path = folder / "generation_config.json"
-    odd = {"stop_strings": ["."], "num_return_sequences": 3, "num_beams": 4, "do_sample": True, "min_new_tokens": 2}
-    odd |= {"return_dict_in_generate": True, "max_length": 3}
-    path.write_text(json.dumps(json.loads(path.read_text()) | odd))
-    engine = Engine(CheckpointArgs(str(folder), device="cpu"), limits=Limits(seconds=60))
-    try:
-        jobs = [engine.submit(engine.encode(["You may not use"])[0], Settings(6, 0.0)) for _ in range(2)]
-        texts = ["".join(job) for job in jobs]
-        assert texts[0] == texts[1] and all(job.finish_reason in ("stop", "length") for job in jobs)
-    finally:
-        engine.close()
-
-
-def test_deadline_and_cancellation_free_the_worker(engine):
-    prompt = engine.encode(["Licensed"])[0]
-    late = Job(prompt, Settings(50, 1.0, seed=0), time.monotonic() - 1)
-    engine._waiting.put(late)
-    assert "".join(late) == "" and late.finish_reason == "timeout"
-    gone = engine.submit(prompt, Settings(50, 1.0, seed=0))
-    gone.cancelled = True
-    assert engine.submit(prompt, Settings(2, 0.0)) and list(gone) is not None
-    assert gone.finish_reason == "cancelled"
-
-
-def test_tokens_are_chosen_by_the_settings():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-
-    def draw(count, seed=None, **changes):
-        generator = torch.Generator()
-        generator.seed() if seed is None else generator.manual_seed(seed)
-        return [pick(logits, Settings(1, **changes), generator) for _ in range(count)]
-
-    assert draw(1, temperature=0.0) == [0]
-    assert set(draw(50, top_p=0.5)) == {0}  # the first token alone holds more than half
-    assert draw(20, seed=1) == draw(20, seed=1)
-    assert (
-        set(draw(200, top_k=2)) == {0, 1} and set(draw(200, min_p=0.3)) == {0, 1} and len(set(draw(400, top_k=9))) == 4
-    )
-    share = torch.bincount(torch.tensor(draw(4000)), minlength=4) / 4000
-    torch.testing.assert_close(share, logits.softmax(-1), atol=0.04, rtol=0)
-
-
-@pytest.mark.parametrize("reads_prompt", [True, False])
-def test_repetition_penalty_is_that_of_transformers(engine_tokenizer, reads_prompt):
-    logits = torch.randn(len(engine_tokenizer), generator=torch.Generator().manual_seed(0))
-    job = Job([3, 9], Settings(5, 0.0, repetition_penalty=1.7), time.monotonic() + 60)
-    answer = Answer(job, engine_tokenizer, set(), Counter(), reads_prompt)
-    answer.tokens = [4, 4, 11]
-    seen = torch.tensor([[3, 9, 4, 4, 11] if reads_prompt else [4, 4, 11]])
-    expected = RepetitionPenaltyLogitsProcessor(1.7)(seen, logits[None].clone())[0]
-    kept = logits.clone()
-    assert answer.choose(logits) == int(expected.argmax()) and torch.equal(logits, kept)
-
-
-def test_penalties_count_the_answer_alone(engine_tokenizer):
-    asked = Job([0, 0], Settings(5, 0.0, frequency_penalty=1.0), time.monotonic() + 60)
-    answer = Answer(asked, engine_tokenizer, set(), Counter())
-    logits = torch.zeros(len(engine_tokenizer))
-    logits[:2] = torch.tensor([2.0, 1.5])
-    chosen = []
-    for _ in range(4):
-        chosen.append(answer.choose(logits))
-        answer.take(chosen[-1])
-    assert chosen == [0, 1, 0, 1]
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=3), max_size=3))
-def test_pieces_are_the_text_up_to_the_first_stop(engine_tokenizer, text, stop):
-    ids = engine_tokenizer(text)["input_ids"]
-    whole = engine_tokenizer.decode(ids, skip_special_tokens=True)
-    assembler = TextAssembler(engine_tokenizer, stop)
-    pieces = []
-    for token in ids:
-        pieces.append(assembler.add(token))
-        if assembler.stopped:
-            break
-    pieces.append(assembler.finish())
-    places = [whole.find(s) for s in stop if s in whole]
-    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in whole
-    # the earliest text to be complete ends the answer, which may begin before another that was found first
-    if not places:
-        assert "".join(pieces) == whole
-    else:
-        assert whole.startswith("".join(pieces)) and assembler.stopped
-
-
-@pytest.fixture(scope="module")
-def engine_tokenizer(engine):
-    return engine.tokenizer
-
-
-def test_page_answers_in_a_browser(folder, tmp_path):
-    pytest.importorskip("gradio", reason="the web extra is not installed")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not browser or not driver:
-        pytest.skip("there is no chromium and chromedriver on this machine")
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    process, address = start(folder, "--web", "--max-new-tokens=16")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    page = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    try:
-        page.get(address)
-        field = WebDriverWait(page, 60).until(lambda page: page.find_element(By.CSS_SELECTOR, "textarea"))
-        field.send_keys("Who grants?", Keys.ENTER)
-        answer = '[data-testid="bot"]'
-        WebDriverWait(page, 60).until(lambda page: page.find_element(By.CSS_SELECTOR, answer).text.strip())
-        assert "Who grants?" in page.find_element(By.TAG_NAME, "body").text
-        assert page.save_screenshot(str(tmp_path / "page.png"))
-        # the API stays where it was
-        assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "tiny-lm"
-    finally:
-        page.quit()
-        process.terminate()
-        process.communicate(timeout=60)

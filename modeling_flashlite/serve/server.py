@@ -1,21 +1,15 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
-"""An HTTP server that speaks OpenAI's completions API: needs the `serve` extra (fastapi, uvicorn).
-
-Every refusal is a 4xx in OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, and costs no generation.
-"""
+"""From requests in OpenAI's form to jobs of an engine, and back to whole or streamed answers."""
 
 import asyncio
-import contextlib
 import hmac
 import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from jinja2 import TemplateError
-from starlette.exceptions import HTTPException
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from .engine import Engine
 from .grammar import Grammar, GrammarError
@@ -23,53 +17,16 @@ from .jobs import Job, QueueFull, Settings
 from .openai_schema import (
     ApiError,
     ChatRequest,
-    CompletionRequest,
     Sampling,
     StreamOptions,
     chat_logprobs,
     completion_logprobs,
     event,
-    parse,
-    render_error,
     usage,
 )
-from .tools import marks_calls, split_calls, takes_tools
+from .tools import split_calls
 
 STATUS_OF_REASON = {"timeout": 408, "cancelled": 408, "error": 500}
-
-
-class BodyLimit:
-    """Refuse a request body above `limit` bytes, whether or not it announces its length, before it is parsed."""
-
-    def __init__(self, app, limit: int):
-        self.app, self.limit = app, limit
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        body, more = b"", announced.isdigit() and int(announced) <= self.limit
-        refused = not more
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if message["type"] == "http.disconnect" or len(body) > self.limit:
-                refused = len(body) > self.limit
-                break
-        if refused:
-            error = ApiError(413, f"The request is larger than {self.limit} bytes; shorten it.", code="too_large")
-            return await render_error(error)(scope, receive, send)
-        sent = False
-
-        async def replay():
-            nonlocal sent
-            if sent:
-                return await receive()
-            sent = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        return await self.app(scope, replay, send)
 
 
 def delta_of(text: str) -> tuple[dict, bool]:
@@ -299,110 +256,3 @@ class Server:
         lines += [f"flashlite_{name}_total {counters[name]}" for name in names]
         lines += [f"flashlite_request_seconds_total {self.seconds:.6f}", f"flashlite_waiting {waiting}"]
         return "\n".join(lines) + "\n"
-
-
-def create_app(
-    engine: Engine, api_key: str | None = None, body_limit: int = 1 << 20, adapters: Sequence[Engine] = ()
-) -> FastAPI:
-    """Build the application.
-
-    Args:
-        engine (`Engine`): the model; closed when the application stops.
-        api_key (`str`, *optional*): bearer token to ask for.
-        body_limit (`int`, *optional*, defaults to 1 MiB): largest request, in bytes.
-        adapters (sequence of `Engine`, *optional*): of its adapters, chosen by their names; closed with it.
-    """
-    server = Server([engine, *adapters], api_key)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app):
-        yield
-        for served in (engine, *adapters):
-            await asyncio.to_thread(served.close)
-
-    app = FastAPI(title="Flash-Lite", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.server = server
-
-    app.add_middleware(BodyLimit, limit=body_limit)
-
-    # added last, so that it also handles requests refused by the limit
-    @app.middleware("http")
-    async def measure(request: Request, call_next):
-        start = time.monotonic()
-        response = await call_next(request)
-        server.responses[response.status_code] += 1
-        server.seconds += time.monotonic() - start
-        return response
-
-    @app.exception_handler(ApiError)
-    async def on_api_error(request, error):
-        return render_error(error)
-
-    @app.exception_handler(HTTPException)
-    async def on_http_error(request, error):
-        return render_error(ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}"))
-
-    @app.exception_handler(Exception)
-    async def on_bug(request, error):
-        return render_error(ApiError(500, "The server failed on this request."))
-
-    @app.get("/health")
-    async def health():
-        return {"status": "ok", "model": engine.name, "waiting": engine.waiting}
-
-    @app.get("/metrics")
-    async def metrics(request: Request):
-        server.authorize(request)
-        return PlainTextResponse(server.metrics())
-
-    def card(name: str) -> dict:
-        return {"id": name, "object": "model", "created": server.started, "owned_by": "flashlite"}
-
-    @app.get("/v1/models")
-    async def models(request: Request):
-        server.authorize(request)
-        return {"object": "list", "data": [card(name) for name in server.engines]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model(request: Request, name: str):
-        server.authorize(request)
-        return card(server.find(name).name)
-
-    @app.post("/v1/completions")
-    async def completions(request: Request):
-        server.authorize(request)
-        body = await parse(request, CompletionRequest)
-        engine = server.find(body.model)
-        server.check(body)
-        prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-        prompts = [prompts] if prompts and isinstance(prompts[0], int) else prompts
-        if len(prompts) > engine.limits.choices:
-            raise ApiError(400, f"{len(prompts)} prompts are above the limit of {engine.limits.choices}.", "prompt")
-        if not prompts:
-            raise ApiError(400, "prompt is empty; give at least one.", "prompt")
-        ids = prompts if isinstance(prompts[0], list) else await asyncio.to_thread(engine.encode, prompts)
-        return await server.answer(request, engine, server.submit(engine, ids, body, "prompt"), body, chat=False)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request):
-        server.authorize(request)
-        body = await parse(request, ChatRequest)
-        engine = server.find(body.model)
-        server.check(body)
-        tools, messages = body.offered(), [message.plain() for message in body.messages]
-        template = "" if engine.tokenizer.chat_template is None else engine.tokenizer.get_chat_template(tools=tools)
-        if tools and not takes_tools(template):
-            message = f"The chat template of {engine.name} has no tools; leave them out."
-            raise ApiError(400, message, "tools", "unsupported_value")
-        try:
-            prompt = await asyncio.to_thread(engine.encode_chat, messages, tools)
-        except TemplateError as error:
-            raise ApiError(400, f"The chat template refuses these messages: {error}", "messages") from None
-        calls = bool(tools) and marks_calls(template)
-        if body.demanded() and not calls:
-            message = f"tool_choice needs a chat template with <tool_call>, which {engine.name} has not; leave it out."
-            raise ApiError(400, message, "tool_choice", "unsupported_value")
-        jobs = await asyncio.to_thread(server.submit, engine, [prompt], body, "messages")
-        return await server.answer(request, engine, jobs, body, chat=True, calls=calls)
-
-    return app
