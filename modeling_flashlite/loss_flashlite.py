@@ -26,13 +26,13 @@ IGNORE_INDEX = -100
 def check_loss_function(loss_function) -> None:
     """Raise `TypeError` unless `loss_function` is a plain callable.
 
-    An `nn.Module` assigned to `model.loss_function` is filed under the model's submodules: the hook is silently never
-    called, and its weights enter the optimizer and the checkpoint.
+    PyTorch registers an `nn.Module` assigned to `model.loss_function` as a submodule: the hook is never called, and
+    its weights enter the optimizer and the checkpoint.
     """
     if isinstance(loss_function, nn.Module):
         raise TypeError(
-            f"loss_function is the nn.Module {type(loss_function).__name__}, which PyTorch would file as a submodule "
-            "and never call; pass a plain callable, such as a function or a dataclass with __call__."
+            f"loss_function is the nn.Module {type(loss_function).__name__}, which PyTorch would register as a "
+            "submodule and never call; pass a plain callable, such as a function or a dataclass with __call__."
         )
     if not callable(loss_function):
         raise TypeError(f"loss_function is {loss_function!r}, which is not callable; pass a function.")
@@ -44,7 +44,7 @@ def is_sharded(lm_head: nn.Module) -> bool:
 
 
 def is_plain_linear(lm_head: nn.Module) -> bool:
-    """Whether multiplying with `lm_head.weight`, rounded in training to codes, is the same as calling `lm_head`.
+    """Whether calling `lm_head` is a product with `lm_head.weight` (fake-quantized in training) and nothing else.
 
     False for subclasses and wrappers (adapters, parametrizations), for tensor subclasses, and where hooks or a
     replaced `forward` (offloading, tensor parallelism) would be skipped.
@@ -75,14 +75,14 @@ def chunked_cross_entropy(
 
     Args:
         hidden_states (`torch.Tensor` of shape `[B, T, D]`): states before the head.
-        lm_head (`nn.Module`): the head, `[*, D] -> [*, V]`; all but an untouched `nn.Linear` are called as modules.
+        lm_head (`nn.Module`): the head, `[*, D] -> [*, V]`; anything but a plain `nn.Linear` is called as a module.
         labels (`torch.Tensor` of shape `[B, T]`): target of each state, already shifted; -100 is ignored.
         vocab_size (`int`, *optional*): part of the hook's signature; the head decides the width.
         num_items_in_batch (`int` or `torch.Tensor`, *optional*): labelled tokens of the whole accumulated batch.
         label_smoothing (`float`, *optional*, defaults to 0.0): share of the uniform distribution in the target.
         chunk_size (`int`, *optional*): tokens of a chunk; by default as many as keep the chunk's logits at 8 MiB.
-        logits (`torch.Tensor` of shape `[B, T, V]`, *optional*): the head's output, where it exists anyway; then the
-            head is not run again.
+        logits (`torch.Tensor` of shape `[B, T, V]`, *optional*): the head's output, if already computed; the head is
+            then not run again.
 
     Returns:
         `torch.Tensor`: scalar in float32 (float64 for float64 states); 0 where no token is labelled.
@@ -120,14 +120,14 @@ def chunked_sum(
     """Sum `row_loss` over the labelled tokens without building all logits.
 
     Only the first sum carries a gradient, to the hidden states and to the head. The label mask is the only mask: a
-    token whose label is -100 never reaches the head. With an untouched `nn.Linear` or its fake-quantized twin the
+    token whose label is -100 never reaches the head. With a plain `nn.Linear` or its fake-quantized twin, the
     gradient is computed in the forward pass, chunk by chunk; any other head is called as a module and recomputed in
     the backward pass.
 
     Args:
         row_loss (`Callable`): `(logits [C, V], labels [C], *columns [C, ...]) -> tuple` of sums over the rows.
         columns (sequence of `torch.Tensor` of shape `[B, T, ...]`): what `row_loss` needs beside the labels.
-        logits (`torch.Tensor` of shape `[B, T, V]`, *optional*): the head's output, where it exists anyway.
+        logits (`torch.Tensor` of shape `[B, T, V]`, *optional*): the head's output, if already computed.
 
     Returns:
         `tuple`: the sums, and the number of labelled tokens.
@@ -143,7 +143,7 @@ def chunked_sum(
     if is_sharded(lm_head):
         pieces = index.tensor_split(SHARDED_HEAD_CHUNKS)
     else:
-        # the head and its gradient are read once a chunk: for fewer tokens that would cost more than their products
+        # each chunk reads the head and its gradient once, which would dominate the cost of fewer tokens
         least = max(1, states.shape[-1] // 4)
         pieces = index.split(chunk_size or max(least, CHUNK_LOGITS // getattr(lm_head, "out_features", 1 << 15)))
 

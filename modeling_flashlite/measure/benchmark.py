@@ -28,7 +28,7 @@ __all__ = [
     "summarize_race",
 ]
 
-# the sizes that are varied, and the costs that are measured
+# varied sizes and measured costs
 SIZES, COSTS = ("length", "width", "batch", "vocabulary"), ("ms", "MiB")
 # below this length the attention is partly dense and grows differently
 SPARSE_LENGTH = 4096
@@ -48,9 +48,9 @@ def race(
 
     Args:
         contenders: name to function.
-        repeats: rounds after one that warms up; at least one.
-        seconds: after so many no new round begins. A round slower than that is not warmed up for.
-        shortest: a sample is repeated calls of at least that many seconds together.
+        repeats: rounds after the warm-up round; at least one.
+        seconds: no new round starts after this time. If the warm-up round takes longer, it is the result.
+        shortest: minimum seconds of a sample; shorter calls are repeated within it.
         name: shown by the progress bar.
 
     Returns:
@@ -88,7 +88,7 @@ def _timed(function: Callable[[], object], calls: int, device: str) -> float:
 
 
 def faster_than(times: Mapping[str, Sequence[float]], peer: str) -> dict[str, float]:
-    """How many times faster than `peer` each contender is: the median over rounds of the ratio within the round."""
+    """Speedup of each contender over `peer`: the median over rounds of the ratio within a round."""
     return {
         name: round(statistics.median(a / b for a, b in zip(times[peer], samples)), 2)
         for name, samples in times.items()
@@ -115,16 +115,16 @@ def summarize_race(times: Mapping[str, Sequence[float]], peers: Sequence[str], *
 
 
 def peak_growth(target: Callable, *args) -> int:
-    """Growth of the peak memory of a fresh process, in bytes, while it runs the function that `target(*args)` returns.
+    """Growth of peak memory, in bytes, while a fresh process runs the function that `target(*args)` returns.
 
-    `target` must be importable; the work before it returns the function is not counted. The process is fresh because
-    an allocator keeps memory of earlier measurements.
+    `target` must be importable; its own work is not counted. The process is fresh because allocators keep memory of
+    earlier measurements.
     """
     return fresh_cost(target, *args)[0]
 
 
 def fresh_cost(target: Callable, *args) -> tuple[int, float]:
-    """Bytes as [`peak_growth`] counts them, and seconds, that the function of `target(*args)` takes when run once."""
+    """Growth of peak memory, as in [`peak_growth`], and seconds of one call of the function."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report_growth, args=(sender, torch.get_num_threads(), target, *args))
@@ -154,7 +154,7 @@ def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def _curves(rows: Sequence[Mapping], size: str, cost: str) -> dict[tuple[str, str], dict[float, float]]:
-    """(work, name) to {size: cost}, for those that have both at two sizes or more."""
+    """(work, name) -> {size: cost}, for contenders measured at two sizes or more."""
     curves: dict[tuple[str, str], dict[float, float]] = {}
     for row in rows:
         if size in row and cost in row and row.get("varied", size) == size:
@@ -163,7 +163,7 @@ def _curves(rows: Sequence[Mapping], size: str, cost: str) -> dict[tuple[str, st
 
 
 def fit_growth(rows: Sequence[Mapping]) -> list[dict]:
-    """The exponent of each cost of each contender; over length from 4096 tokens on, where two such were measured."""
+    """Fit the exponent of each cost; over length only from 4096 tokens on, if two such lengths were measured."""
     fits = []
     for size in SIZES:
         for cost in COSTS:
@@ -177,10 +177,10 @@ def fit_growth(rows: Sequence[Mapping]) -> list[dict]:
 
 
 def draw_growth(rows: Sequence[Mapping], stem: Path) -> list[Path]:
-    """Draw every cost over every size that varies, logarithmic both ways, as `<stem>-<cost>-<size>.svg`.
+    """Plot each cost against each varied size on log-log axes, as `<stem>-<cost>-<size>.svg`.
 
     Returns:
-        The files; none where matplotlib is not installed.
+        The files; none if matplotlib is not installed.
     """
     if not can_draw():
         return []
@@ -200,7 +200,7 @@ def draw_growth(rows: Sequence[Mapping], stem: Path) -> list[Path]:
 
 
 def copy_bandwidth(size: int = 2**28, device: str = "cpu") -> float:
-    """Bytes per second, reads and writes together, of copying `size` bytes that do not fit a cache."""
+    """Bandwidth in bytes per second, reads plus writes, of copying `size` bytes, more than caches hold."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     times = race({"copy": lambda: target.copy_(source)}, repeats=5)["copy"]
@@ -208,7 +208,7 @@ def copy_bandwidth(size: int = 2**28, device: str = "cpu") -> float:
 
 
 def cpu_features() -> list[str]:
-    """Instruction sets of this processor that decide which matrix kernels run; empty off Linux."""
+    """CPU features that decide which matrix kernels run; empty on systems other than Linux."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.is_file() else []
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
@@ -218,7 +218,7 @@ def cpu_features() -> list[str]:
 
 
 def kernel_seconds(function: Callable[[], object]) -> float:
-    """Seconds of one call spent in kernels: products, attention and gathers, without call overhead and views."""
+    """Seconds of one call spent in kernels (products, attention, gathers), without call overhead and views."""
     function()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:

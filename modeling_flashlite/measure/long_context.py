@@ -1,9 +1,9 @@
-"""Retrieval from long texts that are made on the spot: pass keys, needles among needles, variables, common words.
+"""Retrieval from generated long texts: pass keys, one needle among several, variables, common words.
 
-The kinds follow RULER (https://huggingface.co/papers/2404.06654): a text of a given length hides what a question at
-its end asks for, at a given depth. The score of an answer is the share of the expected words in it. Any causal model
-is judged alike, without a chat template: the prompt ends in the middle of the answer's sentence. A text is read once,
-and each question about it continues from there.
+The kinds follow RULER (https://huggingface.co/papers/2404.06654): a text of a given length hides, at a given depth,
+the answer to a question at its end. An answer's score is the share of the expected words that it contains. No chat
+template is used, so that all causal models are treated alike: the prompt ends in the middle of the answer's sentence.
+A text is read once, and each question continues from its cache.
 """
 
 import copy
@@ -21,7 +21,7 @@ from .plots import can_draw, new_axes
 
 __all__ = ["KINDS", "Example", "evaluate_long_context", "make_examples", "plot_depths", "score"]
 
-# tokens that an answer may have
+# most tokens of an answer
 _ROOM = 40
 _NEEDLES, _CHAIN, _COMMON = 8, 4, 4
 _FILLER = (
@@ -45,7 +45,7 @@ _WORDS = (
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, the words that its answer should hold, and the depth at which the text hides them."""
+    """A prompt, the words that its answer should contain, and their depth in the text."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -54,7 +54,7 @@ class Example:
 
 # a question with the expected words and the depth of the first of them
 _Question = tuple[str, tuple[str, ...], float]
-# sentences with their depths, and what to ask
+# hidden sentences with their depths, and the questions about them
 _Hidden = tuple[list[tuple[float, str]], list[_Question]]
 
 
@@ -83,7 +83,7 @@ def _passkey(rng: random.Random, depth: float) -> _Hidden:
 def _needle(rng: random.Random, depth: float) -> _Hidden:
     cities = rng.sample(_CITIES.split(), _NEEDLES)
     numbers = [_number(rng) for _ in cities]
-    # the first one at the depth, the others evenly around it; each is asked for
+    # the first is at `depth`, the others at even distances from it; there is a question for each
     depths = [depth, *((depth + step / _NEEDLES) % 1 for step in range(1, _NEEDLES))]
     needles = [(at, f"The magic number of {city} is {number}.") for at, city, number in zip(depths, cities, numbers)]
     questions: list[_Question] = [
@@ -97,7 +97,7 @@ def _variables(rng: random.Random, depth: float) -> _Hidden:
     names = [f"X{number}" for number in rng.sample(range(100, 1000), 2 * _CHAIN)]
     needles, values = [], (_number(rng), _number(rng))
     for chain, value in zip((names[:_CHAIN], names[_CHAIN:]), values):
-        # the first assignment stands at the depth, the others follow in order
+        # the first assignment is at `depth`, the others follow in order
         at = sorted(depth + (1 - depth) * rng.random() for _ in chain[1:])
         needles += [
             (place, f"VAR {name} = {source}.")
@@ -113,12 +113,12 @@ def _words(rng: random.Random, depth: float) -> _Hidden:
 
 
 def _list_item(rng: random.Random, answers: Sequence[str]) -> str:
-    """Three words, of which one is a common one."""
+    """Three words, one of them common."""
     rare = [word for word in _WORDS.split() if word not in answers]
     return " ".join([rng.choice(answers), *rng.sample(rare, 2)]) + ","
 
 
-# what a text hides and what it is asked for
+# kind -> what the text hides, and the questions
 KINDS: dict[str, Callable[[random.Random, float], _Hidden]] = {
     "passkey": _passkey,
     "needle": _needle,
@@ -136,12 +136,12 @@ def make_examples(
         kind (`str`): `passkey`, `needle` (several alike, each asked for), `variables` (a chain of assignments beside
             another one) or `words` (the most common ones of a list, which has no depth).
         tokenizer (`PreTrainedTokenizerBase`): counts the tokens.
-        length (`int`): of prompt and answer.
-        depth (`float`): where the first needle, or the beginning of the chain, stands.
-        rng (`random.Random`): decides the text.
+        length (`int`): tokens of prompt and answer together.
+        depth (`float`): position of the first needle, or of the beginning of the chain.
+        rng (`random.Random`): source of randomness of the text.
 
     Raises:
-        ValueError: an unknown kind, a depth outside of 0 to 1, or a length that not even the question fits.
+        ValueError: an unknown kind, a depth outside 0 to 1, or a length too short for the question.
     """
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of long-context task; choose among {', '.join(KINDS)}.")
@@ -165,13 +165,13 @@ def make_examples(
 
 
 def score(example: Example, answer: str) -> float:
-    """The share of the expected words that the answer holds."""
+    """The share of the expected words that the answer contains."""
     return sum(word in answer for word in example.answers) / len(example.answers)
 
 
 @torch.inference_mode()
 def answer_all(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[str]:
-    """Greedy answers to prompts that begin with the same text, which is read once."""
+    """Greedy answers to prompts that share a beginning, which is read once."""
     prompts = [tokenizer(example.prompt, verbose=False)["input_ids"] for example in examples]
     shared = min(map(len, prompts)) - 1
     while any(prompt[:shared] != prompts[0][:shared] for prompt in prompts):
@@ -201,7 +201,7 @@ def evaluate_long_context(
     samples: int = 2,
     seed: int = 0,
 ) -> dict:
-    """Ask a causal model for what long texts hide, greedily and one text at a time.
+    """Evaluate a causal model on retrieval from long texts, with greedy answers, one text at a time.
 
     Args:
         model (`PreTrainedModel`): any causal model.
@@ -214,7 +214,7 @@ def evaluate_long_context(
 
     Returns:
         `dict` with `metrics` (means by kind and length, and `accuracy` over all) and `rows` (one for each kind,
-        length and nearest of the depths; `samples` counts the answers).
+        length and nearest depth; `samples` counts the answers).
     """
     places = [round(index / (depths - 1), 3) if depths > 1 else 0.5 for index in range(depths)]
     found: dict[tuple, list[float]] = {}
@@ -243,7 +243,7 @@ def _mean(values) -> float:
 
 
 def plot_depths(rows: Sequence[dict], path: str | Path) -> Path | None:
-    """Draw the accuracy over length and depth, mean of all kinds, as an SVG; `None` where matplotlib is missing."""
+    """Plot accuracy over length and depth, averaged over kinds, as SVG; `None` if matplotlib is missing."""
     if not can_draw():
         return None
     lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))

@@ -34,12 +34,12 @@ def installed(names: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def make_models(names: Sequence[str], shape: tuple[int, int, int, int]) -> dict[str, torch.nn.Module]:
-    """Models of equal width, depth, heads and vocabulary with random weights; each keeps its family's other choices.
+    """Models of equal width, depth, heads and vocabulary with random weights; all else is the family's default.
 
     The gated feed-forward networks of T5Gemma and Llama are 8/3 wide, which is as many parameters as BART's 4.
 
     Args:
-        names: of "BART", "T5Gemma", "Llama" and "Flash-Lite", which is a decoder alone beside Llama.
+        names: any of "BART", "T5Gemma", "Llama" and "Flash-Lite", which is decoder-only beside "Llama".
         shape: width, layers of each stack, heads, vocabulary.
     """
     width, layers, heads, vocabulary = shape
@@ -87,16 +87,16 @@ def make_models(names: Sequence[str], shape: tuple[int, int, int, int]) -> dict[
 def make_peer(
     name: str, shape: tuple[int, int, int, int], parameters: int, dropout: float = 0.0
 ) -> BartForConditionalGeneration | T5ForConditionalGeneration:
-    """A new encoder-decoder of transformers with a given number of parameters, met by the feed-forward width.
+    """A new encoder-decoder of transformers whose feed-forward width gives a number of parameters.
 
     Args:
-        name: "BART", or "T5" as of version 1.1, gated, with one table for encoder, decoder and head.
+        name: "BART", or "T5" (version 1.1, gated, with one table for encoder, decoder and head).
         shape: width, layers of each stack, heads, vocabulary.
-        parameters: how many it shall have; the nearest width of the feed-forward network is taken.
-        dropout: wherever the family drops; T5 does it within attention and feed-forward networks too.
+        parameters: the target; the nearest feed-forward width is taken.
+        dropout: rate, wherever the family applies it; T5 also within attention and feed-forward networks.
 
     Raises:
-        ValueError: what is not feed-forward network has more parameters already.
+        ValueError: the rest of the model alone has more parameters.
     """
     width, layers, heads, vocabulary = shape
     tokens = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -124,12 +124,12 @@ def make_peer(
 
 
 class CTranslate2Bart:
-    """A BART in CTranslate2's format, converted from one of transformers with the converter's own loader.
+    """BART in CTranslate2's format, converted by CTranslate2's own loader.
 
     Args:
         model (`BartForConditionalGeneration`): in float32.
         compute_type (`str`): "float32" or "int8".
-        threads (`int`): of one translation.
+        threads (`int`): per translation.
     """
 
     def __init__(self, model: BartForConditionalGeneration, compute_type: str, threads: int):
@@ -166,7 +166,7 @@ class CTranslate2Bart:
 def four_bit_linear(package: str, linear: torch.nn.Linear, dtype: torch.dtype) -> torch.nn.Module:
     """A copy of `linear` with 4-bit weights by `package`, "torchao" (groups of 128) or "bitsandbytes" (NF4)."""
     weight = linear.weight.detach().to(dtype)
-    # both packages print about kernels of missing devices on import
+    # on import, both packages print messages about missing device kernels
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         if package == "torchao":
             from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
@@ -185,18 +185,18 @@ def four_bit_linear(package: str, linear: torch.nn.Linear, dtype: torch.dtype) -
 def llama_bench(
     binary: str, gguf: str, threads: int, *, prompt: int = 0, new: int = 0, depth: int = 0, repeats: int = 1
 ) -> list[float]:
-    """Seconds of each repetition that llama.cpp's `llama-bench` takes to read or to generate tokens.
+    """Seconds per repetition of llama.cpp's `llama-bench`, which reads or generates tokens.
 
     Args:
         binary (`str`): the program.
         gguf (`str`): the model.
         threads (`int`): of llama.cpp.
         prompt, new (`int`): tokens to read, or to generate; one of them.
-        depth (`int`): tokens that stand in the cache before.
+        depth (`int`): tokens that are in the cache already.
         repeats (`int`): repetitions; the tokens of `depth` are read once for all of them.
 
     Raises:
-        RuntimeError: the program fails, e.g. by an illegal instruction where it was built for another processor.
+        RuntimeError: the program fails, e.g. with an illegal instruction if it was built for another processor.
     """
     sizes = {"-t": threads, "-p": prompt, "-n": new, "-d": depth, "-r": repeats}
     options = [word for name, value in sizes.items() for word in (name, str(value))]

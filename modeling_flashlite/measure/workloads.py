@@ -1,6 +1,6 @@
 """Workloads of the benchmarks: random inputs, models with random weights, and the calls that are measured.
 
-Functions that are measured in a process of their own live here, because that process must be able to import them.
+Functions measured in a separate process live here, because that process must import them.
 """
 
 import dataclasses
@@ -37,9 +37,9 @@ __all__ = [
 
 HEADS, KEY_VALUE_HEADS, HEAD_DIM = 8, 2, 64
 HEAD_SHAPE = {"heads": HEADS, "key_value_heads": KEY_VALUE_HEADS, "head_dim": HEAD_DIM}
-# memory without a limit, so that both sides attend to the whole past
+# unlimited memory, so that both sides attend to the whole past
 SPEC = AxisSpec(block_size=64, sub_block_size=16, relevance_top_k=8, memory_blocks=None)
-# memory of 8192 tokens, after which time is linear in the length
+# memory of 8192 tokens: beyond it, time is linear in the length
 WINDOW = dataclasses.replace(SPEC, memory_blocks=128)
 OURS, DENSE = "multi-axis", "SDPA causal"
 # names in tables and in results files
@@ -47,7 +47,7 @@ OUR_MODEL, BART, T5GEMMA, LLAMA = "Flash-Lite", "BART", "T5Gemma", "Llama"
 SOURCE_TOKENS, NEW_TOKENS, PREFILL_TOKENS = 32, 30, 512
 # width, layers, heads, vocabulary: 75 M parameters, more than a cache holds
 CODED = (1024, 8, 16, 16000)
-# those of SmolLM2-135M and of Llama-3.2-1B; tiny is for a look at the program
+# shapes of SmolLM2-135M and Llama-3.2-1B; tiny is for quick trials
 SHAPES = {
     "tiny": {
         "vocab_size": 64,
@@ -102,7 +102,7 @@ def attention_inputs(
 
 
 def attention_work(function: Callable, length: int, work: str, **inputs) -> Callable[[], object]:
-    """A call without arguments that does `work`, `"forward"` or `"forward+backward"`, over `length` tokens.
+    """A function without arguments that computes `"forward"` or `"forward+backward"` over `length` tokens.
 
     Args:
         function (`Callable`): attention of q, k, v.
@@ -119,12 +119,12 @@ def attention_work(function: Callable, length: int, work: str, **inputs) -> Call
 
 
 def named_attention_work(name: str, length: int, work: str, seed: int, dtype: str) -> Callable[[], object]:
-    """[`attention_work`] of one of `ATTENTIONS` by its name, for a process of its own."""
+    """[`attention_work`] of one of `ATTENTIONS` by its name, for a separate process."""
     return attention_work(ATTENTIONS[name], length, work, seed=seed, dtype=dtype)
 
 
 def random_tokens(batch: int, length: int, vocabulary: int, *, seed: int = 0, device: str = "cpu") -> torch.Tensor:
-    """Token ids `[batch, length]`, without the first four, which are special tokens."""
+    """Token ids `[batch, length]`, none of the first four, which are special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(4, vocabulary, (batch, length), generator=generator).to(device)
 
@@ -144,7 +144,7 @@ def random_decoder(shape: tuple[int, int, int, int], seed: int = 0) -> FlashLite
 
 
 def training_step(model, ids: torch.Tensor) -> Callable[[], None]:
-    """Forward and backward over one batch, the optimizer left out."""
+    """Forward and backward over one batch, without the optimizer."""
     model.train()
 
     def step():
@@ -155,8 +155,8 @@ def training_step(model, ids: torch.Tensor) -> Callable[[], None]:
 
 
 def greedy(model, ids: torch.Tensor, **kwargs) -> Callable[[], torch.Tensor]:
-    """Greedy generation of exactly `NEW_TOKENS` tokens, whatever random weights would end with."""
-    # min_new_tokens would do it too, but scans the vocabulary for every token
+    """Greedy generation of exactly `NEW_TOKENS` tokens; no token ends it early."""
+    # min_new_tokens has the same effect, but scans the vocabulary for every token
     model.generation_config.eos_token_id = None
     count = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1, **kwargs}
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **count)
@@ -183,7 +183,7 @@ def continuation(model, length: int, new_tokens: int, seed: int = 0) -> Callable
 
 
 def random_model(shape: str, seed: int) -> FlashLiteForCausalLM:
-    """A converted Llama of this shape in bfloat16, trained length 8,192, with random weights."""
+    """A converted Llama of this shape with random bfloat16 weights and a trained length of 8,192."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=True)
     torch.manual_seed(seed)
     return FlashLiteForCausalLM._from_config(flashlite_config(config), dtype=torch.bfloat16).eval()
@@ -205,7 +205,7 @@ def reading(shape: str, seed: int, length: int, batch: int) -> Callable[[], obje
 
 
 def generating(shape: str, seed: int, length: int, batch: int) -> Callable[[], object]:
-    """Generate 16 tokens for `batch` rows after a prompt of 64 tokens, which is read too."""
+    """Read prompts of `length` tokens and generate 16 tokens for each of `batch` rows."""
     run = greedy(
         random_model(shape, seed),
         random_tokens(batch, length, SHAPES[shape]["vocab_size"], seed=seed),
@@ -241,10 +241,10 @@ def grown_step(seed: int, sizes: dict) -> Callable[[], None]:
 
 
 def loading(folder: str, first_token: bool) -> Callable[[], object]:
-    """Load the model in `folder`, and compute one token with it where `first_token` says so.
+    """Load the model in `folder`; with `first_token`, also compute one token.
 
-    A float model is mapped into memory by loading and read by its first token, so the pair is what compares with a
-    coded one. The small model beside `folder` is loaded before, so that imports are not counted.
+    Loading only maps a float model into memory, and its first token reads it, so only both together compare with a
+    coded model. The small model beside `folder` is loaded first, so that imports are not counted.
     """
 
     @torch.inference_mode()
@@ -257,7 +257,7 @@ def loading(folder: str, first_token: bool) -> Callable[[], object]:
 
 
 def quantizing(model: str, rate: float) -> Callable[[], object]:
-    """Quantize `model` to `rate` bits per weight without data, as a user does: while it is loaded."""
+    """Quantize `model` to `rate` bits per weight without data while loading it, as users do."""
     AutoTokenizer.from_pretrained(model)  # imports are not counted
     config = EcqConfig(target_bits=rate)
     return lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, quantization_config=config)

@@ -1,9 +1,9 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
 """Pruning a decoder: fewer layers, heads, feed-forward units and hidden dimensions, the important ones kept.
 
-Importance is measured on calibration text, as Minitron does (arXiv 2407.14679, 2408.11796): of a feed-forward unit
-and of a key-value group by the size of what it adds to the residual stream, of a hidden dimension by its size in the
-norms, of a layer by the loss without it (as in Shortened LLaMA, arXiv 2402.02834).
+Importance is measured on calibration text, as in Minitron (arXiv 2407.14679, 2408.11796): feed-forward units and
+key-value groups by the magnitude of their contribution to the residual stream, hidden dimensions by their magnitude in
+the inputs of the norms, layers by the loss without them (as in Shortened LLaMA, arXiv 2402.02834).
 """
 
 import copy
@@ -27,7 +27,7 @@ def parse_target(text: str) -> dict[str, int]:
     """`"layers=20,intermediate_size=1152"` or `"parameters=90M"` -> sizes by name.
 
     Raises:
-        ConversionError: for a name or a number that cannot be meant.
+        ConversionError: for an unknown name or an invalid number.
     """
     target = {}
     for word in text.split(","):
@@ -46,14 +46,14 @@ def parse_target(text: str) -> dict[str, int]:
 
 
 def _quick_products(model: torch.nn.Module) -> AbstractContextManager:
-    """Products of a float32 model in bfloat16, where the processor multiplies that faster."""
+    """Compute the products of a float32 model in bfloat16 if the CPU has instructions for it."""
     quick = model.dtype == torch.float32 and model.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.autocast("cpu", torch.bfloat16) if quick else nullcontext()
 
 
 @torch.inference_mode()
 def measure_importance(model: FlashLiteForCausalLM, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Importance of what can be pruned, from tokens `[R, T]`.
+    """Importance of layers, groups, units and dimensions, measured on tokens `[R, T]`.
 
     Returns:
         `dict` with `layers` `[L]`, `groups` `[L, M]`, `units` `[L, F]`, `dimensions` `[D]`, and the mean squares
@@ -97,7 +97,7 @@ def measure_importance(model: FlashLiteForCausalLM, rows: torch.Tensor) -> dict[
 
 @torch.no_grad()
 def layer_importance(model: FlashLiteForCausalLM, rows: torch.Tensor) -> torch.Tensor:
-    """What the loss on tokens `[R, T]` is without each layer, `[L]`, in nats."""
+    """Loss on tokens `[R, T]` without each layer, `[L]`, in nats."""
     losses = []
     with _quick_products(model):
         for layer in tqdm(model.model.decoder.layers, desc="layers", unit="layer"):
@@ -113,13 +113,13 @@ def _gather(model: FlashLiteForCausalLM, sums: dict) -> dict:
     layers, config = model.model.decoder.layers, model.config.decoder
     units, groups = [], []
     for index, layer in enumerate(layers):
-        # what a unit adds has the size of its activation times that of its column
+        # a unit contributes its activation times its output column
         columns = layer.mlp.down_proj.weight.double().square().sum(0)
         units.append(sums[f"units {index}"] * columns)
         columns = layer.self_attn.o_proj.weight.double().square().sum(0)
         groups.append((sums[f"groups {index}"] * columns).view(config.num_key_value_heads, -1).sum(1))
     norms = {name.removeprefix("norm "): value for name, value in sums.items() if name.startswith("norm ")}
-    # each norm weighs the same, whatever the size of the stream there
+    # all norms have equal weight, however large the residual stream is there
     dimensions = sum((value / value.sum() for value in norms.values()), torch.zeros(config.hidden_size))
     return {
         "groups": torch.stack(groups),
@@ -130,7 +130,7 @@ def _gather(model: FlashLiteForCausalLM, sums: dict) -> dict:
 
 
 def count(config, **sizes: int) -> int:
-    """Parameters of the language model of a config with other sizes."""
+    """Number of parameters of the language model of a config with changed sizes."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in FlashLiteForCausalLM(_resized(config, sizes)).parameters())
 
@@ -147,13 +147,13 @@ def _resized(config, sizes: dict[str, int]):
 
 
 def sizes_for(config, parameters: int) -> dict[str, int]:
-    """Layers and feed-forward width for a number of parameters: the share of width is about that of layers cubed.
+    """Layers and feed-forward width for a number of parameters; width shrinks by about the cube of the layers.
 
-    Width keeps more quality, depth more speed (arXiv 2408.11796); head count and hidden size stay. Of 30 layers of
-    SmolLM2-135M, 26 keep more than 21, 28 or all at 90 M parameters.
+    Pruning width keeps more quality, pruning depth gives more speed (arXiv 2408.11796); head count and hidden size
+    stay. Of the 30 layers of SmolLM2-135M, keeping 26 is better than 21, 28 or 30 at 90 M parameters.
 
     Raises:
-        ConversionError: where even a quarter of both is too large.
+        ConversionError: if even a quarter of both is too large.
     """
     stack, best = config.decoder, None
     for layers in range(stack.num_hidden_layers, stack.num_hidden_layers // 4, -1):
@@ -177,7 +177,7 @@ def sizes_for(config, parameters: int) -> dict[str, int]:
 def prune(
     model: FlashLiteForCausalLM, target: dict[str, int], rows: torch.Tensor
 ) -> tuple[FlashLiteForCausalLM, dict[str, int]]:
-    """A smaller model with the most important parts of a larger one; train it next, with the larger one as teacher.
+    """A smaller model with the most important parts of a larger one; train it afterwards, with the larger one as teacher.
 
     Args:
         model ([`FlashLiteForCausalLM`]): with rotary positions; it is not changed.
@@ -215,13 +215,13 @@ def prune(
 
 
 def _kept(stack, sizes: dict[str, int], importance: dict) -> dict:
-    """Which layers, and in each of them which groups and units, and which dimensions stay, all in their old order."""
+    """Indices of the kept layers, of groups and units in each, and of dimensions, in their original order."""
 
     def top(scores: torch.Tensor, number: int) -> torch.Tensor:
         return scores.topk(number).indices.sort().values
 
     layers = importance["layers"].clone()
-    layers[[0, -1]] = math.inf  # both ends translate between words and stream
+    layers[[0, -1]] = math.inf  # both always stay: they map between tokens and the residual stream
     kept_layers = top(layers, sizes.get("num_hidden_layers", len(layers))).tolist()
     groups, units = (sizes.get(name, getattr(stack, name)) for name in ("num_key_value_heads", "intermediate_size"))
     return {
@@ -233,7 +233,7 @@ def _kept(stack, sizes: dict[str, int], importance: dict) -> dict:
 
 
 def _cut(name: str, weights: dict, kept: dict, importance: dict, stack) -> torch.Tensor:
-    """The part of a weight that stays, by the new model's name."""
+    """The kept part of a weight, given its name in the new model."""
     parts, dimensions = name.split("."), kept["dimensions"]
     if parts[2:3] != ["layers"]:
         weight = weights[name]
@@ -271,7 +271,7 @@ def _cut(name: str, weights: dict, kept: dict, importance: dict, stack) -> torch
 
 
 def _norm(name: str, weight: torch.Tensor, dimensions, importance: dict, stack) -> torch.Tensor:
-    """The weight of a norm over fewer dimensions, scaled so that what it gives keeps its size."""
+    """The weight of a norm over fewer dimensions, rescaled to preserve the magnitude of its output."""
     squares = importance["norms"].get(name.removeprefix("model.decoder.").removesuffix(".weight"))
     if squares is None or len(dimensions) == len(weight):
         return weight[dimensions].clone()
