@@ -146,7 +146,6 @@ def multi_axis_attention_reference(
     scaling: float | None = None,
     cross: Cross | None = None,
     first_query: Tensor | None = None,
-    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The definition of multi-axis attention, with explicit weights.
 
@@ -160,7 +159,6 @@ def multi_axis_attention_reference(
         cross: `(k_e [B, Hkv, Se, dk], v_e [B, Hkv, Se, dv], mask [B, Se] bool or None)`, keys that join the softmax.
         first_query: queries [B, H, T, dk] for the keys of the first block, instead of `q`. They may differ from `q`
             only from the third block on.
-        dropout: probability of dropping a weight.
 
     Returns:
         `(out [B, H, T, dv], weights [B, H, T, S], cross_weights [B, H, T, Se] or None)`. A grid slot's weight is
@@ -187,7 +185,7 @@ def multi_axis_attention_reference(
     n, s = grid.shape[3], k.shape[2]
     logits[..., s : s + n] += math.log(b)
     logits = logits.masked_fill(~spread(torch.cat(seen, 3)), -math.inf)
-    weights = F.dropout(logits.softmax(-1), dropout)
+    weights = logits.softmax(-1)
     own, mass = weights[..., :s], weights[..., s : s + n]
     own = own + F.pad((mass / b).repeat_interleave(b, dim=3), (0, s - n * b))
     out = own @ spread(values).to(wide)
@@ -255,17 +253,13 @@ def multi_axis_attention(
         return causal_attention(q, k, v, start, scaling, cross)
     if top >= min(spec.reach, newest) - 1:
         return window_attention(q, k, v, b, int(min(spec.reach, newest)), start, scaling, cross, first_query)
-    if _needs_grad(k, v):
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
         summaries = None
     if length <= _FEW_QUERIES:
         return _step_attention(q, k, v, spec, start, scaling, cross, first_query, summaries)
     # as a decorator it would import the compiler, which takes a second, for eager calls too
     tiles = torch.compiler.disable(_tile_attention) if torch.compiler.is_compiling() else _tile_attention
     return tiles(q, k, v, spec, start, scaling, cross, first_query, summaries)
-
-
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _rows(q: Tensor, hkv: int) -> Tensor:

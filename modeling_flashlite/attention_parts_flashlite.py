@@ -169,17 +169,13 @@ def local_operands(head: Head, piece, b: int, bias: Tensor):
     if blocks:
         # Windows of two blocks overlap by one, so a strided view needs no copy.
         k, v = (
-            x.as_strided((blocks, 1, 2 * b, x.shape[1]), (b * x.stride(0), 0, *x.stride()), _offset(x, origin))
+            x[origin:].as_strided((blocks, 1, 2 * b, x.shape[1]), (b * x.stride(0), 0, *x.stride()))
             for x in (head.k, head.v)
         )
         return blocks, k, v, bias
     first, end = slot % b, origin + b + slot % b + hi - lo
     k, v = (x[origin:end][None, None] for x in (head.k, head.v))
     return 1, k, v, bias[first * groups : (first + hi - lo) * groups, : end - origin]
-
-
-def _offset(x: Tensor, row: int) -> int:
-    return int(x.storage_offset()) + row * x.stride(0)
 
 
 def local_bias(b: int, groups: int, like: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def test_generate_refuses_what_forward_does_not_read(make, model_class, encoder)
 
 
 @pytest.mark.parametrize(("model_class", "encoder"), [form for form in FORMS if not form[1]])
-def test_what_belongs_to_an_encoder_is_refused_without_one(make, model_class, encoder):
+def test_encoder_arguments_are_refused_without_an_encoder(make, model_class, encoder):
     model = make(model_class, encoder)
     names = "decoder_input_ids", "decoder_attention_mask", "encoder_outputs", "decoder_inputs_embeds"
     names += ("decoder_position_ids",) if "ForCausalLM" not in model_class.__name__ else ()
@@ -90,7 +90,7 @@ def test_what_belongs_to_an_encoder_is_refused_without_one(make, model_class, en
 
 
 @every_form
-def test_what_tools_of_the_library_pass_is_taken(make, model_class, encoder):
+def test_arguments_that_transformers_passes_are_accepted(make, model_class, encoder):
     """A Trainer's count, collators of packed rows, and every field of `TransformersKwargs` filled with nothing."""
     model = make(model_class, encoder)
     inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if encoder else {})
@@ -136,7 +136,7 @@ def test_the_old_name_of_the_cache_warns_and_is_not_used_inside(make, model_clas
     assert "`past_key_values` is deprecated; use `cache` instead." in str(warning.message)
 
 
-def test_a_memory_is_not_taken_for_something_else(make):
+def test_a_memory_of_the_wrong_type_is_refused(make):
     model = make(FlashLiteForCausalLM, False)
     for wrong in (DynamicCache(), IDS):
         with pytest.raises(ValueError, match=r"new_memory"):

@@ -72,7 +72,7 @@ def test_decoding_with_crops_and_reorders_equals_attention_over_what_is_left(mem
 
 
 @torch.no_grad()
-def test_slots_that_nobody_wrote_count_for_nothing():
+def test_unwritten_slots_are_ignored():
     model, ids = causal_model(), tokens(2, 34)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0

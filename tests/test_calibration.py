@@ -113,14 +113,14 @@ def test_search_lands_on_the_budget(bits):
     assert held == sum(stream_bytes(weight) for weight in weights)
 
 
-def test_budgets_beyond_any_steps_are_refused_or_said(caplog):
+def test_budgets_that_no_steps_reach_are_refused_or_reported(caplog):
     with pytest.raises(ValueError, match="ask for at least half a bit"):
         search([_layer(64, 128)], 200, 100)
     search([_layer(64, 128)], 64 * 128 * 3, 0)
     assert "the steps cannot be finer" in caplog.records[-1].getMessage()
 
 
-def test_a_budget_that_feedback_cannot_meet_is_said(caplog):
+def test_a_budget_that_feedback_cannot_meet_is_reported(caplog):
     """Five tokens span five directions: fed-back errors then take more bits than the longest steps save."""
     model = build("llama-untied")
     data = [{"input_ids": torch.randint(3, 256, (1, 5))}]
@@ -132,7 +132,7 @@ def test_a_budget_that_feedback_cannot_meet_is_said(caplog):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bart", "gemma3", "t5gemma"])
-def test_a_replay_gives_each_block_what_the_model_gives_it(kind):
+def test_replay_feeds_each_block_its_inputs_in_the_model(kind):
     model = build(kind)
     batches = [inputs_of(model), {k: v.flip(1) for k, v in inputs_of(model).items()}]
     run = runner(model)
@@ -172,7 +172,7 @@ def test_blocks_that_are_used_twice_are_no_stack():
     assert quantize(model, EcqConfig(target_bits=4.0), [batch]).is_quantized
 
 
-def test_one_tensor_that_many_layers_read_is_counted_once():
+def test_an_input_shared_by_layers_is_counted_once():
     layers = [Layer([n], [torch.nn.Linear(16, 8)], torch.randn(8, 16), torch.zeros(8)) for n in "abc"]
     moments = InputMoments(layers)
     ends = moments.watch()
@@ -201,7 +201,7 @@ def test_calibrated_quantization_saves_and_loads(kind, tmp_path):
     assert torch.equal(logits_of(MODELS[kind][0].from_pretrained(tmp_path)), logits_of(model))
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(tmp_path, monkeypatch):
     """The blocks that were done are read back: nothing of them is rounded anew, and the result is the same."""
     data = [{"input_ids": torch.randint(3, 256, (2, 12), generator=torch.Generator().manual_seed(2))}]
     config, plain = EcqConfig(target_bits=4.0), BlockQuantizer._round

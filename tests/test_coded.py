@@ -59,7 +59,7 @@ def test_coded_models_of_other_families_load_elsewhere(kind, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_a_float_model_again_takes_no_code_along(tmp_path):
+def test_a_dequantized_model_is_saved_without_code(tmp_path):
     """Neither does a float model of the same family in the same process."""
     model = quantize(build("llama"), EcqConfig(target_bits=4))
     model.save_pretrained(tmp_path / "coded")

@@ -72,7 +72,7 @@ def alone(model, prompt, count):
         st.tuples(st.integers(0, 9), st.integers(1, 90), st.integers(1, 20), st.integers(0, 6)), min_size=1, max_size=5
     )
 )
-def test_each_answer_is_as_alone(model, tokenizer, rows):
+def test_each_answer_equals_generate_alone(model, tokenizer, rows):
     """Rows of any lengths, joining after any number of steps: block, relevance and grid axis are all in use."""
     batch = start(model, tokenizer, batch=8)
     running = []
@@ -125,7 +125,7 @@ def test_prompts_that_begin_alike_share_their_keys(model, tokenizer):
     assert batch.counters["shared_prompt_tokens"] >= 2 * len(system)
 
 
-def test_memory_is_bounded_and_nobody_is_overtaken(model, tokenizer):
+def test_memory_is_bounded_and_requests_keep_their_order(model, tokenizer):
     batch = start(model, tokenizer)
     batch.limits = Limits(cache_bytes=batch.token_bytes * 100)
     first, second, small = job(prompt_of(0, 40), 20), job(prompt_of(1, 40), 20), job(prompt_of(2, 5), 5)
@@ -136,7 +136,7 @@ def test_memory_is_bounded_and_nobody_is_overtaken(model, tokenizer):
     assert batch.admits(second)
 
 
-def test_long_prompts_let_running_answers_go_on(model, tokenizer):
+def test_long_prompts_do_not_block_running_answers(model, tokenizer):
     batch = start(model, tokenizer)
     running = job(prompt_of(0, 5), 30)
     batch.admit(running)

@@ -175,7 +175,7 @@ def test_eager_equals_sdpa_and_can_be_switched(make, model_class, encoder, encod
 
 
 @both_generators
-def test_rows_do_not_feel_their_neighbours(make, model_class, encoder):
+def test_rows_of_a_batch_are_independent(make, model_class, encoder):
     """Also at padding: every output of a row is the row's own."""
     model = make(model_class, encoder).double()
     inputs = inputs_of(model)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
-def test_logits_are_the_parents(name):
+def test_logits_equal_the_parents(name):
     parent = make_parent(name)
     model = convert(parent)
     ids = some_ids()
@@ -46,7 +46,7 @@ def test_logits_are_the_parents(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_greedy_tokens_are_the_parents(name):
+def test_greedy_tokens_equal_the_parents(name):
     parent = make_parent(name)
     model, ids = convert(parent), some_ids(1, 9)
     settings = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -65,7 +65,7 @@ def test_parity_is_zero_with_the_parents_products_and_leaves_its_weights_alone()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_there_and_back_are_the_same_bits(name, tmp_path):
+def test_conversion_there_and_back_is_bit_exact(name, tmp_path):
     parent = make_parent(name, torch.bfloat16)
     parent.save_pretrained(tmp_path / "parent")
     convert(tmp_path / "parent", output=tmp_path / "flash")

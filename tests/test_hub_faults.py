@@ -94,7 +94,7 @@ def test_damaged_downloads_are_refused(path, repo, staged, faults, tmp_path):
     assert not list((tmp_path / "always").rglob("snapshots/*/model.safetensors"))
 
 
-def test_full_disk_is_said_and_leaves_a_usable_cache(path, repo, staged, tmp_path):
+def test_a_full_disk_is_reported_and_leaves_a_usable_cache(path, repo, staged, tmp_path):
     Publisher(repo, TOKEN).publish(staged)
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r}); del sys.modules["modeling_flashlite"]

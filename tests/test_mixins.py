@@ -141,7 +141,7 @@ def test_generation_starts_from_embeddings_with_and_without_ids(make, model_clas
 
 @both_generators
 @pytest.mark.parametrize("beams", [1, 2])
-def test_generation_goes_on_where_it_stopped(make, model_class, encoder, beams):
+def test_generation_continues_from_its_cache(make, model_class, encoder, beams):
     model = make(model_class, encoder).double()
     settings = {**SETTINGS, "return_dict_in_generate": True, "use_cache": True}
     settings |= {"max_new_tokens": 4, "min_new_tokens": 4}
@@ -213,7 +213,7 @@ def test_copies_pickles_and_other_types_compute_the_same(make, model_class, enco
 
 @pytest.mark.parametrize("model_class", [FlashLiteForSequenceClassification, FlashLiteForTokenClassification])
 @pytest.mark.parametrize("encoder", [False, True])
-def test_a_head_of_another_size_is_made_anew(make, model_class, encoder, tmp_path):
+def test_a_head_of_another_size_is_initialized_again(make, model_class, encoder, tmp_path):
     make(model_class, encoder, num_labels=2).save_pretrained(tmp_path)
     with pytest.raises((RuntimeError, ValueError), match="mismatch|size|shape"):
         model_class.from_pretrained(tmp_path, num_labels=5)

@@ -18,7 +18,7 @@ def model(request):
 
 
 @torch.no_grad()
-def test_dead_units_heads_and_layers_go_first(model):
+def test_dead_units_heads_and_layers_are_pruned_first(model):
     stack = model.config.decoder
     layers = model.model.decoder.layers
     for layer in layers:

@@ -140,7 +140,7 @@ def test_training_resumes_where_it_stopped(tmp_path):
     assert middle.lm_head.log_step is middle.model.embed_tokens.log_step
 
 
-def test_lambda_pushes_both_ways():
+def test_lambda_steers_the_rate_up_and_down():
     model = prepare_qat(build("llama").train(), EcqConfig(target_bits=4.0))
     rate = RateController(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -205,7 +205,7 @@ def test_training_over_segments_reads_with_memory(tmp_path):
         SegmentDistillationTrainer(rounded(), arguments(tmp_path, Seq2SeqTrainingArguments))
 
 
-def test_what_training_needs_is_asked_for(tmp_path):
+def test_missing_training_inputs_are_named(tmp_path):
     with pytest.raises(ValueError, match="budget"):
         prepare_qat(build("llama"), EcqConfig())
     trainer = Trainer(build("llama"), arguments(tmp_path), train_dataset=data(), callbacks=[EcqCallback()])

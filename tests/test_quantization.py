@@ -230,7 +230,7 @@ def test_damaged_checkpoints_raise(tmp_path):
 @pytest.mark.parametrize(
     "header", [b"", b"\xff" * 8, struct.pack("<Q", 9) + b'{"\xef":{}}', struct.pack("<Q", 2) + b"[1"]
 )
-def test_a_damaged_header_is_said_to_be_so(header, tmp_path):
+def test_a_damaged_header_is_named_in_the_error(header, tmp_path):
     quantize(build("llama"), EcqConfig(target_bits=4)).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(header)
     with pytest.raises(ValueError, match=r"header of .*model\.safetensors is damaged"):

@@ -80,7 +80,7 @@ def test_training_starts_from_the_codes_of_another_run(ground):
     assert metrics["bits_per_weight"] == pytest.approx(5, abs=0.1) and metrics["perplexity_increase"] < 1
 
 
-def test_a_model_writes_the_text_that_it_is_quantized_on(ground, tmp_path, capsys):
+def test_a_model_samples_the_text_it_is_quantized_on(ground, tmp_path, capsys):
     script, output = load_script("sample"), tmp_path / "new" / "sampled.jsonl"
     argv = [f"--model={ground[0] / 'train_tiny'}", "--rows=24", "--max_new_tokens=24", "--batch_size=16"]
     args = parse_args(argument_classes(script), [*argv, f"--output={output}"])

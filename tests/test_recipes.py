@@ -211,7 +211,7 @@ def test_options_that_would_be_ignored_are_refused(ground, tmp_path, capsys):
     assert "resume_from_checkpoint is /nonexistent, which has no trainer_state.json" in capsys.readouterr().err
 
 
-def test_what_no_weight_depends_on_can_change(ground, tmp_path, caplog):
+def test_settings_without_weights_can_change(ground, tmp_path, caplog):
     folder, dataset = ground
     overrides = [f"--model={folder / 'causal'}", "--relevance_top_k=1", "--memory_blocks=3", "--dropout_rate=0.3"]
     run_verb("train_tiny", dataset, tmp_path / "a", overrides)

@@ -244,7 +244,7 @@ def test_log_probabilities_and_echo(client, engine):
     assert len(content) == 2 and all(entry.top_logprobs[0].logprob == entry.logprob for entry in content)
 
 
-def test_seed_is_kept_in_any_company(client):
+def test_a_seed_gives_the_same_answer_beside_other_requests(client):
     request = {"model": "tiny-lm", "prompt": "Licensed under", "max_tokens": 12, "seed": 7}
     alone = client.completions.create(**request).choices[0].text
     texts: list[str] = []

@@ -310,7 +310,7 @@ class TestLengths:
 
 
 class TestColumns:
-    def test_usual_names_are_found_and_others_are_mapped(self):
+    def test_common_column_names_are_found_and_others_mapped(self):
         task = get_task("translation")
         rows = Dataset.from_dict({"en": ["a"], "de": ["b"]})
         assert resolve_columns(task, rows, "source=en,target=de") == {"source": "en", "target": "de"}
@@ -324,7 +324,7 @@ class TestColumns:
         rows = Dataset.from_dict({"dialogue": ["a"], "summary": ["b"], "summaries": [["b", "c"]]})
         assert resolve_columns(get_task("summarization"), rows)["summary"] == "summaries"
 
-    def test_refusals_say_what_there_is(self):
+    def test_errors_list_the_columns_and_classes(self):
         task, rows = get_task("translation"), Dataset.from_dict({"en": ["a"], "targets": ["b"]})
         with pytest.raises(ValueError, match="'source' does not exist; the data set has en, targets"):
             resolve_columns(task, rows)

@@ -85,7 +85,7 @@ def test_padding_on_both_sides(tokenizer, side):
     assert len(pads) > 0 and set(pads.tolist()) == {0}
 
 
-def test_digits_stand_alone(tokenizer):
+def test_digits_are_separate_tokens(tokenizer):
     assert [token for token in tokenizer.tokenize("1984") if token.isdigit()] == list("1984")
 
 

@@ -177,7 +177,7 @@ def sizes_for(config, parameters: int) -> dict[str, int]:
 def prune(
     model: FlashLiteForCausalLM, target: dict[str, int], rows: torch.Tensor
 ) -> tuple[FlashLiteForCausalLM, dict[str, int]]:
-    """A smaller model with the most important parts of a larger one; train it afterwards, with the larger one as teacher.
+    """A smaller model of the most important parts of a larger one; train it afterwards with the larger as teacher.
 
     Args:
         model ([`FlashLiteForCausalLM`]): with rotary positions; it is not changed.
