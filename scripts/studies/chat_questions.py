@@ -7,10 +7,10 @@ number), lists (so many different members of a set), and things that nobody can 
 decoding in the model's own chat template; the first model is what the others are compared with.
 """
 
-import argparse
 import json
 import re
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import modeling_flashlite  # noqa: F401  registers the architecture
@@ -30,6 +30,16 @@ ADMISSIONS = (
     r"(not|never) (a real|exist|heard|been)|unfortunately|i'm sorry|i’m sorry|apologi[sz]e|more (information|context)|"
     r"difficult to predict|hard to (say|predict)"
 )
+
+
+@dataclass
+class QuestionArgs:
+    models: list[str] = field(metadata={"help": "name=folder; the first is the reference"})
+    dtype: str = field(default="float32", metadata={"help": "of the models"})
+    tokens: int = field(default=64, metadata={"help": "most tokens of an answer"})
+    batch: int = field(default=25, metadata={"help": "questions at a time"})
+    limit: int | None = field(default=None, metadata={"help": "ask only so many"})
+    output: str = field(default="runs/results/chat50.json", metadata={"help": "results file"})
 
 
 def occurs(wanted: str, text: str) -> bool:
@@ -74,15 +84,7 @@ def ask(folder: str, dtype: str, questions: list[dict], tokens: int, batch: int)
     }
 
 
-def main() -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True, help="name=folder; the first is the reference")
-    parser.add_argument("--dtype", default="float32", help="of the models")
-    parser.add_argument("--tokens", type=int, default=64, help="most tokens of an answer")
-    parser.add_argument("--batch", type=int, default=25, help="questions at a time")
-    parser.add_argument("--limit", type=int, help="ask only so many")
-    parser.add_argument("--output", default="runs/results/chat50.json", help="results file")
-    args = parser.parse_args()
+def main(args: QuestionArgs) -> dict:
     questions = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()][: args.limit]
     points = []
     for named in args.models:
@@ -91,10 +93,10 @@ def main() -> dict:
     first = points[0]["score"]
     scores = {point["model"]: point["score"] for point in points}
     retained = {f"{name} of {points[0]['model']}": value / first for name, value in scores.items() if first}
-    options = {"task": "chat50", "config": vars(args), "seed": 0, "dtype": args.dtype, "points": points}
+    options = {"task": "chat50", "config": asdict(args), "seed": 0, "dtype": args.dtype, "points": points}
     write_results(args.output, {**scores, **retained}, **options)
     return finish({"output": args.output, **scores})
 
 
 if __name__ == "__main__":
-    start(main)
+    start(main, (QuestionArgs,), __doc__)

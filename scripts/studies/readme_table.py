@@ -4,10 +4,11 @@ python scripts/studies/readme_table.py
 python scripts/studies/readme_table.py --check
 """
 
-import argparse
 import json
-import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from modeling_flashlite.cli import start
 
 ROOT = Path(__file__).resolve().parents[2]
 # what each checkpoint is judged by: key of its metrics, and its name in the table
@@ -284,22 +285,22 @@ def rewrite(text: str, results: Path) -> str:
     return text
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", default=ROOT / "model_cards/results", type=Path, help="folder of results files")
-    parser.add_argument("--readme", default=ROOT / "README.md", type=Path)
-    parser.add_argument("--check", action="store_true", help="only compare; exit 1 if README differs")
-    args = parser.parse_args()
-    text = args.readme.read_text(encoding="utf-8")
-    try:
-        new = rewrite(text, args.results)
-    except ValueError as error:
-        sys.exit(f"readme_table.py: {error}")
+@dataclass
+class TableArgs:
+    results: str = field(default=str(ROOT / "model_cards/results"), metadata={"help": "folder of results files"})
+    readme: str = field(default=str(ROOT / "README.md"), metadata={"help": "the file that is rewritten"})
+    check: bool = field(default=False, metadata={"help": "only compare; exit 1 if README differs"})
+
+
+def main(args: TableArgs) -> int:
+    readme = Path(args.readme)
+    text = readme.read_text(encoding="utf-8")
+    new = rewrite(text, Path(args.results))
     if args.check:
         return int(new != text)
-    args.readme.write_text(new, encoding="utf-8")
+    readme.write_text(new, encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main, (TableArgs,), __doc__)
