@@ -18,8 +18,6 @@ import pytest
 import torch
 from checkpoints import HEADS, RESULTS, TEXT, WRITTEN, make_model, make_tokenizer
 from hub_server import (  # noqa: F401  (fixtures among them)
-    BLOCKER,
-    ENDPOINT,
     KINDS,
     NEEDS_HUB,
     ROOT,

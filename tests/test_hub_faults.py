@@ -7,9 +7,7 @@ import resource
 import pytest
 from checkpoints import httpx
 from hub_server import (  # noqa: F401  (fixtures among them)
-    BLOCKER,
     ENDPOINT,
-    KINDS,
     NEEDS_HUB,
     ROOT,
     TOKEN,
