@@ -10,7 +10,7 @@ import contextlib
 import sys
 from dataclasses import dataclass, field
 
-import modeling_flashlite  # noqa: F401  (registers the architecture)
+from modeling_flashlite import enable_native
 from modeling_flashlite.checkpoint import CheckpointArgs
 from modeling_flashlite.cli import parse_args, start
 from modeling_flashlite.measure.cost import count_parameters
@@ -27,6 +27,7 @@ class ChatArgs:
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
     top_p: float = field(default=1.0, metadata={"help": "nucleus sampling"})
     seed: int | None = field(default=None, metadata={"help": "makes sampling repeatable"})
+    native: bool = field(default=False, metadata={"help": "decode coded models by code compiled on this machine"})
 
 
 def converse(chat: Chat, interactive: bool) -> bool:
@@ -55,8 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     """Chat until the input ends; 2 when the model cannot be loaded, 1 when a turn of a pipe failed."""
     checkpoint, args = parse_args((CheckpointArgs, ChatArgs), argv, description=__doc__)
     try:
+        if args.native:
+            enable_native()
         checkpoint.model = str(download(checkpoint.model, checkpoint.revision))
-    except DownloadError as error:
+    except (DownloadError, RuntimeError) as error:
         print(f"chat: {error}", file=sys.stderr)
         return 2
     engine = Engine(checkpoint, limits=Limits(new_tokens=args.max_tokens, batch=1, seconds=3600.0))

@@ -17,7 +17,7 @@ import socket
 import sys
 from dataclasses import dataclass, field, replace
 
-import modeling_flashlite  # noqa: F401  (registers the architecture)
+from modeling_flashlite import enable_native
 from modeling_flashlite.checkpoint import CheckpointArgs
 from modeling_flashlite.cli import needs, parse_args, start
 from modeling_flashlite.publish.hub import DownloadError, download
@@ -37,6 +37,7 @@ class ServeArgs:
     )
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
     port: int = field(default=8000, metadata={"help": "port; 0 takes a free one"})
+    native: bool = field(default=False, metadata={"help": "decode coded models by code compiled on this machine"})
     web: bool = field(default=False, metadata={"help": "add a page to try the model"})
     max_prompt_tokens: int = field(default=Limits.prompt_tokens, metadata={"help": "longest prompt"})
     max_new_tokens: int = field(default=Limits.new_tokens, metadata={"help": "most tokens of one answer"})
@@ -82,12 +83,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"serve: {args.host} is open to others; set FLASHLITE_API_KEY, or use 127.0.0.1.", file=sys.stderr)
         return 2
     try:
+        if args.native:
+            enable_native()
         listener = socket.create_server(
             (args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET
         )
         folder = download(checkpoint.model, checkpoint.revision)
         adapters = {called: str(download(place)) for called, place in args.named_adapters().items()}
-    except (OSError, DownloadError) as error:
+    except (OSError, DownloadError, RuntimeError) as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
     name = None if os.path.isdir(checkpoint.model) else checkpoint.model

@@ -1,6 +1,7 @@
 """A real model against llama.cpp and transformers: tokens per second read and generated, and the first token.
 
 python scripts/bench.py real --model HuggingFaceTB/SmolLM2-135M-Instruct --gguf SmolLM2-135M-Instruct.Q4_0.gguf
+python scripts/bench.py real --works decode --native --gguf q4.gguf
 python scripts/bench.py real --model runs/smollm2 --lengths 4096 --threads 1 --gguf q4.gguf --llama_bench llama-bench
 
 The model is a Llama of transformers. It is converted, and quantized without data where no `--coded` is given. The
@@ -23,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from modeling_flashlite import EcqConfig, quantize
+from modeling_flashlite import EcqConfig, enable_native, quantize
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.measure.benchmark import (
     cpu_features,
@@ -39,11 +40,12 @@ from modeling_flashlite.measure.workloads import continuation, random_tokens
 from modeling_flashlite.training.conversion import transplant
 from modeling_flashlite.training.source import open_source
 
-LLAMA_CPP, LLAMA, FLOAT, CODED = (
+LLAMA_CPP, LLAMA, FLOAT, CODED, NATIVE = (
     "llama.cpp",
     "transformers' Llama, bfloat16",
     "Flash-Lite, bfloat16",
     "Flash-Lite, coded",
+    "Flash-Lite, coded, native",
 )
 NEW_TOKENS = 32
 # up to this length a prompt is read in every round, beyond it llama.cpp reads it once for all its repetitions
@@ -71,12 +73,13 @@ class RealArgs(BenchArgs):
         default_factory=lambda: ["prefill", "decode", "first token"], metadata={"help": "what is measured"}
     )
     threads: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "threads of every contender"})
+    native: bool = field(default=False, metadata={"help": "with the coded model by compiled code, too"})
     note: str | None = field(default=None, metadata={"help": "about the checkpoint, for the results file"})
     output: str = field(default="model_cards/results/smollm2/speed.json", metadata={"help": "results file"})
 
 
 def load_models(args: RealArgs, folder: Path) -> dict[str, torch.nn.Module]:
-    """The three of PyTorch, all with bfloat16 states; ours are saved in `folder` too."""
+    """Those of PyTorch, all with bfloat16 states; ours are saved in `folder` too."""
     source = open_source(args.model, None)
     ours = transplant(source, None).bfloat16().eval()
     if args.coded is None:
@@ -86,7 +89,19 @@ def load_models(args: RealArgs, folder: Path) -> dict[str, torch.nn.Module]:
     for name, model in (("float", ours), ("coded", coded)):
         model.save_pretrained(folder / name)
     llama = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
-    return {LLAMA: llama, FLOAT: ours, CODED: coded}
+    models = {LLAMA: llama, FLOAT: ours, CODED: coded}
+    if args.native:
+        models[NATIVE] = AutoModelForCausalLM.from_pretrained(folder / "coded", dtype=torch.bfloat16).eval()
+    return models
+
+
+def natively(run: Callable, *args):
+    """What `run` returns with the compiled code enabled; models keep the products that they prepare meanwhile."""
+    enable_native()
+    try:
+        return run(*args)
+    finally:
+        enable_native(False)
 
 
 def timed(run: Callable[[], object]) -> list[float]:
@@ -116,11 +131,17 @@ def contenders_of(work: str, length: int, threads: int, models: dict, args: Real
     if work == "prefill":
         ids = random_tokens(1, length, models[LLAMA].config.vocab_size, seed=args.seed)
         runs = {
-            name: functools.partial(model, ids, use_cache=True, logits_to_keep=1) for name, model in models.items()
+            name: functools.partial(model, ids, use_cache=True, logits_to_keep=1)
+            for name, model in models.items()
+            if name != NATIVE  # which is for few rows
         }
         sizes = {"prompt": length}
     else:
-        runs = {name: continuation(model, length + 1, NEW_TOKENS, args.seed) for name, model in models.items()}
+        arguments = length + 1, NEW_TOKENS, args.seed
+        runs = {name: continuation(model, *arguments) for name, model in models.items() if name != NATIVE}
+        if NATIVE in models:
+            run = natively(continuation, models[NATIVE], *arguments)
+            runs[NATIVE] = functools.partial(natively, run)
         sizes = {"new": NEW_TOKENS, "depth": length if length > 1 else 0}
     calls = {name: functools.partial(timed, run) for name, run in runs.items()}
     if args.gguf is None:
@@ -143,7 +164,7 @@ def measure(work: str, length: int, threads: int, models: dict, args: RealArgs) 
         row["tokens_per_s"] = round(tokens / medians[row["name"]], 1)
         row["times_llama_cpp"] = round(medians[LLAMA_CPP] / medians[row["name"]], 2) if LLAMA_CPP in medians else None
         row["commit"] = git_commit()
-        if work == "decode" and row["name"] in (FLOAT, CODED):
+        if work == "decode" and row["name"] in (FLOAT, CODED, NATIVE):
             run = functools.partial(calls[row["name"]])
             row["outside_kernels"] = round(1 - min(kernel_seconds(run) / medians[row["name"]], 1), 3)
     return rows
