@@ -14,7 +14,7 @@ from modeling_flashlite import enable_native
 from modeling_flashlite.checkpoint import CheckpointArgs
 from modeling_flashlite.cli import parse_args, start
 from modeling_flashlite.measure.cost import count_parameters
-from modeling_flashlite.publish.hub import DownloadError, download
+from modeling_flashlite.publish.hub import download
 from modeling_flashlite.serve.engine import Engine
 from modeling_flashlite.serve.jobs import Limits, Settings
 from modeling_flashlite.serve.terminal import Chat
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.native:
             enable_native()
         checkpoint.model = str(download(checkpoint.model, checkpoint.revision))
-    except (DownloadError, RuntimeError) as error:
+    except RuntimeError as error:  # of the download, or of the compiler
         print(f"chat: {error}", file=sys.stderr)
         return 2
     engine = Engine(checkpoint, limits=Limits(new_tokens=args.max_tokens, batch=1, seconds=3600.0))

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from modeling_flashlite import enable_native
 from modeling_flashlite.checkpoint import CheckpointArgs
 from modeling_flashlite.cli import needs, parse_args, start
-from modeling_flashlite.publish.hub import DownloadError, download
+from modeling_flashlite.publish.hub import download
 from modeling_flashlite.serve.engine import Engine
 from modeling_flashlite.serve.jobs import Limits
 
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         folder = download(checkpoint.model, checkpoint.revision)
         adapters = {called: str(download(place)) for called, place in args.named_adapters().items()}
-    except (OSError, DownloadError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # of the download, or of the compiler
         print(f"serve: {error}", file=sys.stderr)
         return 2
     name = None if os.path.isdir(checkpoint.model) else checkpoint.model

@@ -10,6 +10,7 @@ from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from verbs import load_script
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM, enable_native
 from modeling_flashlite.checkpoint import load_language_model, read_tokenizer
@@ -248,3 +249,19 @@ def test_committed_models_generate_the_same(enabled, name):
         inputs = read_tokenizer(folder)(text, return_tensors="pt", return_token_type_ids=False)
         tokens[on] = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     assert tokens[True].tolist() == tokens[False].tolist()
+
+
+def test_a_killed_build_does_not_block_the_next(tmp_path):
+    (tmp_path / "lock").touch()
+    with kernels._alone(tmp_path):
+        assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("name", ["chat", "serve"])
+def test_scripts_say_that_there_is_no_compiler(name, monkeypatch, capsys):
+    def missing():
+        raise RuntimeError("Ninja is required")
+
+    monkeypatch.setattr(kernels, "build", missing)
+    assert load_script(name).main(["--model", str(ROOT / "model_cards" / "flash-lite-lm"), "--native"]) == 2
+    assert capsys.readouterr().err == f"{name}: Ninja is required\n"

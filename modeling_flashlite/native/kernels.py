@@ -8,8 +8,11 @@ that products are as exact as in float32; those of PyTorch's kernel have bfloat1
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +29,11 @@ from ..layer_step_flashlite import EncoderKeys, LayerStep, Place, norms_of
 from ..layers_flashlite import FlashLiteDecoderLayer
 from ..linear_flashlite import is_hooked
 from ..tiles_flashlite import TILE_ROWS
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 _NAME = "flashlite_native"
 _MOST_ROWS = 4  # beyond, products of more rows at a time pay
@@ -157,18 +165,22 @@ def build() -> None:
     """Compile and load the library, unless this process has it.
 
     Raises:
-        RuntimeError: there is no compiler or no ninja, the compiler fails, or the processor is not one that gains.
+        RuntimeError: there is no compiler or no ninja, or the compiler fails.
     """
+    version = f"{sys.implementation.cache_tag}_{torch.__version__}"
+    folder = Path(cpp_extension.get_default_build_root()) / f"{_NAME}_{version}"
     try:
         cpp_extension.verify_ninja_availability()
-        cpp_extension.load(
-            _NAME,
-            [str(Path(__file__).with_name("decode.cpp"))],
-            # the version, so that another PyTorch does not load what was built for this one
-            extra_cflags=["-O3", "-fopenmp", "-fno-math-errno", f"-DBUILT_FOR={torch.__version__.split('+')[0]}"],
-            extra_ldflags=["-fopenmp"],
-            is_python_module=False,
-        )
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            cpp_extension.load(
+                _NAME,
+                [str(Path(__file__).with_name("decode.cpp"))],
+                extra_cflags=["-O3", "-fopenmp", "-fno-math-errno"],
+                extra_ldflags=["-fopenmp"],
+                build_directory=str(folder),
+                is_python_module=False,
+            )
     except (RuntimeError, OSError) as error:
         compiler = os.environ.get("CXX", "c++")
         raise RuntimeError(
@@ -176,6 +188,20 @@ def build() -> None:
             "`pip install flashlite[native]`, or leave them out: they change nothing but speed."
         ) from error
     torch.library.register_fake(f"{_NAME}::int4_rows", _int4_rows_shape)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time build in a folder.
+
+    PyTorch's own lock is a file, which stays when a build is killed, and every later one would wait for it forever.
+    """
+    if fcntl is None:
+        raise RuntimeError("this system has no fcntl")
+    with open(folder / "building", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        yield
 
 
 def _int4_rows_shape(x, tiles, step, numbers=None, factors=None, bias=None):
