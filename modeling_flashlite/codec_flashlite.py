@@ -163,15 +163,17 @@ def encode_chunk(data: np.ndarray) -> bytes:
     return huffman.encode(data) if huffman.size < data.size else data.tobytes()
 
 
-def decode_chunk(payload, size: int) -> np.ndarray:
-    """Inverse of [`encode_chunk`]: uint8 `[size]`; raises [`CodecError`] on anything wrong."""
+def decode_chunk(payload, size: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Inverse of [`encode_chunk`]: uint8 `[size]`, in `out` if given; raises [`CodecError`] on anything wrong."""
     payload = memoryview(payload).cast("B")
     if len(payload) > size or (size and not len(payload)):
         raise CodecError(f"A chunk of {len(payload)} bytes cannot hold {size}; fetch the file again.")
+    if out is None:
+        out = np.empty(size, dtype=np.uint8)
     if len(payload) == size:
-        return np.frombuffer(payload, np.uint8)
-    out = np.empty(size, dtype=np.uint8)
-    _inflate(payload, out)
+        out[:] = np.frombuffer(payload, np.uint8)
+    else:
+        _inflate(payload, out)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The stored byte stream of a quantized weight matrix, see `ecq_weight_flashlite`.
+"""The stored byte stream of a quantized weight matrix, see `ecq_weight_flashlite`; `ecq_reader_flashlite` decodes it.
 
 Weight stream, version 1 (little endian), one uint8 tensor under the name of the weight
     ======  =====  ====================================================================================================
@@ -23,41 +23,33 @@ are split into *bands* of whole tiles (64 rows, see `tiles_flashlite`) of about 
 in order, one chunk of bytes, or two where the group has three digits:
     1 digit   `[tiles, columns of the group, 32]`, byte j of a tile holds digit + 8 of row j in its low and of row
               j + 32 in its high nibble: the order of a loaded model's memory
-    2 digits  `[tiles, columns, 64]` bytes code + 136
+    2 digits  `[2, tiles, columns, 32]` bytes code + 136: of rows 0..31 of the tiles, then of rows 32..63
     3 digits  the same of the low two digits, (code + 136) mod 256; then the third digits like the first
-Where rows are left that fill no tile, R of them, a last tile follows in the last band: R (bytes) or ceil(R / 2)
-(nibbles of rows j and j + ceil(R / 2)) in place of 64 and 32.
+Where rows are left that fill no tile, R of them, a last tile follows in the last band: `[columns, R]` bytes, or
+`[columns, ceil(R / 2)]` nibbles of rows j and j + ceil(R / 2).
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-import os
 import struct
 import zlib
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .codec_flashlite import CodecError, chunk_bytes, decode_chunk, encode_chunk
-from .ecq_weight_flashlite import QuantizedWeight, TiledWeight, digit_columns
-from .tiles_flashlite import TILE_ROWS, empty_tiles
+from .codec_flashlite import chunk_bytes, encode_chunk
+from .ecq_weight_flashlite import QuantizedWeight, digit_columns
+from .tiles_flashlite import TILE_ROWS
 
-_MAGIC, _VERSION, _HEAD = 0xE9, 1, 12
-_MAX_GROUPS, _NARROW_GROUPS, _WIDE_GROUPS = 32, 16, 8  # in a stream; to begin with
+MAGIC, VERSION, HEAD = 0xE9, 1, 12
+MAX_GROUPS, _NARROW_GROUPS, _WIDE_GROUPS = 32, 16, 8  # in a stream; to begin with
 _BAND_BYTES = 1 << 22
 _TABLE_BYTES = 96, 0.42  # cost of a Huffman table: fixed, a part of it for its time, and per symbol that occurs
-_TASK_BYTES = 1 << 16
-_MOST_CODES = 4096  # in a byte of a stream; deflate reaches 2064
-_AHEAD = 1 << 22  # bytes of streams decoded or queued, per worker
 
 
-def _bands(rows: int, columns: int) -> list[tuple[int, int]]:
+def band_rows(rows: int, columns: int) -> list[tuple[int, int]]:
     """First and last row of each band; the last one takes the rows that fill no tile."""
     whole = rows // TILE_ROWS
     step = max(1, _BAND_BYTES // (32 * columns))
@@ -83,7 +75,7 @@ def _bytes(values: np.ndarray) -> np.ndarray:
     """Bytes of rows `[rows, columns]` in the order of a band."""
     rows, columns = values.shape
     whole = rows // TILE_ROWS * TILE_ROWS
-    first = values[:whole].reshape(-1, TILE_ROWS, columns).transpose(0, 2, 1).reshape(-1)
+    first = values[:whole].reshape(-1, 2, 32, columns).transpose(1, 0, 3, 2).reshape(-1)
     return np.concatenate([first, values[whole:].T.reshape(-1)]) if whole < rows else first
 
 
@@ -127,7 +119,7 @@ def _layout(weight: QuantizedWeight) -> tuple[_Layout, np.ndarray]:
     spread = torch.from_numpy(codes).abs().sum(0, dtype=torch.int64).numpy()
     kinds = np.ones(codes.shape[1], dtype=np.int64)
     kinds[second], kinds[third] = 2, 3
-    numbers, size, bands = np.zeros(codes.shape[1], dtype=np.uint8), 0, _bands(*codes.shape)
+    numbers, size, bands = np.zeros(codes.shape[1], dtype=np.uint8), 0, band_rows(*codes.shape)
     digits: list[int] = []
     for kind in np.unique(kinds):
         own = np.flatnonzero(kinds == kind)
@@ -174,13 +166,13 @@ def _head(weight: QuantizedWeight, layout: _Layout) -> tuple[bytes, bytes]:
     for side in sides:
         payload = encode_chunk(side.view(np.uint8))
         rest += struct.pack("<I", len(payload)) + payload
-    return struct.pack("<BBBBf", _MAGIC, _VERSION, flags, weight.grid, weight.base), rest
+    return struct.pack("<BBBBf", MAGIC, VERSION, flags, weight.grid, weight.base), rest
 
 
 def stream_bytes(weight: QuantizedWeight) -> int:
     """Bytes of [`encode_weight`]'s stream, exactly, without coding."""
     layout, _ = _layout(weight)
-    return _HEAD + len(_head(weight, layout)[1]) + layout.size
+    return HEAD + len(_head(weight, layout)[1]) + layout.size
 
 
 def encode_weight(weight: QuantizedWeight) -> torch.Tensor:
@@ -190,191 +182,10 @@ def encode_weight(weight: QuantizedWeight) -> torch.Tensor:
     groups = [np.ascontiguousarray(codes[:, layout.groups == i]) for i in range(len(layout.digits))]
     chunks = [
         encode_chunk(part)
-        for first, last in _bands(*codes.shape)
+        for first, last in band_rows(*codes.shape)
         for group, digits in zip(groups, layout.digits)
         for part in _parts(group[first:last], digits)
     ]
     rest += struct.pack(f"<{len(chunks)}I", *map(len, chunks)) + b"".join(chunks)
     check = zlib.crc32(rest, zlib.crc32(struct.pack("<II", *weight.shape) + head))
     return torch.frombuffer(bytearray(head + struct.pack("<I", check) + rest), dtype=torch.uint8)
-
-
-class _Stream:
-    """A stream with its head read and every length checked against the shape; [`fill`] decodes it chunk by chunk.
-
-    Nothing larger than a side chunk is allocated before [`open`].
-    """
-
-    def __init__(self, name: str, stream: torch.Tensor, shape: tuple[int, int]):
-        self.name, self.shape, (rows, columns) = name, shape, shape
-        self.raw, self.at = memoryview(stream.cpu().contiguous().numpy()), _HEAD
-        if len(self.raw) <= _HEAD or self.raw[0] != _MAGIC or self.raw[1] != _VERSION:
-            raise self._error(f"is no version {_VERSION} weight stream; update the package or")
-        if rows * columns > _MOST_CODES * len(self.raw) or not rows * columns:
-            raise self._error(f"has {len(self.raw)} bytes for {rows} x {columns} codes; check config.json or")
-        _, _, flags, grid, base, self.check = struct.unpack_from("<BBBBfI", self.raw)
-        count = self._take(1)[0]
-        self.digits = list(self._take(count))
-        if flags > 3 or not grid or not 0 < base < math.inf or not 0 < count <= _MAX_GROUPS:
-            raise self._error(f"has flags {flags}, grid {grid}, base {base}, {count} groups;")
-        if not all(1 <= digits <= 3 for digits in self.digits):
-            raise self._error(f"has groups of {self.digits} digits;")
-        exponents = self._side(rows, np.int8) if flags & 1 else np.zeros(rows, np.int8)
-        column_exponents = self._side(columns, np.int8) if flags & 2 else None
-        groups = self._side(columns, np.uint8) if count > 1 else np.zeros(columns, np.uint8)
-        if groups.max() >= count or (np.bincount(groups, minlength=count) == 0).any():
-            raise self._error(f"has columns that belong to none of its {count} groups;")
-        self.columns = [np.flatnonzero(groups == i) for i in range(count)]
-        self.fields = {
-            "base": base,
-            "grid": grid,
-            "exponents": torch.from_numpy(exponents),
-            "column_exponents": None if column_exponents is None else torch.from_numpy(column_exponents),
-        }
-        self.chunks = self._directory()
-
-    def _error(self, what: str) -> CodecError:
-        return CodecError(f"The stream of {self.name} {what} fetch the file again.")
-
-    def _take(self, length: int) -> memoryview:
-        if self.at + length > len(self.raw):
-            raise self._error("is cut short;")
-        self.at += length
-        return self.raw[self.at - length : self.at]
-
-    def _side(self, count: int, kind: type) -> np.ndarray:
-        (length,) = struct.unpack("<I", self._take(4))
-        if length > count:
-            raise self._error(f"has {length} bytes for {count} side values;")
-        return decode_chunk(self._take(length), count).view(kind).copy()
-
-    def _directory(self) -> list[tuple[int, int, int, bool, memoryview]]:
-        """(first row, last row, group, whether it holds third digits, payload) of each chunk."""
-        places = [
-            (first, last, group, third)
-            for first, last in _bands(*self.shape)
-            for group, digits in enumerate(self.digits)
-            for third in ((False, True) if digits == 3 else (False,))
-        ]
-        lengths = struct.unpack(f"<{len(places)}I", self._take(4 * len(places)))
-        if sum(lengths) != len(self.raw) - self.at:
-            raise self._error(f"has {len(self.raw) - self.at} bytes of codes in place of {sum(lengths)};")
-        return [(*place, self._take(length)) for place, length in zip(places, lengths)]
-
-    def open(self) -> None:
-        """Take memory for the codes: as much as the shape and the digits of the columns ask for."""
-        kinds = np.empty(self.shape[1], dtype=np.int64)
-        for columns, digits in zip(self.columns, self.digits):
-            kinds[columns] = digits
-        wide = np.flatnonzero(kinds > 1), np.flatnonzero(kinds > 2)
-        count = self.shape[1] + len(wide[0]) + len(wide[1])
-        starts = 0, self.shape[1], self.shape[1] + len(wide[0])
-        # of the first, second and third digits in the tiles
-        self.places = [
-            [start + (np.searchsorted(order, columns) if order is not None else columns) for columns in self.columns]
-            for start, order in zip(starts, (None, *wide))
-        ]
-        numbers = torch.from_numpy(wide[0]), torch.from_numpy(wide[1])
-        self.weight = TiledWeight(self.shape, empty_tiles(self.shape[0], count), numbers, **self.fields)
-        self.items = self.weight.tiles.numpy().view("V32")[:, :, 0]  # 32 bytes move as one
-        if count < self.items.shape[1]:
-            self.weight.tiles[:, count:] = 0x88
-
-    def verify(self) -> None:
-        """Check the checksum and the steps."""
-        head = struct.pack("<II", *self.shape) + bytes(self.raw[:8])
-        if zlib.crc32(self.raw[_HEAD:], zlib.crc32(head)) != self.check:
-            raise self._error(f"has a wrong checksum for a {self.shape[0]} x {self.shape[1]} weight;")
-        scale = self.weight.column_scale()
-        steps = self.weight.step() * (1 if scale is None else scale.max())
-        if not (torch.isfinite(steps).all() and (steps > 0).all()):
-            raise self._error("has a step that overflows or vanishes;")
-
-    def submit(self, pool: ThreadPoolExecutor) -> list[Future]:
-        """Verify and decode, small chunks together: a task costs as much as some thousand bytes."""
-        tasks, batch, size = [pool.submit(self.verify)], [], 0
-        for chunk in self.chunks:
-            batch.append(chunk)
-            size += len(chunk[-1])
-            if size >= _TASK_BYTES or chunk is self.chunks[-1]:
-                tasks.append(pool.submit(self.fill_all, batch))
-                batch, size = [], 0
-        return tasks
-
-    def fill_all(self, chunks: list[tuple[int, int, int, bool, memoryview]]) -> None:
-        for chunk in chunks:
-            self.fill(*chunk)
-
-    def fill(self, first: int, last: int, group: int, third: bool, payload: memoryview) -> None:
-        """Decode one chunk to its place in the tiles."""
-        columns, whole = len(self.columns[group]), (last - first) // TILE_ROWS
-        rest, nibbles = last - first - whole * TILE_ROWS, third or self.digits[group] == 1
-        length = 32 if nibbles else TILE_ROWS
-        short = (rest + 1) // 2 if nibbles else rest
-        data = decode_chunk(payload, columns * (whole * length + short))
-        parts = (
-            [(first // TILE_ROWS, data[: columns * whole * length].reshape(whole, columns, length))] if whole else []
-        )
-        if rest:
-            last_tile = data[columns * whole * length :].reshape(columns, short)
-            parts.append((first // TILE_ROWS + whole, _whole_tile(last_tile, rest, nibbles)[None]))
-        for tile, part in parts:
-            tiles = self.items[tile : tile + len(part)]
-            if nibbles:
-                tiles[:, self.places[2 if third else 0][group]] = np.ascontiguousarray(part).view("V32")[:, :, 0]
-                continue
-            low, high = part[:, :, :32], part[:, :, 32:]
-            tiles[:, self.places[0][group]] = (low & 15 | high << 4).view("V32")[:, :, 0]
-            tiles[:, self.places[1][group]] = (low >> 4 | high & 240).view("V32")[:, :, 0]
-
-
-def _whole_tile(data: np.ndarray, rows: int, nibbles: bool) -> np.ndarray:
-    """The last tile `[columns, ...]` filled up with code 0: nibbles to `[columns, 32]`, bytes to `[columns, 64]`."""
-    if nibbles:
-        data = np.concatenate([data & 15, data >> 4], 1)[:, :rows]
-    full = np.full((len(data), TILE_ROWS), 8 if nibbles else 136, dtype=np.uint8)
-    full[:, :rows] = data
-    return full[:, :32] | full[:, 32:] << 4 if nibbles else full
-
-
-def decode_weights(
-    streams: Iterable[tuple[str, torch.Tensor, tuple[int, int]]], threads: int | None = None
-) -> Iterator[tuple[int, TiledWeight]]:
-    """Inverse of [`encode_weight`] on untrusted bytes, several streams at a time.
-
-    Args:
-        streams (iterable of `(name, uint8 tensor, (rows, columns))`): the shape is the model's, never the file's. A
-            stream is taken shortly before its turn and let go of when it is done.
-        threads (`int`, *optional*): workers; as many as there are processors by default.
-
-    Yields:
-        `(position, weight)` in order.
-
-    Raises:
-        [`CodecError`]: anything that is not exactly one valid stream of that shape.
-    """
-    workers, held = threads or os.cpu_count() or 1, 0
-    running: deque[tuple[int, _Stream, list[Future]]] = deque()
-    pool = ThreadPoolExecutor(workers)
-
-    def finished() -> tuple[int, TiledWeight]:
-        nonlocal held
-        position, stream, tasks = running.popleft()
-        for task in tasks:
-            task.result()
-        held -= len(stream.raw)
-        return position, stream.weight
-
-    try:
-        for position, item in enumerate(streams):
-            stream = _Stream(*item)
-            del item
-            stream.open()
-            running.append((position, stream, stream.submit(pool)))
-            held += len(stream.raw)
-            while held > workers * _AHEAD:
-                yield finished()
-        while running:
-            yield finished()
-    finally:
-        pool.shutdown(cancel_futures=True)

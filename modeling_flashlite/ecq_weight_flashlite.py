@@ -13,6 +13,7 @@ column times 16 or 256: one storage and one product for any range, at half a byt
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,8 +74,15 @@ class QuantizedWeight(_Scaled):
         return weight if scale is None else weight.mul_(scale.to(weight.device))
 
 
+@functools.lru_cache(maxsize=16)
+def _octaves(grid: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.exp2(torch.arange(-128, 128, dtype=torch.float64, device="cpu") / grid)
+
+
 def _powers(base: float, exponents: torch.Tensor, grid: int) -> torch.Tensor:
-    return (base * torch.exp2(exponents.double() / grid)).float()
+    """`base * 2 ** (exponents / grid)` of int8 exponents, float32."""
+    return (_octaves(grid).to(exponents.device)[exponents.long() + 128] * base).float()
 
 
 def wide_columns(ratio: torch.Tensor, share: float = 0.02) -> torch.Tensor:
@@ -160,15 +168,14 @@ class TiledWeight(_Scaled):
         (second, third), scale = self.wide, self.column_scale()
         if not len(second):
             return None, scale
-        columns, padded = self.shape[1], self.tiles.shape[1]
-        numbers = torch.cat([torch.arange(columns, device=second.device), second, third])
-        factors = torch.ones(padded, device=second.device)
-        factors[columns : columns + len(second)] = 16
-        factors[columns + len(second) : len(numbers)] = 256
-        if scale is not None:
-            factors[: len(numbers)] *= scale.to(second.device)[numbers]
-        factors[len(numbers) :] = 0
-        return torch.nn.functional.pad(numbers, (0, padded - len(numbers))), factors
+        columns, device = self.shape[1], second.device
+        starts = [columns, columns + len(second), columns + len(second) + len(third), self.tiles.shape[1]]
+        numbers = torch.zeros(starts[3], dtype=torch.int64, device=device)
+        torch.cat([torch.arange(columns, device=device), second, third], out=numbers[: starts[2]])
+        factors = torch.ones(starts[3], device=device)
+        for start, end, factor in zip(starts, starts[1:], (16.0, 256.0, 0.0)):
+            factors[start:end] = factor
+        return numbers, factors if scale is None else factors.mul_(scale.to(device)[numbers])
 
 
 def digit_columns(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

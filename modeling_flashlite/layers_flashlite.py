@@ -36,6 +36,8 @@ def product_dtype(states: torch.Tensor) -> torch.dtype:
 class FlashLiteMLP(nn.Module):
     """The lite feed-forward network: `down(act(gate(x)) * up(x))`, 4/3 D wide, half of the usual parameters."""
 
+    SISTERS = "gate_proj", "up_proj"  # a decode session computes them in one product; see `ecq_modules_flashlite.join`
+
     def __init__(self, config):
         super().__init__()
         size, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -180,6 +182,8 @@ class FlashLiteEncoderAttention(FlashLiteAttention):
 
 class FlashLiteDecoderAttention(FlashLiteAttention):
     """Multi-axis attention over the row's own past, with the encoder's keys in the same softmax (merged attention)."""
+
+    SISTERS = "q_proj", "k_proj", "v_proj"  # as in [`FlashLiteMLP`]
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)

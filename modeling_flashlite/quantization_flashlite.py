@@ -15,273 +15,40 @@ import itertools
 import json
 import struct
 import types
-from collections.abc import Iterable
-from typing import Any
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .coded_flashlite import auto_map, coded_class, with_code, without_code
-from .compat_flashlite import named_module
+from .ecq_config_flashlite import METHOD, EcqConfig
+from .ecq_layers_flashlite import (
+    coded_places,
+    collect_layers,
+    groups_of,
+    ids_of,
+    install,
+    is_quantizable,
+    overhead_bytes,
+    quantizable_layers,
+    weight_of,
+)
 from .ecq_modules_flashlite import EcqModule, to_float, to_quantized
-from .ecq_parents_flashlite import read_by_parents
 from .ecq_probe_flashlite import scale_columns
-from .ecq_search_flashlite import GRID, Layer, data_free_steps, search
-from .ecq_stream_flashlite import decode_weights, encode_weight
+from .ecq_reader_flashlite import decode_weights
+from .ecq_search_flashlite import GRID, search
+from .ecq_stream_flashlite import encode_weight
 from .ecq_twins_flashlite import FakeQuantModule, to_twin
 from .ecq_weight_flashlite import QuantizedWeight
-from .linear_flashlite import Linear
 
-_METHOD = "ecq"
 _SMALL = 1 << 20  # tensors up to this many bytes are copied out of the loader's memory map
-_TRAINING_STATE = ("log_step", "log_base", "exponents", "column_exponents", "code_lengths", "ecq_rate")
-_FIELDS = ("bits", "target_bits", "target_bytes", "max_loss_increase", "modules_to_not_convert", "stage")
-
-
-def parse_bytes(size: int | str | None) -> int | None:
-    """`3_000_000`, "3MB", "2.5 MiB", "800kB" to bytes."""
-    if size is None or isinstance(size, int):
-        return size
-    text = size.strip().lower().replace(" ", "")
-    units = {"kib": 1024, "mib": 1024**2, "gib": 1024**3, "kb": 1000, "mb": 10**6, "gb": 10**9, "b": 1}
-    for unit, factor in units.items():
-        if text.endswith(unit):
-            return int(float(text.removesuffix(unit)) * factor)
-    raise ValueError(f"target_bytes={size!r} has no unit; write for example '3MB' or '2.5MiB'.")
-
-
-class EcqConfig(QuantizationConfigMixin):
-    """Configuration of entropy-constrained quantization.
-
-    Args:
-        bits (`int`, *optional*, defaults to 4): bits of a code in memory; 4 is the only choice.
-        target_bits (`float`, *optional*): bits of the whole weights file over the number of parameters: codes, steps,
-            tables, norms, embeddings and headers. Without a target, steps are half a standard deviation, about
-            3.1 bits.
-        target_bytes (`int` or `str`, *optional*): the same budget as a size, "3MB".
-        max_loss_increase (`float`, *optional*): the smallest file whose perplexity on the calibration data rises by at
-            most this fraction; needs `calibration.quantize`.
-        modules_to_not_convert (`list[str]`, *optional*): modules that stay float, by beginnings, ends or regular
-            expressions of their names; `layers.1` does not mean `layers.11`.
-        stage (`str`, *optional*, defaults to `"coded"`): `"qat"` in checkpoints of quantization-aware training.
-    """
-
-    def __init__(
-        self,
-        bits: int = 4,
-        target_bits: float | None = None,
-        target_bytes: int | str | None = None,
-        max_loss_increase: float | None = None,
-        modules_to_not_convert: list[str] | None = None,
-        stage: str = "coded",
-    ):
-        if bits != 4:
-            raise ValueError(
-                f"bits={bits} must be 4, the size of a code in memory; target_bits sets the size of the file."
-            )
-        if sum(target is not None for target in (target_bits, target_bytes, max_loss_increase)) > 1:
-            raise ValueError("target_bits, target_bytes and max_loss_increase exclude each other; give one of them.")
-        if target_bits is not None and not 0.5 <= target_bits <= 8:
-            raise ValueError(f"target_bits={target_bits} is outside 0.5..8 bits per parameter.")
-        if stage not in ("coded", "qat"):
-            raise ValueError(f"stage={stage!r} must be 'coded' or 'qat'.")
-        self.quant_method = _METHOD
-        self.bits, self.target_bits, self.target_bytes = bits, target_bits, parse_bytes(target_bytes)
-        self.max_loss_increase, self.modules_to_not_convert = max_loss_increase, modules_to_not_convert
-        self.stage = stage
-
-    @classmethod
-    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
-        """From `config.json`; unknown fields of later versions are ignored."""
-        known = {key: value for key, value in config_dict.items() if key in _FIELDS}
-        config = cls(**known)
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def get(self, key, default=None):
-        """Dictionary access, which transformers uses when a loaded config is passed to `from_pretrained`."""
-        return getattr(self, key, default)
-
-    def budget(self, parameters: int) -> float | None:
-        """Bytes of the whole file, `None` without a target."""
-        return (
-            self.target_bytes
-            if self.target_bytes is not None
-            else self.target_bits and self.target_bits * parameters / 8
-        )
-
-
-_PLAIN_FORWARDS = (nn.Linear.forward, Linear.forward, nn.Embedding.forward, Conv1D.forward)
-_OUR_LINEAR = ".linear_flashlite.Linear"
-# embeddings of transformers whose forward only extends that of `nn.Embedding`; any other class with its own forward
-# may need the weight itself, so it stays float
-_EXTENDED_EMBEDDINGS = ("ScaledWordEmbedding", "NormedEmbedding", "LearnedPositionalEmbedding")
-
-
-def _is_quantizable(module: nn.Module) -> bool:
-    if isinstance(module, (EcqModule, FakeQuantModule)):
-        return True
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or not isinstance(
-        module, (nn.Linear, nn.Embedding, Conv1D)
-    ):
-        return False
-    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.num_embeddings <= 64):
-        return False
-    kind = type(module)
-    # the package and copies from the Hub each have a `Linear`
-    is_plain = kind.forward in _PLAIN_FORWARDS or f"{kind.__module__}.{kind.__name__}".endswith(_OUR_LINEAR)
-    if not is_plain and not kind.__name__.endswith(_EXTENDED_EMBEDDINGS):
-        return False
-    shape = module.weight.shape
-    return len(shape) == 2 and min(shape) >= 8 and shape.numel() >= 1024
-
-
-def _left_out(model: nn.Module) -> set[str]:
-    """Names of tensors that the model computes and does not save, such as Marian's table of positions."""
-    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-
-
-def quantizable_layers(model: nn.Module, config: EcqConfig) -> dict[str, nn.Module]:
-    """Name and module of every linear layer and embedding to be quantized, LM head and tied weights included.
-
-    A weight that one of its modules, or a parent module, reads directly stays float in all of them.
-
-    Raises:
-        ValueError: the model keeps weights in stacked (3-D) parameters, as mixtures of experts do.
-    """
-    skip = config.modules_to_not_convert
-    parameters = ((name, value) for name, value in model.named_parameters() if value.is_floating_point())
-    stacked = [
-        name for name, value in parameters if value.dim() == 3 and len(value) > 1 and "conv" not in name.lower()
-    ]
-    stacked = [name for name in stacked if not named_module(name.rpartition(".")[0], skip)]
-    if stacked:
-        raise ValueError(
-            f"{type(model).__name__} keeps weights in stacked parameters ({stacked[0]}, {len(stacked)} in all),"
-            " as mixtures of experts do; only nn.Linear, Conv1D and nn.Embedding can be quantized. Name their modules"
-            " in modules_to_not_convert to leave them in bfloat16."
-        )
-    modules = dict(model.named_modules())
-    layers = {n: m for n, m in modules.items() if _is_quantizable(m) and not named_module(n, skip)}
-    needed = read_by_parents(model)
-    layers = {n: m for n, m in layers.items() if f"{n}.weight" not in _left_out(model) and n not in needed}
-    floats = {id(value) for n, m in modules.items() if n not in layers for value in m._parameters.values()}
-    return {n: m for n, m in layers.items() if id(m.weight) not in floats}
-
-
-def weight_of(module: nn.Module) -> torch.Tensor:
-    """Float weight `[rows, columns]` of a layer before quantization."""
-    weight = module.weight.detach()
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def collect_layers(model: nn.Module, config: EcqConfig) -> list[Layer]:
-    """The distinct weights to be quantized, with data-free steps: proportional to each row's standard deviation.
-
-    Raises:
-        ValueError: the model is quantized already, or has nothing to quantize.
-    """
-    method = getattr(model, "quantization_method", None)
-    coded = any(isinstance(module, (EcqModule, FakeQuantModule)) for module in model.modules())
-    if coded or method not in (None, _METHOD):
-        raise ValueError(
-            f"{type(model).__name__} is quantized already ({method or _METHOD}); call dequantize() first, or load the"
-            " float original."
-        )
-    groups: dict[int, Layer] = {}
-    for name, module in quantizable_layers(model, config).items():
-        if id(module.weight) in groups:
-            groups[id(module.weight)].names.append(name)
-            groups[id(module.weight)].modules.append(module)
-            continue
-        weight = weight_of(module)
-        layer = Layer([name], [module], weight, torch.zeros(len(weight), device=weight.device))
-        layer.log_steps = data_free_steps(layer)
-        groups[id(module.weight)] = layer
-    if not groups:
-        raise ValueError(f"{type(model).__name__} has no linear layer or embedding of at least 8 x 128 to quantize.")
-    return list(groups.values())
-
-
-def ids_of(layers: list[Layer]) -> set[int]:
-    """Ids of the parameters of all layers."""
-    return {id(module.weight) for layer in layers for module in layer.modules}
-
-
-def overhead_bytes(model: nn.Module, coded: set[int]) -> int:
-    """Bytes of the file besides the weight streams: other tensors in bfloat16 and the safetensors header.
-
-    Args:
-        coded (`set[int]`): ids of the parameters that become streams.
-    """
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    size, end, seen = 0, 0, set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen or name.rpartition(".")[2] in _TRAINING_STATE or name in _left_out(model):
-            continue
-        seen.add(id(tensor))
-        if id(tensor) in coded:
-            held = tensor.numel() // 2  # only the number of digits of the offsets matters
-            kind, shape = "U8", [held]
-        else:
-            kind, shape = ("BF16", tensor.shape) if tensor.is_floating_point() else ("I64", tensor.shape)
-            held = tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
-            size += held
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + held]}
-        end += held
-    return size + 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8
-
-
-def install(model: nn.Module, layers: list[Layer], weights: list[QuantizedWeight]) -> None:
-    """Put the codes of float layers into the model, in place, and round what stays float."""
-    for layer, weight in zip(layers, weights):
-        install_layer(model, layer, weight)
-    round_rest(model, _coded_places(model).values())
-
-
-@torch.no_grad()
-def install_layer(model: nn.Module, layer: Layer, weight: QuantizedWeight) -> None:
-    """Put the codes of one float layer, and of layers tied to it, into the model."""
-    modules = [to_quantized(module) for module in layer.modules]
-    for name, old, new in zip(layer.names, layer.modules, modules):
-        if new is not old:
-            model.set_submodule(name, new)
-    modules[0].set_quantized(weight)
-    for module in modules[1:]:
-        module.share_quantized(modules[0])
-
-
-@torch.no_grad()
-def round_rest(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Round the tensors that stay float to bfloat16, as in the file; those of `modules` are or become codes."""
-    # a module may stand in two places, as the resized table of an encoder-decoder does
-    held = {id(module) for module in modules}
-    coded = {name for name, module in model.named_modules(remove_duplicate=False) if id(module) in held}
-    left_out = _left_out(model)
-    for name, value in model.state_dict().items():
-        parent, _, leaf = name.rpartition(".")
-        if value.is_floating_point() and name not in left_out and (leaf == "bias" or parent not in coded):
-            value.copy_(value.to(torch.bfloat16))
-
-
-@torch.no_grad()
-def install_groups(model: nn.Module, groups: list[tuple[list[str], list]], weights: list[QuantizedWeight]) -> None:
-    """Set the codes of quantized modules, and round the tensors that stay float."""
-    for (_, modules), weight in zip(groups, weights):
-        modules[0].set_quantized(weight)
-        for module in modules[1:]:
-            module.share_quantized(modules[0])
-    round_rest(model, _coded_places(model).values())
 
 
 def attach(model, config: EcqConfig) -> None:
     """Mark a model that was quantized in memory as `from_pretrained` would."""
     model.hf_quantizer = EcqQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config
-    model.is_quantized, model.quantization_method = True, _METHOD
+    model.is_quantized, model.quantization_method = True, METHOD
     model.config._is_quantized = True
     _keep_names(model)
 
@@ -334,7 +101,7 @@ def _not_loaded(model) -> set[str]:
     filled = {
         name: any(getattr(value, "_is_hf_initialized", False) for value in module._parameters.values())
         for name, module in model.named_modules()
-        if _is_quantizable(module)
+        if is_quantizable(module)
     }
     return {name for name, is_filled in filled.items() if not is_filled} if any(filled.values()) else set()
 
@@ -437,7 +204,7 @@ class EcqQuantizer(HfQuantizer):
         if type(model).__module__ == __name__:
             model.config.auto_map = auto_map(model.config, __name__)
         streams = {id(modules[0].weight): encode_weight(modules[0].quantized()) for _, modules in groups_of(model)}
-        places = _coded_places(model)
+        places = coded_places(model)
         state = {}
         memo = {}
         for key, value in model.state_dict().items():
@@ -499,23 +266,6 @@ def safetensors_header(path) -> tuple[dict[str, dict], int]:
     return entries, 8 + length
 
 
-def groups_of(model: nn.Module, kind: type[Any] = EcqModule) -> list[tuple[list[str], list]]:
-    """Names and modules of the quantized layers (or twins); those of one tied weight together."""
-    groups: dict[int, tuple[list[str], list]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, kind):
-            names, modules = groups.setdefault(id(module.weight), ([], []))
-            names.append(name)
-            modules.append(module)
-    return list(groups.values())
-
-
-def _coded_places(model: nn.Module) -> dict[str, EcqModule]:
-    """Coded modules by name; one that stands in two places has both names."""
-    places = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in places if isinstance(module, EcqModule)}
-
-
 def _decode_model(model) -> None:
     """Decode the loaded streams to codes, a few at a time, freeing each one afterwards."""
     for value in itertools.chain(model.parameters(), model.buffers()):
@@ -527,13 +277,21 @@ def _decode_model(model) -> None:
         if owner is None:
             raise ValueError(f"The checkpoint has no coded weight for {names[0]}; it does not fit this architecture.")
         jobs.append((names[0], modules, owner))
-    streams = ((name, owner.take_stream(), owner.weight_shape) for name, _, owner in jobs)
-    for position, weight in decode_weights(streams):
-        _, modules, owner = jobs[position]
-        owner.set_quantized(weight)
-        for module in modules:
-            if module is not owner:
-                module.share_quantized(owner)
+    families = [list(members) for _, members in itertools.groupby(jobs, lambda job: _family(model, *job))]
+    streams = ([(name, owner.take_stream(), owner.weight_shape) for name, _, owner in family] for family in families)
+    for family, weights in zip(families, decode_weights(streams)):
+        for (_, modules, owner), weight in zip(family, weights):
+            owner.set_quantized(weight)
+            for module in modules:
+                if module is not owner:
+                    module.share_quantized(owner)
+
+
+def _family(model, name: str, modules: list[EcqModule], owner: EcqModule) -> str:
+    """The parent's name for layers that it computes together (`SISTERS` in `layers_flashlite`), else the layer's."""
+    parent, _, leaf = name.rpartition(".")
+    together = len(modules) == 1 and owner.bias is None and leaf in getattr(model.get_submodule(parent), "SISTERS", ())
+    return parent if together else name
 
 
 def use_this_quantizer() -> None:
@@ -542,12 +300,12 @@ def use_this_quantizer() -> None:
     The package and copies of this file from the Hub may live in one process. A model, its quantizer and the layers
     of codes must be of one copy, so a Flash-Lite model calls this before it loads.
     """
-    AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = EcqConfig
-    AUTO_QUANTIZER_MAPPING[_METHOD] = EcqQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = EcqConfig
+    AUTO_QUANTIZER_MAPPING[METHOD] = EcqQuantizer
 
 
 # models of other families have no copy of their own and use the first one
-if _METHOD not in AUTO_QUANTIZER_MAPPING:
+if METHOD not in AUTO_QUANTIZER_MAPPING:
     use_this_quantizer()
 
 

@@ -19,10 +19,11 @@ from transformers.trainer_utils import SaveStrategy
 from modeling_flashlite.checkpoint import load_language_model
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.batching import PaddingCollator
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
+from modeling_flashlite.ecq_layers_flashlite import collect_layers
 from modeling_flashlite.measure.benchmark import format_table
 from modeling_flashlite.measure.compression import add_points, rate_curve, write_report
 from modeling_flashlite.measure.cost import model_size
-from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers
 from modeling_flashlite.training.calibration import batches_of, mean_loss, quantize
 from modeling_flashlite.training.distillation import DistillationTrainer, SegmentDistillationTrainer
 from modeling_flashlite.training.divergence import KDLoss

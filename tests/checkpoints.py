@@ -12,7 +12,7 @@ except ImportError:
 
 import modeling_flashlite as flashlite
 from modeling_flashlite.data.tokenization import train_tokenizer
-from modeling_flashlite.quantization_flashlite import EcqConfig
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
 
 TEXT = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8").splitlines()
 HEADS = {

@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForConditionalGeneration
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
+from modeling_flashlite.ecq_layers_flashlite import collect_layers, groups_of
 from modeling_flashlite.ecq_search_flashlite import (
     Layer,
     inverse_factor,
@@ -27,7 +29,6 @@ from modeling_flashlite.ecq_search_flashlite import (
     search,
 )
 from modeling_flashlite.ecq_stream_flashlite import encode_weight, stream_bytes
-from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers, groups_of
 from modeling_flashlite.training import blocks
 from modeling_flashlite.training import calibration as rounding
 from modeling_flashlite.training.blocks import BlockQuantizer, runner

@@ -11,10 +11,10 @@ from checkpoints import RESULTS, WRITTEN, describe, make_model, make_tokenizer, 
 from huggingface_hub import ModelCard
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.measure.results import read_results
 from modeling_flashlite.publish import cards, repository
 from modeling_flashlite.publish.repository import PublishError, list_files, stage
-from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.saving_flashlite import AUTO_MAP
 from modeling_flashlite.training.calibration import quantize
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from coded import MODELS, build, inputs_of, logits_of
 
-from modeling_flashlite.quantization_flashlite import EcqConfig
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.training.calibration import quantize
 
 FOREIGN = """

@@ -8,8 +8,8 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.ecq_modules_flashlite import EcqLinear
-from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.training.calibration import merge_adapters, quantize
 from modeling_flashlite.training.lora import add_lora
 

@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from modeling_flashlite import FlashLiteCache
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
 from modeling_flashlite.decode_flashlite import DecodeSession, decode_session, decoding
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.layer_step_flashlite import EncoderKeys
-from modeling_flashlite.quantization_flashlite import EcqConfig, quantize_data_free
+from modeling_flashlite.quantization_flashlite import quantize_data_free
 
 
 @pytest.fixture

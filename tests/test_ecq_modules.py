@@ -12,9 +12,9 @@ from transformers import (
     LlamaConfig,
 )
 
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.ecq_modules_flashlite import join
 from modeling_flashlite.int8_flashlite import int8_codes
-from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.training.calibration import quantize
 
 

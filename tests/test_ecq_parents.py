@@ -13,8 +13,9 @@ from transformers import (
     FalconMambaConfig,
 )
 
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
+from modeling_flashlite.ecq_layers_flashlite import quantizable_layers
 from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear
-from modeling_flashlite.quantization_flashlite import EcqConfig, quantizable_layers
 from modeling_flashlite.training.calibration import quantize
 
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from modeling_flashlite import ecq_stream_flashlite as ecq_stream
 from modeling_flashlite.codec_flashlite import CodecError
 from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear, to_quantized
-from modeling_flashlite.ecq_stream_flashlite import decode_weights, encode_weight, stream_bytes
+from modeling_flashlite.ecq_reader_flashlite import decode_weights
+from modeling_flashlite.ecq_stream_flashlite import encode_weight, stream_bytes
 from modeling_flashlite.ecq_weight_flashlite import CODE_RANGE, QuantizedWeight, TiledWeight, wide_columns
 
 
@@ -24,8 +25,7 @@ def decoded(stream, shape, threads=None) -> TiledWeight:
     """The weight of one stream, a tensor or bytes."""
     if isinstance(stream, bytes):
         stream = torch.from_numpy(np.frombuffer(stream, np.uint8).copy())
-    ((position, weight),) = decode_weights([("w", stream, shape)], threads)
-    assert position == 0
+    ((weight,),) = decode_weights([[("w", stream, shape)]], threads)
     return weight
 
 
@@ -164,7 +164,7 @@ def test_bytes_are_frozen():
             codes.clamp(*CODE_RANGE).to(torch.int16), 0.5, torch.arange(rows).to(torch.int8), 8, scales
         )
         digest.update(encode_weight(weight).numpy().tobytes())
-    assert digest.hexdigest() == "b8fae9c5135c5021eb66941d4b1ef43428822935f1407884ffe52d7072a3d931"
+    assert digest.hexdigest() == "add3932b9cffb4f83bfc3a37db48a6777cd45618dd56b45878624e59809dc17a"
 
 
 def test_bands_and_threads(monkeypatch):
@@ -174,8 +174,12 @@ def test_bands_and_threads(monkeypatch):
     assert len(stream) == stream_bytes(weight)
     for threads in (1, 3):
         assert same(decoded(stream, weight.shape, threads).quantized(), weight)
-    many = [("w", stream, weight.shape)] * 5
-    assert [position for position, _ in decode_weights(iter(many))] == [0, 1, 2, 3, 4]
+    other = gaussian(70, 96, wide=2, seed=1)
+    many = [[("w", stream, weight.shape), ("v", encode_weight(other), other.shape)]] * 3
+    for first, last in decode_weights(iter(many)):
+        assert same(first.quantized(), weight) and same(last.quantized(), other)
+        assert first.tiles.data_ptr() + first.tiles.nbytes == last.tiles.data_ptr() and first.wide is not last.wide
+        assert all(map(torch.equal, first.wide, last.wide))
 
 
 @pytest.mark.parametrize("codes", [torch.full((8, 8), 1912), torch.full((8, 8), -2185), torch.zeros(8, 8)])

@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.ecq_modules_flashlite import EcqLinear
 from modeling_flashlite.ecq_twins_flashlite import FakeQuantLinear, _FakeQuantize
-from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.training.calibration import quantize
 from modeling_flashlite.training.distillation import SegmentDistillationTrainer
 from modeling_flashlite.training.divergence import KDLoss

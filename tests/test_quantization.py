@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from modeling_flashlite import quantization_flashlite
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
+from modeling_flashlite.ecq_layers_flashlite import collect_layers, quantizable_layers
 from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear
-from modeling_flashlite.quantization_flashlite import EcqConfig, collect_layers, quantizable_layers
 from modeling_flashlite.training.calibration import quantize
 from modeling_flashlite.training.lora import add_lora
 from modeling_flashlite.training.qat import prepare_qat

@@ -33,7 +33,7 @@ from modeling_flashlite import FlashLiteConfig, FlashLiteForConditionalGeneratio
 from modeling_flashlite.cli import parse_args
 from modeling_flashlite.data.tasks import TaskData, get_task
 from modeling_flashlite.data.tokenization import train_tokenizer
-from modeling_flashlite.quantization_flashlite import EcqConfig
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.training.checks import shape_changes
 from modeling_flashlite.training.conversion import to_encoder_decoder
 from modeling_flashlite.training.launch import ArchitectureArgs, DataArgs, ModelArgs, TrainArgs, load_model

@@ -9,7 +9,7 @@ import torch
 from checkpoints import make_model
 
 from modeling_flashlite import FlashLiteForCausalLM
-from modeling_flashlite.quantization_flashlite import EcqConfig
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.training.calibration import quantize
 
 resource = pytest.importorskip("resource", reason="no limits on this system")

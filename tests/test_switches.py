@@ -6,9 +6,9 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from models import causal_model, one_by_one, tokens
 
 from modeling_flashlite import FlashLiteConfig, FlashLiteForCausalLM
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.layers_flashlite import FlashLiteRMSNorm
 from modeling_flashlite.publish.onnx_export import DecoderGraph, cache_shapes
-from modeling_flashlite.quantization_flashlite import EcqConfig
 
 SWITCHES = {
     "biases": {"attention_bias": True, "mlp_bias": True},

@@ -18,9 +18,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from ..ecq_config_flashlite import EcqConfig
+from ..ecq_layers_flashlite import collect_layers, groups_of, ids_of, overhead_bytes
 from ..ecq_search_flashlite import Layer
 from ..ecq_stream_flashlite import stream_bytes
-from ..quantization_flashlite import EcqConfig, collect_layers, groups_of, ids_of, overhead_bytes
 from ..training.calibration import quantize, with_labels
 from ..training.moments import slices_of
 from .plots import COLOURS, can_draw, save_axes

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Llam
 from ..attention_flashlite import AxisSpec, multi_axis_attention
 from ..cache_flashlite import FlashLiteCache
 from ..configuration_flashlite import FlashLiteConfig
+from ..ecq_config_flashlite import EcqConfig
 from ..modeling_flashlite import FlashLiteForCausalLM
-from ..quantization_flashlite import EcqConfig
 from ..training.divergence import KDLoss
 from ..training.families import flashlite_config
 

@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from ..ecq_layers_flashlite import install_layer
+from ..ecq_reader_flashlite import decode_weights
 from ..ecq_search_flashlite import (
     Layer,
     find_multiplier,
@@ -31,9 +33,8 @@ from ..ecq_search_flashlite import (
     predicted_divergence,
     quantize_layer,
 )
-from ..ecq_stream_flashlite import decode_weights, encode_weight, stream_bytes
+from ..ecq_stream_flashlite import encode_weight, stream_bytes
 from ..ecq_weight_flashlite import QuantizedWeight
-from ..quantization_flashlite import install_layer
 from .moments import HELD, SLICE, TOKENS, InputMoments, collect_moments, slices_of
 from .replay import Replay, stacks_of
 
@@ -246,8 +247,8 @@ class BlockQuantizer:
         held = self.resume.load(f"group-{number}") if own else {}
         if held is None:
             return None
-        streams = [(layer.names[0], held[layer.names[0]], tuple(layer.weight.shape)) for layer in own]
-        return [weight.quantized() for _, weight in sorted(decode_weights(streams), key=lambda item: item[0])]
+        streams = ([(layer.names[0], held[layer.names[0]], tuple(layer.weight.shape))] for layer in own)
+        return [weight.quantized() for (weight,) in decode_weights(streams)]
 
     def _round(self, number: int, own: list[Layer], multiplier: float) -> tuple[list[QuantizedWeight], float]:
         if number < self.last:

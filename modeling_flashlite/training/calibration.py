@@ -24,17 +24,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..ecq_config_flashlite import EcqConfig
+from ..ecq_layers_flashlite import collect_layers, ids_of, install, overhead_bytes, round_rest
 from ..ecq_probe_flashlite import scale_columns
 from ..ecq_search_flashlite import Layer, room_of, search
-from ..quantization_flashlite import (
-    EcqConfig,
-    attach,
-    collect_layers,
-    ids_of,
-    install,
-    overhead_bytes,
-    round_rest,
-)
+from ..quantization_flashlite import attach
 from .blocks import BlockQuantizer
 
 logger = logging.getLogger(__name__)

@@ -26,18 +26,13 @@ from collections.abc import Callable, Iterable
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from ..ecq_config_flashlite import EcqConfig
+from ..ecq_layers_flashlite import collect_layers, groups_of, install_groups, overhead_bytes
 from ..ecq_modules_flashlite import to_quantized
 from ..ecq_stream_flashlite import stream_bytes
 from ..ecq_twins_flashlite import LEVELS, FakeQuantModule, to_twin
 from ..ecq_weight_flashlite import QuantizedWeight
-from ..quantization_flashlite import (
-    EcqConfig,
-    attach,
-    collect_layers,
-    groups_of,
-    install_groups,
-    overhead_bytes,
-)
+from ..quantization_flashlite import attach
 from .calibration import quantize
 
 logger = logging.getLogger(__name__)

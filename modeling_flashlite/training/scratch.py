@@ -14,9 +14,9 @@ from ..configuration_flashlite import FlashLiteConfig
 from ..data.batching import PaddingCollator, pack, tokenize_texts
 from ..data.loading import load_data, pick_split, require_columns
 from ..data.tokenization import train_tokenizer
+from ..ecq_config_flashlite import EcqConfig
 from ..measure.cost import measure_generation
 from ..measure.perplexity import text_likelihood
-from ..quantization_flashlite import EcqConfig
 from .calibration import quantize
 from .distillation import DistillationCallback, set_loss_function
 from .divergence import KDLoss

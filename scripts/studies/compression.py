@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import load_data, pick_split
+from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.measure.benchmark import fresh_cost
 from modeling_flashlite.measure.cost import peak_memory_bytes
 from modeling_flashlite.measure.perplexity import text_likelihood
 from modeling_flashlite.measure.results import command_line, git_commit, read_results, write_results
 from modeling_flashlite.measure.workloads import quantizing
-from modeling_flashlite.quantization_flashlite import EcqConfig
 from modeling_flashlite.training.calibration import quantize
 from modeling_flashlite.training.sampling import with_conversations
 
