@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import struct
 import threading
 import zlib
@@ -229,7 +228,7 @@ def decode_weights(
             file's. Weights of one list become neighbours in memory, and have the same columns; with equal column
             scales they get each other's wide columns, so that `ecq_modules_flashlite.join` need not move them.
             A list is taken shortly before its turn and let go of when it is done.
-        threads (`int`, *optional*): workers; as many as there are processors by default.
+        threads (`int`, *optional*): workers; as many as PyTorch has by default.
 
     Yields:
         The weights of each list, in order.
@@ -237,7 +236,7 @@ def decode_weights(
     Raises:
         [`CodecError`]: anything that is not exactly one valid stream of that shape.
     """
-    workers, held = threads or os.cpu_count() or 1, 0
+    workers, held = threads or torch.get_num_threads(), 0
     running: deque[tuple[list[_Stream], list[Future]]] = deque()
     pool, rooms = ThreadPoolExecutor(workers), _Rooms()
 
