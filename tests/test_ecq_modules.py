@@ -12,9 +12,11 @@ from transformers import (
     LlamaConfig,
 )
 
+from modeling_flashlite import FlashLiteForCausalLM
 from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.ecq_modules_flashlite import join
 from modeling_flashlite.int8_flashlite import int8_codes
+from modeling_flashlite.measure.workloads import random_decoder
 from modeling_flashlite.training.calibration import quantize
 
 
@@ -39,6 +41,22 @@ def test_a_copy_and_a_pickle_compute_the_same():
     model = quantize(build("llama"), EcqConfig(target_bits=4))
     assert torch.equal(logits_of(copy.deepcopy(model)), logits_of(model))
     assert torch.equal(logits_of(pickle.loads(pickle.dumps(model))), logits_of(model))
+
+
+@torch.no_grad()
+def test_sisters_of_a_loaded_model_are_joined_where_they_lie(tmp_path):
+    """Layers that a decode session multiplies together are loaded side by side, with each other's wide columns."""
+    model = random_decoder((256, 1, 4, 256), seed=0)
+    attention, mlp = model.model.decoder.layers[0].self_attn, model.model.decoder.layers[0].mlp
+    for column, layer in enumerate((attention.q_proj, attention.v_proj, mlp.up_proj)):
+        layer.weight[:, column : 3 * column + 1] *= 12
+    quantize(model, EcqConfig()).save_pretrained(tmp_path)
+    layer = FlashLiteForCausalLM.from_pretrained(tmp_path).model.decoder.layers[0]
+    sisters = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+    for layers in sisters, [layer.mlp.gate_proj, layer.mlp.up_proj]:
+        tiles = [(part.tiles.data_ptr(), part.tiles.shape) for part in layers]
+        assert join(layers) is not None
+        assert tiles == [(part.tiles.data_ptr(), part.tiles.shape) for part in layers]
 
 
 def projections(model) -> list[nn.Module]:
