@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data.batching import PaddingCollator, pack, tokenize_texts
 from ..data.corpus import python_corpus
+from ..ecq_config_flashlite import EcqConfig
 from ..measure.cost import measure_generation
 from ..measure.parity import full_attention, perplexity
 from ..measure.perplexity import label_likelihood
-from ..quantization_flashlite import EcqConfig
 from .calibration import quantize
 from .conversion import convert
 from .lora import add_lora
