@@ -290,7 +290,7 @@ def _decode_model(model) -> None:
 def _family(model, name: str, modules: list[EcqModule], owner: EcqModule) -> str:
     """The parent's name for layers that it computes together (`SISTERS` in `layers_flashlite`), else the layer's."""
     parent, _, leaf = name.rpartition(".")
-    together = len(modules) == 1 and owner.bias is None and leaf in getattr(model.get_submodule(parent), "SISTERS", ())
+    together = len(modules) == 1 and leaf in getattr(model.get_submodule(parent), "SISTERS", ()) and owner.bias is None
     return parent if together else name
 
 
