@@ -148,7 +148,7 @@ def measure_coded(folder: str, args: StudyArgs, tokenizer, lines: list[str], par
     state = Path(folder) / "trainer_state.json"
     if state.is_file():
         held = json.loads(state.read_text(encoding="utf-8"))
-        seconds = next((log["train_runtime"] for log in held["log_history"] if "train_runtime" in log), None)
+        seconds = max((log["train_runtime"] for log in held["log_history"] if "train_runtime" in log), default=None)
         training = {"steps": held["global_step"], "tokens": held["num_input_tokens_seen"], "seconds": seconds}
         point |= {"method": "trained", "training": training}
     return point | measure(model, tokenizer, lines, args)

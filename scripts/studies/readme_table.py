@@ -80,56 +80,72 @@ def sizes(parameters: int, bits_per_weight: float, weight_bytes: int) -> list[st
 
 
 def render_real(folder: Path) -> str:
-    """A model that people have: the stages of the demo on it, where they were run, and what sparse attention costs."""
-    names = ("books_8192_dense", "books_8192_block16_sub4", "books_8192_block8_sub4")
-    dense, *sparse = (
-        json.loads((folder / "smollm2" / f"{name}.json").read_text(encoding="utf-8"))["metrics"]["perplexity 1-8192"]
-        for name in names
-    )
-    rows = [["full", "100%", f"{dense:.2f}", ""]]
-    for words, perplexity in zip(("blocks of 16, `--block_size 16`", "blocks of 8, as converted"), sparse):
-        rows.append([f"sparse, {words}", "9%", f"{perplexity:.2f}", f"{perplexity / dense - 1:+.1%}"])
-    lines = table(["attention of SmolLM2-135M-Instruct, no training", "keys read", "perplexity", "over full"], rows)
-    lines += [
-        "",
-        "8,192 tokens of each of two novels; dequantized from Q4_1; `model_cards/results/smollm2/`, written by "
-        "`scripts/studies/long_text.py`.",
-    ]
-    path = folder / "smollm2" / "demo.json"
-    lines = [*compressed(folder / "smollm2"), "", *adapted(folder / "smollm2"), "", *lines]
+    """A model that people have: its budgets, what sparse attention costs, its tasks, and the stages of the demo."""
+    folder = folder / "smollm2"
+    path = folder / "demo.json"
+    lines = [*compressed(folder), attention_cost(folder), "", *adapted(folder)]
     return "\n".join(lines + (demo_stages(path) if path.is_file() else []))
 
 
+def attention_cost(folder: Path) -> str:
+    """What sparse attention costs the model that was not trained with it, in a sentence."""
+    names = ("books_8192_dense", "books_8192_block16_sub4", "books_8192_block8_sub4")
+    dense, of_16, of_8 = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["metrics"]["perplexity 1-8192"]
+        for name in names
+    )
+    return (
+        f"Sparse attention reads 9% of the keys of 8,192 tokens in full: perplexity of two novels {of_8:.2f} as "
+        f"converted ({of_8 / dense - 1:+.1%} over full attention), {of_16:.2f} with `--block_size 16` "
+        f"({of_16 / dense - 1:+.1%}), by `scripts/studies/long_text.py`. All results are in "
+        "`model_cards/results/smollm2/`, of weights dequantized from Q4_1."
+    )
+
+
+# how a point of a results file was made, in words: method, file, words with the target in them
+POINTS = (
+    ("calibrated", "compression_chat", "`quantize.py --target_bits {:g}`"),
+    ("trained", "compression_qat", "the same after a little training, `--method qat`"),
+    ("data-free", "compression_data_free", "without data, in `from_pretrained`"),
+)
+
+
 def compressed(folder: Path) -> list[str]:
-    """Lines of a table of the budgets of SmolLM2-135M-Instruct, and a task it was adapted to."""
-    study = json.loads((folder / "compression_chat.json").read_text(encoding="utf-8"))
-    base = study["points"][0]
-    rows = [["float32", "", "", f"{base['perplexity']:.2f}", "", f"{base['right']} of 10"]]
-    for point in sorted(study["points"][1:], key=lambda point: -point["bits"]):
-        size = f"{point['bits']:.2f}", f"{point['bytes'] / 1e6:.1f} MB"
-        quality = f"{point['perplexity']:.2f}", f"{point['increase']:+.1%}", f"{point['right']} of 10"
-        rows.append([f"quantized, `--target_bits {point['target']:g}`", *size, *quality])
+    """Lines of a table of the budgets of SmolLM2-135M-Instruct."""
+    rows = []
+    for method, name, words in POINTS:
+        points = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["points"]
+        for point in points:
+            if point["method"] == "float" and not rows:
+                rows.append(["float32", "", "", f"{point['perplexity']:.2f}", "", f"{point['right']} of 10"])
+            elif point["method"] == method:
+                size = f"{point['bits']:.2f}", f"{point['bytes'] / 1e6:.1f} MB"
+                right = f"{point['right']} of 10" if "right" in point else ""
+                quality = f"{point['perplexity']:.2f}", f"{point['increase']:+.1%}", right
+                rows.append([words.format(point["target"]), *size, *quality])
     return [
         *table(["SmolLM2-135M-Instruct", "bits per weight", "file", "WikiText-2", "over float32", "questions"], rows),
         "",
-        "Perplexity per token of the first 400 lines; ten questions that the float model answers; no training, "
-        "calibrated on text and on conversations that the model writes itself (`scripts/studies/compression.py`).",
+        "Perplexity per token of the first 400 lines; ten questions that the float model answers; calibrated on text "
+        "and on conversations that the model writes itself (`scripts/studies/compression.py`).",
     ]
 
 
 def adapted(folder: Path) -> list[str]:
     """Lines of a table of the tasks that SmolLM2-135M-Instruct was adapted to, before and after quantization."""
     rows = []
-    for path in sorted(folder.glob("tasks_*_3bits.json")):
-        before = path.with_name(f"{path.stem.removesuffix('_3bits')}.json")
-        whole, coded = (json.loads(found.read_text(encoding="utf-8")) for found in (before, path))
-        metric, name = HEADLINES[whole["task"]]
+    for path in sorted(folder.glob("tasks_*.json")):
+        if path.stem.endswith("_3bits"):
+            continue
+        runs = [path, path.with_name(f"{path.stem}_3bits.json")]
+        runs = [json.loads(found.read_text(encoding="utf-8")) for found in runs if found.is_file()]
+        metric, name = HEADLINES[runs[0]["task"]]
         cells = []
-        for run in (whole, coded):
+        for run in runs:
             low, high = run["intervals"][metric]
             cells.append(f"{run['metrics'][metric]:.1f} ({low:.1f} to {high:.1f})")
-        share = coded["metrics"][metric] / whole["metrics"][metric]
-        rows.append([f"{whole['dataset']}, {name}", *cells, f"{share:.3f}"])
+        share = [f"{run['metrics'][metric] / runs[0]['metrics'][metric]:.3f}" for run in runs[1:]]
+        rows.append([f"{runs[0]['dataset']}, {name}", *cells, *(share or ["", ""])])
     return [
         *table(["SmolLM2-135M-Instruct adapted by LoRA, whole test sets", "float", "at 3 bits", "of float"], rows),
         "",
