@@ -10,7 +10,7 @@ import contextlib
 import sys
 from dataclasses import dataclass, field
 
-from modeling_flashlite import enable_native
+import modeling_flashlite  # registers the architecture
 from modeling_flashlite.checkpoint import CheckpointArgs
 from modeling_flashlite.cli import parse_args, start
 from modeling_flashlite.measure.cost import count_parameters
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint, args = parse_args((CheckpointArgs, ChatArgs), argv, description=__doc__)
     try:
         if args.native:
-            enable_native()
+            modeling_flashlite.enable_native()
         checkpoint.model = str(download(checkpoint.model, checkpoint.revision))
     except RuntimeError as error:  # of the download, or of the compiler
         print(f"chat: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ import socket
 import sys
 from dataclasses import dataclass, field, replace
 
-from modeling_flashlite import enable_native
+import modeling_flashlite  # registers the architecture
 from modeling_flashlite.checkpoint import CheckpointArgs
 from modeling_flashlite.cli import needs, parse_args, start
 from modeling_flashlite.publish.hub import download
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         if args.native:
-            enable_native()
+            modeling_flashlite.enable_native()
         listener = socket.create_server(
             (args.host, args.port), family=socket.AF_INET6 if ":" in args.host else socket.AF_INET
         )

@@ -24,7 +24,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from modeling_flashlite import EcqConfig, enable_native, quantize
+import modeling_flashlite
+from modeling_flashlite import EcqConfig, quantize
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.measure.benchmark import (
     cpu_features,
@@ -97,11 +98,11 @@ def load_models(args: RealArgs, folder: Path) -> dict[str, torch.nn.Module]:
 
 def natively(run: Callable, *args):
     """What `run` returns with the compiled code enabled; models keep the products that they prepare meanwhile."""
-    enable_native()
+    modeling_flashlite.enable_native()
     try:
         return run(*args)
     finally:
-        enable_native(False)
+        modeling_flashlite.enable_native(False)
 
 
 def timed(run: Callable[[], object]) -> list[float]:
