@@ -252,14 +252,14 @@ def pairs_by_block(chosen: Tensor) -> tuple[Tensor, list[int], list[int]]:
     return order, which.tolist(), counts.tolist()
 
 
-def blocks_of(x: Tensor, b: int) -> tuple[Tensor, ...]:
-    """The whole blocks of x [S, d], each as [1, 1, b, d]."""
-    return x[: x.shape[0] // b * b].view(-1, 1, 1, b, x.shape[1]).unbind(0)
-
-
 def whole_blocks(x: Tensor, b: int) -> Tensor:
     """The whole blocks of x [S, d] as rows [n, b d], without a copy."""
     return x[: x.shape[0] // b * b].view(-1, b * x.shape[1])
+
+
+def blocks_of(x: Tensor, b: int) -> tuple[Tensor, ...]:
+    """The whole blocks of x [S, d], each as [1, 1, b, d]."""
+    return whole_blocks(x, b).view(-1, 1, 1, b, x.shape[1]).unbind(0)
 
 
 def gathered_tiles(head: Head, lo: int, chosen: Tensor, sizes: TileSizes):
@@ -269,8 +269,8 @@ def gathered_tiles(head: Head, lo: int, chosen: Tensor, sizes: TileSizes):
     bias [hi - lo, M b])` with every block that one of the queries selected; the bias hides it from the others.
     """
     keys, values = (whole_blocks(x, sizes.block) for x in (head.k, head.v))
-    for rows in chosen.long().split(_GATHERED_QUERIES):
-        seen = rows.new_zeros(rows.shape[0], keys.shape[0], dtype=torch.bool).scatter_(1, rows, True)
+    for rows in chosen.split(_GATHERED_QUERIES):
+        seen = rows.new_zeros(rows.shape[0], keys.shape[0], dtype=torch.bool).scatter_(1, rows.long(), True)
         blocks = seen.any(0).nonzero().flatten()
         k, v = (x.index_select(0, blocks).view(blocks.shape[0] * sizes.block, -1) for x in (keys, values))
         bias = head.q.new_zeros(rows.shape[0], blocks.shape[0]).masked_fill_(~seen[:, blocks], -math.inf)

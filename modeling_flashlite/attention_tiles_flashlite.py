@@ -94,21 +94,21 @@ def _forward_local(head: Head, lo: int, hi: int, sizes: TileSizes, bias: Tensor,
         logs[piece[0] - lo : piece[1] - lo] = log.reshape(-1, groups)
 
 
-def _forward_grid(head: Head, lo: int, hi: int, chosen: Tensor, sizes: TileSizes, out: Tensor, logs: Tensor) -> None:
-    groups = head.q.shape[1]
-    first, end, bias = grid_bias(head, chosen[:, : sizes.top], lo, sizes)
-    k, v = shared(head.k_mean[first:end], groups), shared(head.v_mean[first:end], groups)
-    o, log = tile_forward(heads_view(head.q[lo:hi]), k, v, bias[None, None], sizes.scale)
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sizes: TileSizes, out: Tensor, logs: Tensor) -> None:
+    """One part: q [R, G, dk] to k [C, dk] and v [C, dv], shared by the group, into out [R, G, dv] and logs [R, G]."""
+    groups = q.shape[1]
+    o, log = tile_forward(heads_view(q), shared(k, groups), shared(v, groups), bias, sizes.scale)
     out.copy_(o[0, ..., : out.shape[2]].transpose(0, 1))
     logs.copy_(log[0].T)
+
+
+def _forward_grid(head: Head, lo: int, hi: int, chosen: Tensor, sizes: TileSizes, out: Tensor, logs: Tensor) -> None:
+    first, end, bias = grid_bias(head, chosen[:, : sizes.top], lo, sizes)
+    _attend(head.q[lo:hi], head.k_mean[first:end], head.v_mean[first:end], bias[None, None], sizes, out, logs)
 
 
 def _forward_first(head: Head, lo: int, hi: int, sizes: TileSizes, out: Tensor, logs: Tensor) -> None:
-    groups = head.q.shape[1]
-    k, v = shared(head.k[: sizes.block], groups), shared(head.v[: sizes.block], groups)
-    o, log = tile_forward(heads_view(head.first[lo:hi]), k, v, None, sizes.scale)
-    out.copy_(o[0, ..., : out.shape[2]].transpose(0, 1))
-    logs.copy_(log[0].T)
+    _attend(head.first[lo:hi], head.k[: sizes.block], head.v[: sizes.block], None, sizes, out, logs)
 
 
 def _forward_cross(head: Head, lo: int, hi: int, sizes: TileSizes, out: Tensor, logs: Tensor) -> None:
@@ -117,11 +117,8 @@ def _forward_cross(head: Head, lo: int, hi: int, sizes: TileSizes, out: Tensor, 
         out.zero_()
         logs.fill_(-math.inf)
         return
-    (k, v, bias), groups = head.cross, head.q.shape[1]
-    k, v = shared(k, groups), shared(v, groups)
-    o, log = tile_forward(heads_view(head.q[lo:hi]), k, v, bias.expand(1, 1, hi - lo, -1), sizes.scale)
-    out.copy_(o[0, ..., : out.shape[2]].transpose(0, 1))
-    logs.copy_(log[0].T)
+    k, v, bias = head.cross
+    _attend(head.q[lo:hi], k, v, bias.expand(1, 1, hi - lo, -1), sizes, out, logs)
 
 
 def _forward_gathered(head: Head, lo: int, chosen: Tensor, sizes: TileSizes, buffer: Tensor, logs: Tensor) -> Tensor:
@@ -129,9 +126,7 @@ def _forward_gathered(head: Head, lo: int, chosen: Tensor, sizes: TileSizes, buf
     rows, groups = chosen.shape[0], head.q.shape[1]
     out = buffer[3 * rows * groups : 4 * rows * groups].view(rows, groups, -1)
     for a, z, _, k, v, bias in gathered_tiles(head, lo, chosen, sizes):
-        o, log = tile_forward(heads_view(head.q[a:z]), shared(k, groups), shared(v, groups), bias, sizes.scale)
-        out[a - lo : z - lo] = o[0, ..., : out.shape[2]].transpose(0, 1)
-        logs[3, a - lo : z - lo] = log[0].T
+        _attend(head.q[a:z], k, v, bias, sizes, out[a - lo : z - lo], logs[3, a - lo : z - lo])
     return torch.arange(rows, device=chosen.device)[:, None]
 
 
@@ -258,11 +253,10 @@ def _backward_local(head: Head, lo: int, hi: int, sizes: TileSizes, out, lse, gr
 
 def _backward_gathered(head: Head, lo: int, sizes: TileSizes, out, lse, chosen, grad, grads: _Grads) -> None:
     into = [whole_blocks(x, sizes.block) for x in (grads.k, grads.v)]
-    for start, end in scored_chunks(lo, head.q.shape[0]):
-        for a, z, blocks, k, v, bias in gathered_tiles(head, start, chosen[start:end], sizes):
-            parts = _backward_shared(head, a, z, k, v, bias, sizes, out, lse, grad, grads.q)
-            for whole, part in zip(into, parts):
-                whole.index_add_(0, blocks, part.reshape(blocks.shape[0], -1))
+    for a, z, blocks, k, v, bias in gathered_tiles(head, lo, chosen[lo:], sizes):
+        parts = _backward_shared(head, a, z, k, v, bias, sizes, out, lse, grad, grads.q)
+        for whole, part in zip(into, parts):
+            whole.index_add_(0, blocks, part.reshape(blocks.shape[0], -1))
 
 
 def _backward_pairs(head: Head, lo: int, sizes: TileSizes, out, lse, chosen, grad, grads: _Grads) -> None:

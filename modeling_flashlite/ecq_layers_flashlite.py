@@ -156,9 +156,15 @@ def install_layer(model: nn.Module, layer: Layer, weight: QuantizedWeight) -> No
     for name, old, new in zip(layer.names, layer.modules, modules):
         if new is not old:
             model.set_submodule(name, new)
-    modules[0].set_quantized(weight)
-    for module in modules[1:]:
-        module.share_quantized(modules[0])
+    enter_codes(modules[0], modules, weight)
+
+
+def enter_codes(owner: EcqModule, modules: Iterable[EcqModule], weight) -> None:
+    """Give the codes of a weight, in memory or tiled, to its owner, and share them with the modules tied to it."""
+    owner.set_quantized(weight)
+    for module in modules:
+        if module is not owner:
+            module.share_quantized(owner)
 
 
 @torch.no_grad()
@@ -178,9 +184,7 @@ def round_rest(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 def install_groups(model: nn.Module, groups: list[tuple[list[str], list]], weights: list[QuantizedWeight]) -> None:
     """Set the codes of quantized modules, and round the tensors that stay float."""
     for (_, modules), weight in zip(groups, weights):
-        modules[0].set_quantized(weight)
-        for module in modules[1:]:
-            module.share_quantized(modules[0])
+        enter_codes(modules[0], modules, weight)
     round_rest(model, coded_places(model).values())
 
 

@@ -14,6 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -200,14 +201,10 @@ class _Rooms(threading.local):
         return self.held[name][:size]
 
 
-def _numbers(scale: torch.Tensor | None) -> list[int]:
-    return [] if scale is None else scale.tolist()
-
-
 def _open(streams: list[_Stream]) -> None:
     """Take one memory for the tiles of a family, in which its members get each other's wide columns."""
     scales = [stream.fields["column_exponents"] for stream in streams]
-    if any(_numbers(scale) != _numbers(scales[0]) for scale in scales):
+    if any((a is None) != (b is None) or a is not None and not torch.equal(a, b) for a, b in pairwise(scales)):
         for stream in streams:
             _open([stream])  # they cannot be multiplied together
         return
@@ -252,12 +249,7 @@ def decode_weights(
         for family in families:
             streams = [_Stream(*item) for item in family]
             del family
-            scales = [stream.fields["column_exponents"] for stream in streams]
-            alike = all(
-                a is None if b is None else a is not None and torch.equal(a, b) for a, b in zip(scales, scales[1:])
-            )
-            for sisters in [streams] if alike else [[stream] for stream in streams]:
-                _open(sisters)
+            _open(streams)
             running.append((streams, [task for stream in streams for task in stream.submit(pool, rooms)]))
             held += sum(len(stream.raw) for stream in streams)
             while held > workers * _AHEAD:

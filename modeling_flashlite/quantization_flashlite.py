@@ -25,6 +25,7 @@ from .ecq_config_flashlite import METHOD, EcqConfig
 from .ecq_layers_flashlite import (
     coded_places,
     collect_layers,
+    enter_codes,
     groups_of,
     ids_of,
     install,
@@ -281,10 +282,7 @@ def _decode_model(model) -> None:
     streams = ([(name, owner.take_stream(), owner.weight_shape) for name, _, owner in family] for family in families)
     for family, weights in zip(families, decode_weights(streams)):
         for (_, modules, owner), weight in zip(family, weights):
-            owner.set_quantized(weight)
-            for module in modules:
-                if module is not owner:
-                    module.share_quantized(owner)
+            enter_codes(owner, modules, weight)
 
 
 def _family(model, name: str, modules: list[EcqModule], owner: EcqModule) -> str:

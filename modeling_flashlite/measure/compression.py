@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ..ecq_config_flashlite import EcqConfig
@@ -154,10 +155,15 @@ def _rounded_points(model, batches: list[dict], base: float) -> Iterator[dict]:
             yield _point(f"int4 g{group}", size, parameters, measure(model, peer, batches), base)
 
 
-def _gguf_point(model, path: str, batches: list[dict], base: float) -> dict:
-    """A GGUF file of the same model, dequantized by transformers."""
+def load_gguf(path: str | Path):
+    """The language model of a GGUF file, dequantized to float32 by transformers."""
     file = Path(path)
-    peer = type(model).from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+
+
+def _gguf_point(model, path: str, batches: list[dict], base: float) -> dict:
+    """A GGUF file of the same model."""
+    file, peer = Path(path), load_gguf(path)
     parameters = sum(p.numel() for p in model.parameters())
     return _point(file.stem, file.stat().st_size, parameters, measure(model, peer, batches), base)
 

@@ -60,6 +60,15 @@ class BodyLimit:
         return await self.app(scope, replay, send)
 
 
+async def accepted(server: Server, request: Request, kind):
+    """The body of an authorized request, and the engine that it asks for."""
+    server.authorize(request)
+    body = await parse(request, kind)
+    engine = server.find(body.model)
+    server.check(body)
+    return body, engine
+
+
 def create_app(
     engine: Engine, api_key: str | None = None, body_limit: int = 1 << 20, adapters: Sequence[Engine] = ()
 ) -> FastAPI:
@@ -129,10 +138,7 @@ def create_app(
 
     @app.post("/v1/completions")
     async def completions(request: Request):
-        server.authorize(request)
-        body = await parse(request, CompletionRequest)
-        engine = server.find(body.model)
-        server.check(body)
+        body, engine = await accepted(server, request, CompletionRequest)
         prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         prompts = [prompts] if prompts and isinstance(prompts[0], int) else prompts
         if len(prompts) > engine.limits.choices:
@@ -144,10 +150,7 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request):
-        server.authorize(request)
-        body = await parse(request, ChatRequest)
-        engine = server.find(body.model)
-        server.check(body)
+        body, engine = await accepted(server, request, ChatRequest)
         tools, messages = body.offered(), [message.plain() for message in body.messages]
         template = "" if engine.tokenizer.chat_template is None else engine.tokenizer.get_chat_template(tools=tools)
         if tools and not takes_tools(template):

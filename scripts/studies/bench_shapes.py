@@ -8,7 +8,7 @@ from the finished model on. A point that would take longer than `--seconds`, by 
 """
 
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.measure.benchmark import cpu_features, draw_growth, fit_growth, format_table, fresh_cost
-from modeling_flashlite.measure.results import write_results
+from modeling_flashlite.measure.study import write_bench
 from modeling_flashlite.measure.workloads import SHAPES, generating, reading
 
 READ, GENERATE = "read a prompt", "generate 16 tokens"
@@ -61,8 +61,10 @@ def point(work: str, shape: str, length: int, batch: int, threads: int, args: Sh
 def measure(args: ShapesArgs) -> tuple[list[dict], list[str]]:
     """The rows, and what was left out."""
     rows, skipped = [], []
-    plans = [(READ, "length", [(length, 1) for length in args.lengths])]
-    plans.append((GENERATE, "batch", [(64, batch) for batch in args.batches]))
+    plans = (
+        (READ, "length", [(length, 1) for length in args.lengths]),
+        (GENERATE, "batch", [(64, batch) for batch in args.batches]),
+    )
     for shape in args.shapes:
         for threads in args.threads:
             for work, varied, sizes in plans:
@@ -82,10 +84,10 @@ def main(args: ShapesArgs) -> dict:
     if unknown:
         raise ValueError(f"shapes has {unknown[0]!r}, but must be of {', '.join(SHAPES)}.")
     rows, skipped = measure(args)
-    config, growth = {k: v for k, v in asdict(args).items() if k != "output"}, fit_growth(rows)
-    found = {"rows": rows, "growth": growth, "skipped": skipped, "cpu_features": cpu_features()}
-    write_results(args.output, {}, task="bench shapes", config=config, seed=args.seed, dtype="bfloat16", **found)
-    draw_growth(rows, Path(args.output).with_suffix(""))
+    path, growth = Path(args.output), fit_growth(rows)
+    about = {"dtype": "bfloat16", "skipped": skipped, "cpu_features": cpu_features()}
+    write_bench(path, "shapes", args, rows, growth=growth, **about)
+    draw_growth(rows, path.with_suffix(""))
     print(format_table(rows), format_table(growth), sep="\n\n")
     return finish({"results": args.output})
 

@@ -24,6 +24,7 @@ from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import load_data, pick_split
 from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.measure.benchmark import fresh_cost
+from modeling_flashlite.measure.compression import load_gguf
 from modeling_flashlite.measure.cost import peak_memory_bytes
 from modeling_flashlite.measure.perplexity import text_likelihood
 from modeling_flashlite.measure.results import command_line, git_commit, read_results, write_results
@@ -156,7 +157,7 @@ def measure_coded(folder: str, args: StudyArgs, tokenizer, lines: list[str], par
 
 def measure_gguf(path: Path, args: StudyArgs, tokenizer, lines: list[str], parameters: int) -> dict:
     """A GGUF file of the same model, which transformers dequantizes to float32."""
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    model = load_gguf(path)
     size = path.stat().st_size
     point = {"method": f"GGUF {path.stem}", "target": None, "bits": 8 * size / parameters, "bytes": size}
     return point | measure(model, tokenizer, lines, args)
