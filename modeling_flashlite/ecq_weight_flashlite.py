@@ -85,7 +85,7 @@ def _powers(base: float, exponents: torch.Tensor, grid: int) -> torch.Tensor:
     return (_octaves(grid).to(exponents.device)[exponents.long() + 128] * base).float()
 
 
-def wide_columns(ratio: torch.Tensor, share: float = 0.02) -> torch.Tensor:
+def wide_columns(ratio: torch.Tensor, share: float = 0.15) -> torch.Tensor:
     """Columns that deserve codes beyond -8..7.
 
     Args:
