@@ -1,6 +1,8 @@
 """The compiled path: its products and layers against float32 references, at every level of processor."""
 
 import copy
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,10 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def native():
     """The library, built once and kept in the user's cache."""
-    try:
-        kernels.build()
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None or not kernels.cpp_extension.is_ninja_available() or kernels.fcntl is None:
+        pytest.skip(f"there is no {compiler}, no ninja or no fcntl on this machine")
+    kernels.build()
     return torch.ops.flashlite_native
 
 
@@ -177,6 +179,15 @@ def logits_by_token(model, ids: torch.Tensor, prompt: int) -> torch.Tensor:
     return torch.cat(steps, 1).float()
 
 
+@torch.inference_mode()
+def step_aside(model, ids: torch.Tensor, draw: int) -> torch.Tensor:
+    """Logits after each weight has moved by some 2e-5 of itself: what no arithmetic of 15 bits can tell apart."""
+    moved, generator = copy.deepcopy(model), torch.Generator().manual_seed(draw)
+    for value in moved.parameters():
+        value.mul_(1 + 2e-5 * torch.randn(value.shape, generator=generator))
+    return moved(ids).logits
+
+
 @given(
     heads=st.sampled_from([(4, 4, 8), (4, 2, 16), (6, 2, 10), (3, 1, 6)]),
     blocks=st.sampled_from([(8, 4, 2, None), (4, 1, 3, 9), (8, 8, 0, 20), (4, 2, None, 5), (16, 4, None, None)]),
@@ -188,6 +199,30 @@ def logits_by_token(model, ids: torch.Tensor, prompt: int) -> torch.Tensor:
     inner=st.sampled_from([24, 70]),
     level=st.integers(0, 2),
     seed=st.integers(0, 9),
+)
+@example(
+    heads=(4, 4, 8),
+    blocks=(8, 4, 2, None),
+    position="transformer_xl",
+    norms=("post", None),
+    bias=True,
+    wide=0,
+    batch=2,
+    inner=70,
+    level=0,
+    seed=0,
+)
+@example(
+    heads=(3, 1, 6),
+    blocks=(8, 4, 2, None),
+    position="rotary",
+    norms=("post", None),
+    bias=False,
+    wide=3,
+    batch=1,
+    inner=70,
+    level=0,
+    seed=0,
 )
 @settings(max_examples=25, deadline=None)
 def test_layers_of_any_shape(native, heads, blocks, position, norms, bias, wide, batch, inner, level, seed):
@@ -208,7 +243,12 @@ def test_layers_of_any_shape(native, heads, blocks, position, norms, bias, wide,
     finally:
         enable_native(False)
         native.use_level(2)
-    assert (value - expected).abs().max() < 2e-3 * expected.abs().max()
+    error, limit = (value - expected).abs().amax(-1), 2e-3 * expected.abs().max()
+    if error.max() >= limit:  # a near tie of two blocks, or a norm of almost nothing: the float model moves as far
+        limit = limit + torch.stack(
+            [(step_aside(plain, ids, draw)[:, 3:] - expected).abs().amax(-1) for draw in range(8)]
+        ).amax(0)
+    assert (error < limit).all()
 
 
 @pytest.mark.parametrize("encoding", ["rotary", "transformer_xl"])
