@@ -16,7 +16,7 @@ from .ecq_modules_flashlite import EcqModule, to_quantized
 from .ecq_parents_flashlite import read_by_parents
 from .ecq_search_flashlite import Layer, data_free_steps
 from .ecq_twins_flashlite import FakeQuantModule
-from .ecq_weight_flashlite import QuantizedWeight
+from .ecq_weight_flashlite import QuantizedWeight, TiledWeight
 from .linear_flashlite import Linear
 
 _TRAINING_STATE = ("log_step", "log_base", "exponents", "column_exponents", "code_lengths", "ecq_rate")
@@ -159,7 +159,7 @@ def install_layer(model: nn.Module, layer: Layer, weight: QuantizedWeight) -> No
     enter_codes(modules[0], modules, weight)
 
 
-def enter_codes(owner: EcqModule, modules: Iterable[EcqModule], weight) -> None:
+def enter_codes(owner: EcqModule, modules: Iterable[EcqModule], weight: QuantizedWeight | TiledWeight) -> None:
     """Give the codes of a weight, in memory or tiled, to its owner, and share them with the modules tied to it."""
     owner.set_quantized(weight)
     for module in modules:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .ecq_weight_flashlite import QuantizedWeight, TiledWeight
+from .ecq_weight_flashlite import QuantizedWeight, TiledWeight, share_scales
 from .int4_flashlite import (
     KernelWeight,
     int4_embedding,
@@ -283,8 +283,7 @@ def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
         if layer.tiles.is_inference():  # of a model that was copied in inference mode
             layer.set_quantized(layer.tiled())
     weights = [layer.tiled() for layer in coded]
-    scales = [[] if w.column_exponents is None else w.column_exponents.tolist() for w in weights]
-    if any(scale != scales[0] for scale in scales):
+    if not share_scales([weight.column_exponents for weight in weights]):
         return None
     wide = tuple(torch.cat([weight.wide[i] for weight in weights]).unique() for i in range(2))
     for layer, weight in zip(coded, weights):

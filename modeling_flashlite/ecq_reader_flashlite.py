@@ -14,14 +14,13 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
 
 import numpy as np
 import torch
 
 from .codec_flashlite import CodecError, decode_chunk
 from .ecq_stream_flashlite import HEAD, MAGIC, MAX_GROUPS, VERSION, band_rows
-from .ecq_weight_flashlite import TiledWeight
+from .ecq_weight_flashlite import TiledWeight, share_scales
 from .tiles_flashlite import TILE_ROWS, empty_tiles
 
 _MOST_CODES = 4096  # in a byte of a stream; deflate reaches 2064
@@ -203,8 +202,7 @@ class _Rooms(threading.local):
 
 def _open(streams: list[_Stream]) -> None:
     """Take one memory for the tiles of a family, in which its members get each other's wide columns."""
-    scales = [stream.fields["column_exponents"] for stream in streams]
-    if any((a is None) != (b is None) or a is not None and not torch.equal(a, b) for a, b in pairwise(scales)):
+    if not share_scales([stream.fields["column_exponents"] for stream in streams]):
         for stream in streams:
             _open([stream])  # they cannot be multiplied together
         return

@@ -14,7 +14,9 @@ column times 16 or 256: one storage and one product for any range, at half a byt
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -83,6 +85,14 @@ def _octaves(grid: int) -> torch.Tensor:
 def _powers(base: float, exponents: torch.Tensor, grid: int) -> torch.Tensor:
     """`base * 2 ** (exponents / grid)` of int8 exponents, float32."""
     return (_octaves(grid).to(exponents.device)[exponents.long() + 128] * base).float()
+
+
+def share_scales(column_exponents: Sequence[torch.Tensor | None]) -> bool:
+    """Whether weights with these column exponents have the same column scales, as one product of them needs."""
+    return all(
+        a is None and b is None or a is not None and b is not None and torch.equal(a, b)
+        for a, b in pairwise(column_exponents)
+    )
 
 
 def wide_columns(ratio: torch.Tensor, share: float = 0.15) -> torch.Tensor:

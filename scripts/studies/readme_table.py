@@ -105,7 +105,7 @@ def attention_cost(folder: Path) -> str:
 # how a point of a results file was made, in words: method, file, words with the target in them
 POINTS = (
     ("calibrated", "compression_chat", "`quantize.py --target_bits {:g}`"),
-    ("trained", "compression_qat", "the same after a little training, `--method qat`"),
+    ("trained", "compression_qat", "the same after a little training, `--method qat --target_bits {:g}`"),
     ("data-free", "compression_data_free", "without data, in `from_pretrained`"),
 )
 
