@@ -154,21 +154,29 @@ class BlockLayer(DynamicLayer):
         self._summarize(first // self.spec.block_size, end // self.spec.block_size)
         return self._keys.narrow(2, 0, end), self._values.narrow(2, 0, end)
 
-    def open_slot(self) -> int:
-        """Make room for one token of each row, all of one length, and return its slot in the buffers.
+    def open_slots(self) -> list[int]:
+        """Make room for one token of each row, and return the slot of each row, or of all, in the buffers.
 
-        Whoever writes keys, values and, at the end of a block, summaries there by itself calls [`close_slot`] after.
+        Whoever writes keys, values and, at the end of a block, summaries there by itself calls [`close_slots`] after.
         """
         self._evict()
-        self._reserve(self.fill + 1)
+        end = self._used + 1
+        self._reserve(end)
         self.start = self.fill
-        return self.fill
+        if isinstance(self.fill, int):
+            return [self.fill]
+        for states in (self._keys, self._values):
+            states[:, :, end - 1] = 0  # a slot that a shorter row does not write gets weight zero
+        return self.fill.tolist()
 
-    def close_slot(self) -> None:
-        """Take the token written to the slot of [`open_slot`] into account."""
-        self.fill += 1
+    def close_slots(self) -> None:
+        """Take the tokens written to the slots of [`open_slots`] into account."""
+        ragged, self.fill = not isinstance(self.fill, int), self.fill + 1
         self._record_columns(1, None)
-        self.summarized = self.fill // self.spec.block_size
+        blocks = self._used // self.spec.block_size
+        if ragged and blocks > self.summarized:  # of rows that do not end here
+            self._summarize(self.summarized, blocks)
+        self.summarized = blocks
 
     def _append_one(self, key_states, value_states, end: int):
         """[`update`] by one token per row, for rows of different lengths; refreshes summaries of completed blocks."""

@@ -139,6 +139,11 @@ class KernelWeight(NamedTuple):
         factors = None if factors is None else factors.detach().to(torch.bfloat16)
         return cls(_kernel_form(tiles), group, scales.contiguous(), numbers, factors)
 
+    @staticmethod
+    def most_rows() -> int:
+        """Rows of activations up to which this is faster than unpacking."""
+        return _KERNEL_ROWS if held_codes() is None else _HELD_ROWS
+
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """x `[M, K]` of any floating dtype times the weight: bfloat16 `[M, 64 * tiles]`."""
         packed, group, scales, numbers, factors = self
@@ -171,8 +176,7 @@ def is_plain(x: torch.Tensor) -> bool:
 
 def is_few_rows(x: torch.Tensor) -> bool:
     """Whether [`int4_few_rows`] is the way for so many rows, if x is plain."""
-    most = _KERNEL_ROWS if held_codes() is None else _HELD_ROWS
-    return 0 < x.numel() <= most * x.shape[-1]
+    return 0 < x.numel() <= KernelWeight.most_rows() * x.shape[-1]
 
 
 def int4_few_rows(x: torch.Tensor, weight: KernelWeight, out_features: int) -> torch.Tensor:

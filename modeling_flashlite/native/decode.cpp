@@ -1,4 +1,4 @@
-// One token of a coded model: products with 4-bit codes, and whole decoder layers, for few rows at a time.
+// Coded models: products with 4-bit codes, of any number of rows, and whole decoder layers for a token of each row.
 //
 // modeling_flashlite/native/__init__.py compiles this file and puts it in the place of the Python path, which is its
 // reference. Codes stay in the tiles of tiles_flashlite.py: [T, columns, 32] bytes, byte (t, k, j) holding the code of
@@ -16,6 +16,7 @@
 #include <limits>
 #include <numeric>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -53,7 +54,7 @@ using plain::kTile;
 struct Loops {
   decltype(&plain::rms_norm) rms_norm;
   decltype(&plain::round_row) round_row;
-  decltype(&plain::tile_product) tile_product;
+  decltype(&plain::tile_rows) tile_rows;
   decltype(&plain::dots_float) dots_float;
   decltype(&plain::dots_bfloat16) dots_bfloat16;
   decltype(&plain::mix_float) mix_float;
@@ -64,7 +65,7 @@ struct Loops {
 
 #define LOOPS(level)                                                                                               \
   Loops {                                                                                                          \
-    level::rms_norm, level::round_row, level::tile_product, level::dots_float, level::dots_bfloat16,               \
+    level::rms_norm, level::round_row, level::tile_rows, level::dots_float, level::dots_bfloat16,               \
         level::mix_float, level::mix_bfloat16, level::softmax, level::silu_times                                   \
   }
 
@@ -129,50 +130,73 @@ Weight weight_of(const at::Tensor& tiles, const at::Tensor& step, const std::opt
                 columns,
                 in_features,
                 rows};
-  bool outside = false;
+  bool wrong = false;
   for (int64_t k = 0; weight.numbers && k < columns; ++k)
-    outside |= weight.numbers[k] < 0 || weight.numbers[k] >= in_features;
-  TORCH_CHECK(!outside, "numbers must be of 0..", in_features - 1, ", the inputs.");
+    wrong |= k < in_features ? weight.numbers[k] != k : weight.numbers[k] < 0 || weight.numbers[k] >= in_features;
+  TORCH_CHECK(!wrong, "numbers must be 0..", in_features - 1, ", the inputs, and then some of them.");
   return weight;
 }
 
-// out[m] = weight x[m] + bias for float32 rows [count, in_features]; outputs lie `stride` apart
-void product(const Weight& weight, const float* x, int64_t count, float* out, int64_t stride) {
-  const int64_t columns = weight.columns, inputs = weight.in_features, groups = columns / kGroup;
-  thread_local std::vector<float> wide, scales, shifts;
-  thread_local std::vector<int8_t> high, low;
-  wide.assign(columns, 0.0f);
-  scales.resize(count * groups);
-  shifts.resize(count);
-  high.resize(count * columns);
-  low.resize(count * columns);
-  const float* factors = weight.factors;
-  const int64_t* numbers = weight.numbers;
-  for (int64_t m = 0; m < count; ++m) {
-    const float* own = x + m * inputs;
-    if (numbers)
-      for (int64_t k = 0; k < columns; ++k) wide[k] = own[numbers[k]] * factors[k];
-    else
-      for (int64_t k = 0; k < inputs; ++k) wide[k] = factors ? own[k] * factors[k] : own[k];
-    loops.round_row(wide.data(), columns, &high[m * columns], &low[m * columns], &scales[m * groups], &shifts[m]);
-  }
-  // a worker has vectors of its own under these names
-  const int8_t *highs = high.data(), *lows = low.data();
-  const float *all_scales = scales.data(), *all_shifts = shifts.data();
-  const uint8_t* tiles = weight.tiles;
-  const float *step = weight.step, *bias = weight.bias;
-  const int64_t grain = std::max<int64_t>(1, kBytesOfThread / (32 * columns));
-  at::parallel_for(0, weight.count, grain, [&](int64_t begin, int64_t end) {
-    float sums[kTile];
-    for (int64_t tile = begin; tile < end; ++tile)
-      for (int64_t m = 0; m < count; ++m) {
-        loops.tile_product(tiles + tile * columns * 32, columns, highs + m * columns, lows + m * columns,
-                           all_scales + m * groups, all_shifts[m], sums);
-        const int64_t first = tile * kTile, rows = std::min<int64_t>(kTile, weight.rows - first);
-        for (int64_t i = 0; i < rows; ++i)
-          out[m * stride + first + i] = sums[i] * step[first + i] + (bias ? bias[first + i] : 0.0f);
+constexpr int64_t kExactRows = 4;     // up to which activations have two bytes: where weights are what takes time
+constexpr int64_t kRowsAtOnce = 120;  // bytes of so many rows stay in the cache
+
+// Rows as bytes: those of the first bytes, then, if there are two, those of the second
+struct Bytes {
+  std::vector<int8_t> bytes;
+  std::vector<float> scales, shifts;
+
+  void take(const Weight& weight, const float* x, int64_t count, bool two) {
+    const int64_t columns = weight.columns, inputs = weight.in_features, groups = columns / kGroup;
+    bytes.resize((1 + two) * count * columns);
+    scales.resize((1 + two) * count * groups);
+    shifts.resize((1 + two) * count);
+    at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+      std::vector<float> wide(columns, 0.0f);
+      for (int64_t m = begin; m < end; ++m) {
+        const float* own = x + m * inputs;
+        if (weight.factors)
+          for (int64_t k = 0; k < inputs; ++k) wide[k] = own[k] * weight.factors[k];
+        else
+          std::copy_n(own, inputs, wide.data());
+        for (int64_t k = inputs; weight.numbers && k < columns; ++k)
+          wide[k] = own[weight.numbers[k]] * weight.factors[k];
+        const int64_t low = two ? count + m : m;
+        loops.round_row(wide.data(), columns, &bytes[m * columns], two ? &bytes[low * columns] : nullptr,
+                        &scales[m * groups], &scales[low * groups], &shifts[m], &shifts[low]);
       }
-  });
+    });
+  }
+};
+
+// out[m] = weight x[m] + bias for float32 rows [count, in_features]; outputs lie `stride` apart. More than kExactRows
+// rows are rounded to 8 bits, which costs at most sqrt(32 / 12) / 127 = 1.3% of the norm of 32 activations.
+void product(const Weight& weight, const float* x, int64_t count, float* out, int64_t stride) {
+  thread_local Bytes own;
+  const bool two = count <= kExactRows;
+  const int64_t grain = std::max<int64_t>(1, kBytesOfThread / (32 * weight.columns));
+  for (int64_t from = 0; from < count; from += kRowsAtOnce) {
+    const int64_t some = std::min(kRowsAtOnce, count - from);
+    own.take(weight, x + from * weight.in_features, some, two);
+    // a worker has one of its own under this name
+    const int8_t* bytes = own.bytes.data();
+    const float *scales = own.scales.data(), *shifts = own.shifts.data();
+    float* to = out + from * stride;
+    at::parallel_for(0, weight.count, grain, [&](int64_t begin, int64_t end) {
+      std::vector<float> sums((1 + two) * some * kTile);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        loops.tile_rows(weight.tiles + tile * weight.columns * 32, weight.columns, (1 + two) * some, bytes, scales,
+                        shifts, sums.data());
+        const int64_t first = tile * kTile, count_of = std::min<int64_t>(kTile, weight.rows - first);
+        const float *step = weight.step + first, *bias = weight.bias ? weight.bias + first : nullptr;
+        for (int64_t m = 0; m < some; ++m) {
+          const float *high = &sums[m * kTile], *low = two ? &sums[(some + m) * kTile] : nullptr;
+          float* row = to + m * stride + first;
+          for (int64_t i = 0; i < count_of; ++i)
+            row[i] = (low ? high[i] + low[i] : high[i]) * step[i] + (bias ? bias[i] : 0.0f);
+        }
+      }
+    });
+  }
 }
 
 // x [M, K] of any floating type times the weight: [M, rows] in x's type
@@ -342,7 +366,8 @@ void attend(const Head<T>& head, const float* queries, int64_t groups, int64_t s
 struct Cached {
   at::Tensor keys, values, mean_keys, mean_values, sub_keys;
   std::optional<at::Tensor> cross_keys, cross_values, cross_mask;
-  int64_t slot;
+  std::vector<int64_t> slots;  // of each row, or one of all
+  int64_t slot(int64_t row) const { return slots[slots.size() == 1 ? 0 : row]; }
 };
 
 template <typename T>
@@ -389,6 +414,9 @@ struct Layer : torch::CustomClassHolder {
                       query_bias->scalar_type() == at::kFloat && query_matrix->scalar_type() == at::kFloat,
                   "the map of queries does not fit.");
   }
+
+  // cosines and sines of a position
+  int64_t angles() const { return query_bias ? size : (heads + key_heads) * size; }
 
   static int64_t rows(const Helds& weights) {
     int64_t sum = 0;
@@ -450,10 +478,13 @@ struct Layer : torch::CustomClassHolder {
                  float* to) const {
     const int64_t width = cached.keys.size(3), stride = rows(reads), groups = heads / key_heads;
     std::vector<float> queries(batch * heads * width), keys(batch * key_heads * width);
-    for (int64_t row = 0; row < batch; ++row)
-      turn(rows_ + row * stride, cos, sin, &queries[row * heads * width], &keys[row * key_heads * width]);
+    for (int64_t row = 0; row < batch; ++row) {
+      const int64_t own = cached.slots.size() == 1 ? 0 : row * angles();
+      turn(rows_ + row * stride, cos + own, sin + own, &queries[row * heads * width], &keys[row * key_heads * width]);
+    }
     const int64_t cross = cached.cross_keys ? cached.cross_keys->size(2) : 0;
-    const int64_t each = (cached.slot + cross) * width * groups, grain = std::max<int64_t>(1, kWorkOfThread / each);
+    const int64_t each = (cached.slot(0) + cross + 1) * width * groups;
+    const int64_t grain = std::max<int64_t>(1, kWorkOfThread / each);
     at::parallel_for(0, batch * key_heads, grain, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
         const int64_t row = index / key_heads, m = index % key_heads;
@@ -468,8 +499,8 @@ struct Layer : torch::CustomClassHolder {
                            cross,
                            width,
                            size};
-        append(head, cached.slot, &keys[index * width], rows_ + row * stride + places[2] + m * size, spec);
-        attend(head, &queries[index * groups * width], groups, cached.slot, spec, to + index * groups * size);
+        append(head, cached.slot(row), &keys[index * width], rows_ + row * stride + places[2] + m * size, spec);
+        attend(head, &queries[index * groups * width], groups, cached.slot(row), spec, to + index * groups * size);
       }
     });
   }
@@ -504,7 +535,6 @@ struct Layer : torch::CustomClassHolder {
   void check(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, const Cached& cached) const {
     const auto& keys = cached.keys;
     const int64_t width = query_bias ? 2 * size : size, batch = x.size(0), blocks = keys.size(2) / spec.block;
-    const int64_t angles = query_bias ? size : (heads + key_heads) * size;
     const auto type = keys.scalar_type();
     TORCH_CHECK(x.dim() == 2 && x.size(1) == states && x.is_cpu() && (type == at::kFloat || type == at::kBFloat16),
                 "states must be [B, ", states, "] on the CPU, and the cache float32 or bfloat16.");
@@ -514,7 +544,10 @@ struct Layer : torch::CustomClassHolder {
              held.stride(2) == last;
     };
     const int64_t cross = cached.cross_keys ? cached.cross_keys->size(2) : 0;
-    TORCH_CHECK(cached.slot >= 0 && fits(keys, cached.slot + 1, width) && fits(cached.values, cached.slot + 1, size) &&
+    const int64_t places = cached.slots.size();
+    TORCH_CHECK(places == 1 || places == batch, "there must be one slot, or one of each row.");
+    const auto [least, most] = std::minmax_element(cached.slots.begin(), cached.slots.end());
+    TORCH_CHECK(*least >= 0 && fits(keys, *most + 1, width) && fits(cached.values, *most + 1, size) &&
                     fits(cached.mean_keys, blocks, width) && fits(cached.mean_values, blocks, size) &&
                     fits(cached.sub_keys, blocks * (spec.block / spec.sub_block), width) &&
                     (!cached.cross_keys || (fits(*cached.cross_keys, 0, width) && cached.cross_values &&
@@ -524,18 +557,18 @@ struct Layer : torch::CustomClassHolder {
                       cached.cross_mask->numel() == batch * cross)),
                 "the cache does not fit the layer.");
     for (const auto* part : {&cos, &sin})
-      TORCH_CHECK(part->is_contiguous() && part->scalar_type() == at::kFloat && part->numel() == angles,
-                  "cosines and sines must be contiguous float32, ", angles, " of them.");
+      TORCH_CHECK(part->is_contiguous() && part->scalar_type() == at::kFloat && part->numel() == places * angles(),
+                  "cosines and sines must be contiguous float32, ", angles(), " of each slot.");
   }
 };
 
-// One token of each row through a layer, x [B, D] -> [B, D]; the cache's buffers take it up in `slot`.
+// One token of each row through a layer, x [B, D] -> [B, D]; the cache's buffers take it up in `slots`.
 at::Tensor layer_step(const c10::intrusive_ptr<Layer>& layer, const at::Tensor& x, const at::Tensor& cos,
                       const at::Tensor& sin, const at::Tensor& keys, const at::Tensor& values,
                       const at::Tensor& mean_keys, const at::Tensor& mean_values, const at::Tensor& sub_keys,
-                      int64_t slot, const std::optional<at::Tensor>& cross_keys,
+                      std::vector<int64_t> slots, const std::optional<at::Tensor>& cross_keys,
                       const std::optional<at::Tensor>& cross_values, const std::optional<at::Tensor>& cross_mask) {
-  const Cached cached{keys, values, mean_keys, mean_values, sub_keys, cross_keys, cross_values, cross_mask, slot};
+  const Cached cached{keys, values, mean_keys, mean_values, sub_keys, cross_keys, cross_values, cross_mask, slots};
   layer->check(x, cos, sin, cached);
   at::Tensor wide = at::empty(x.sizes(), x.options().dtype(at::kFloat));
   wide.copy_(x);

@@ -2,8 +2,9 @@
 
 [`enable_native`] compiles `decode.cpp` once (half a minute; the library stays in the cache of
 `torch.utils.cpp_extension`), and puts [`NativeWeight`] in the place of `KernelWeight` and [`NativeLayerStep`] in that
-of `LayerStep`. The Python path is the reference, and runs everywhere else. Activations are split into two bytes, so
-that products are as exact as in float32; those of PyTorch's kernel have bfloat16 precision.
+of `LayerStep`. The Python path is the reference, and runs everywhere else. Activations of up to four rows are split
+into two bytes, so that products are as exact as in float32. More rows, of batches and prompts, have one byte for each
+activation and a scale for 32 of them: about bfloat16 precision, at twice the speed.
 """
 
 from __future__ import annotations
@@ -36,8 +37,7 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 _NAME = "flashlite_native"
-_MOST_ROWS = 4  # beyond, products of more rows at a time pay
-_PYTHON = KernelWeight.of
+_PYTHON = KernelWeight.of, KernelWeight.most_rows
 
 
 class NativeWeight(NamedTuple):
@@ -58,6 +58,11 @@ class NativeWeight(NamedTuple):
         step, factors = (x if x is None else x.detach().contiguous() for x in (step, factors))
         return cls(tiles, step, numbers, factors)
 
+    @staticmethod
+    def most_rows() -> int:
+        """Any number with AVX-512, where 512 rows are still faster than by unpacking; AVX2 takes them one by one."""
+        return 1 << 40 if torch.ops.flashlite_native.best_level() == 2 else _PYTHON[1]()
+
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """x `[M, K]` of any floating dtype times the weight: `[M, N]` in x's dtype."""
         return torch.ops.flashlite_native.int4_rows.default(x, *self, None)
@@ -66,8 +71,7 @@ class NativeWeight(NamedTuple):
 class NativeLayerStep(LayerStep):
     """A [`LayerStep`] in one call of compiled code, where all weights of the layer are codes on the CPU.
 
-    Rows of different lengths, the shifted first block of long bounded texts and other activations than SiLU take the
-    Python path.
+    The shifted first block of long bounded texts and other activations than SiLU take the Python path.
     """
 
     def __init__(self, layer: FlashLiteDecoderLayer, index: int, kind: str | None, dtype: torch.dtype):
@@ -81,11 +85,11 @@ class NativeLayerStep(LayerStep):
         cross = (None, None, None) if encoder is None else encoder.cross
         if not self._takes(states, cache, place, cross):
             return super().__call__(states, cache, place, encoder)
-        slot, angles = cache.open_slot(), place.angles[self.kind]
+        slots, angles = cache.open_slots(), place.angles[self.kind]
         states = self.native.step(
-            states, angles.cos, angles.sin, cache._keys, cache._values, *cache._summaries, slot, *cross
+            states, angles.cos, angles.sin, cache._keys, cache._values, *cache._summaries, slots, *cross
         )
-        cache.close_slot()
+        cache.close_slots()
         return states
 
     def _takes(self, states: torch.Tensor, cache: FlashLiteCacheLayer, place: Place, cross) -> bool:
@@ -93,10 +97,7 @@ class NativeLayerStep(LayerStep):
             self.native is not None
             and place.few
             and place.shift is None
-            and place.bias is None
-            and len(states) <= _MOST_ROWS
-            and type(cache.fill) is int
-            and cache.summarized == cache.fill // self.spec.block_size
+            and cache.summarized == cache._used // self.spec.block_size
             and cache._keys.dtype in (torch.float32, torch.bfloat16)
             and all(x is None or x.is_contiguous() and x.dtype in (cache._keys.dtype, torch.bool) for x in cross)
         )
@@ -226,5 +227,6 @@ def enable_native(on: bool = True) -> None:
                 "This processor has neither AVX2 nor AVX-512, without which the native kernels are slower than "
                 "PyTorch's; leave them out."
             )
-    KernelWeight.of = NativeWeight.of if on else _PYTHON  # type: ignore[method-assign, assignment]
+    new = (NativeWeight.of, NativeWeight.most_rows) if on else _PYTHON
+    KernelWeight.of, KernelWeight.most_rows = new  # type: ignore[method-assign, assignment]
     DecodeSession.step_class = NativeLayerStep if on else LayerStep

@@ -4,6 +4,9 @@
 constexpr int kGroup = 32;  // activations that share a scale
 constexpr int kTile = 64;   // rows of a tile
 
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
 inline float widen(float value) { return value; }
 inline float widen(uint16_t value) {
   const uint32_t bits = uint32_t(value) << 16;
@@ -48,11 +51,12 @@ void rms_norm(const float* x, const float* weight, int64_t size, float eps, floa
   for (int64_t i = 0; i < size; ++i) out[i] = x[i] * scale * weight[i];
 }
 
-// Activations in two signed bytes each, x = scale (high + low / 254), one scale for 32 of them: 15 bits. `shift` is what
-// codes that are 8 too large add to every product.
-void round_row(const float* x, int64_t size, int8_t* high, int8_t* low, float* scales, float* shift) {
+// Activations as signed bytes, x = scale (high + low / 254), one scale for 32 of them: 15 bits, or 8 without `low`. The
+// shifts are what codes that are 8 too large add to every product.
+void round_row(const float* x, int64_t size, int8_t* high, int8_t* low, float* scales, float* low_scales, float* shift,
+               float* low_shift) {
   const float magic = 12582912.0f;  // adding it rounds to the nearest integer
-  float total = 0;
+  float total = 0, low_total = 0;
   for (int64_t first = 0; first < size; first += kGroup) {
     const float* own = x + first;
     float peak = 0, bad = 0;
@@ -64,71 +68,124 @@ void round_row(const float* x, int64_t size, int8_t* high, int8_t* low, float* s
     }
     const float scale = (peak > 1e-30f ? peak : 1e-30f) / 127, inverse = bad == 0 ? 1 / scale : 0.0f;
     float highs = 0, lows = 0;
-#pragma omp simd reduction(+ : highs, lows)
+#pragma omp simd reduction(+ : highs)
+    for (int i = 0; i < kGroup; ++i) {
+      const float value = inverse == 0.0f ? 0.0f : own[i] * inverse, whole = (value + magic) - magic;
+      high[first + i] = int8_t(int(whole));
+      highs += whole;
+    }
+    scales[first / kGroup] = scale + bad;
+    total += (scale + bad) * highs;
+    if (!low) continue;
+#pragma omp simd reduction(+ : lows)
     for (int i = 0; i < kGroup; ++i) {
       const float value = inverse == 0.0f ? 0.0f : own[i] * inverse, whole = (value + magic) - magic;
       const float rest = ((value - whole) * 254 + magic) - magic;
-      high[first + i] = int8_t(int(whole));
       low[first + i] = int8_t(int(rest));
-      highs += whole;
       lows += rest;
     }
-    scales[first / kGroup] = scale + bad;
-    total += (scale + bad) * (highs + lows / 254);
+    low_scales[first / kGroup] = scale / 254;
+    low_total += scale / 254 * lows;
   }
   *shift = -8 * total;
+  if (low) *low_shift = -8 * low_total;
 }
 
-// out[64] = the rows of a tile [columns, 32] times one row of activations
+// tile_rows: out[count, 64] = the rows of a tile [columns, 32] times rows of bytes x [count, columns] with their scales
+// [count, columns / 32] and shifts [count]
 #if LEVEL == 2
-void tile_product(const uint8_t* tile, int64_t columns, const int8_t* high, const int8_t* low, const float* scales,
-                  float shift, float* out) {
-  alignas(64) uint8_t order[128];  // from [column, row] to [row, column] of four columns
-  for (int row = 0; row < 32; ++row)
-    for (int column = 0; column < 4; ++column) order[4 * row + column] = uint8_t(32 * column + row);
-  const __m512i first = _mm512_load_si512(order), second = _mm512_load_si512(order + 64);
+// From [column, row] to [row, column] of four columns
+struct Order {
+  alignas(64) uint8_t at[128];
+  constexpr Order() : at{} {
+    for (int row = 0; row < 32; ++row)
+      for (int column = 0; column < 4; ++column) at[4 * row + column] = uint8_t(32 * column + row);
+  }
+};
+constexpr Order kOrder;
+
+// `R` rows of bytes, and `P` halves of the tile's rows from `half` on: what the registers hold
+template <int R, int P>
+void tile_block(const uint8_t* tile, int64_t columns, int half, const int8_t* x, const float* scales,
+                const float* shifts, float* out) {
+  __m512i places[P];
+  for (int i = 0; i < P; ++i) places[i] = _mm512_load_si512(kOrder.at + 64 * (half + i));
   const __m512i mask = _mm512_set1_epi8(0x0f);
-  __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (int64_t group = 0; group < columns / kGroup; ++group) {
-    __m512i large[4], small[4];
-    for (int i = 0; i < 4; ++i) large[i] = small[i] = _mm512_setzero_si512();
+  const int64_t groups = columns / kGroup;
+  __m512 sums[R][2 * P];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * P; ++i) sums[r][i] = _mm512_setzero_ps();
+  for (int64_t group = 0; group < groups; ++group) {
+    __m512i products[R][2 * P];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int i = 0; i < 2 * P; ++i) products[r][i] = _mm512_setzero_si512();
     const uint8_t* codes = tile + group * kGroup * 32;
+    const int8_t* own = x + group * kGroup;
 #pragma GCC unroll 8
     for (int four = 0; four < kGroup / 4; ++four) {
       const __m512i a = _mm512_loadu_si512(codes + 128 * four), b = _mm512_loadu_si512(codes + 128 * four + 64);
-      const __m512i p = _mm512_permutex2var_epi8(a, first, b), q = _mm512_permutex2var_epi8(a, second, b);
-      // the codes of the upper rows stay in the upper half of their bytes, and count 16 times
-      const __m512i parts[4] = {_mm512_and_si512(p, mask), _mm512_and_si512(q, mask), _mm512_andnot_si512(mask, p),
-                                _mm512_andnot_si512(mask, q)};
-      int32_t word;
-      std::memcpy(&word, high + group * kGroup + 4 * four, 4);
-      const __m512i x = _mm512_set1_epi32(word);
-      std::memcpy(&word, low + group * kGroup + 4 * four, 4);
-      const __m512i y = _mm512_set1_epi32(word);
-      for (int i = 0; i < 4; ++i) {
-        large[i] = _mm512_dpbusd_epi32(large[i], parts[i], x);
-        small[i] = _mm512_dpbusd_epi32(small[i], parts[i], y);
+#pragma GCC unroll 2
+      for (int i = 0; i < P; ++i) {
+        // the codes of the upper rows stay in the upper half of their bytes, and count 16 times
+        const __m512i both = _mm512_permutex2var_epi8(a, places[i], b);
+        const __m512i lower = _mm512_and_si512(both, mask), upper = _mm512_andnot_si512(mask, both);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          int32_t word;
+          std::memcpy(&word, own + r * columns + 4 * four, 4);
+          const __m512i four_x = _mm512_set1_epi32(word);
+          products[r][2 * i] = _mm512_dpbusd_epi32(products[r][2 * i], lower, four_x);
+          products[r][2 * i + 1] = _mm512_dpbusd_epi32(products[r][2 * i + 1], upper, four_x);
+        }
       }
     }
-    const __m512 scale = _mm512_set1_ps(scales[group]), less = _mm512_set1_ps(scales[group] / 254);
-    for (int i = 0; i < 4; ++i) {
-      sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(large[i]), scale, sums[i]);
-      sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(small[i]), less, sums[i]);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const __m512 scale = _mm512_set1_ps(scales[r * groups + group]);
+#pragma GCC unroll 16
+      for (int i = 0; i < 2 * P; ++i)
+        sums[r][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[r][i]), scale, sums[r][i]);
     }
   }
-  const __m512 low_unit = _mm512_set1_ps(1.0f), high_unit = _mm512_set1_ps(1.0f / 16);
-  for (int i = 0; i < 4; ++i)
-    _mm512_storeu_ps(out + 16 * i, _mm512_fmadd_ps(sums[i], i < 2 ? low_unit : high_unit, _mm512_set1_ps(shift)));
+  const __m512 units[2] = {_mm512_set1_ps(1.0f), _mm512_set1_ps(1.0f / 16)};
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * P; ++i)
+      _mm512_storeu_ps(out + kTile * r + 32 * (i % 2) + 16 * (half + i / 2),
+                       _mm512_fmadd_ps(sums[r][i], units[i % 2], _mm512_set1_ps(shifts[r])));
+}
+
+void tile_rows(const uint8_t* tile, int64_t columns, int64_t count, const int8_t* x, const float* scales,
+               const float* shifts, float* out) {
+  const int64_t groups = columns / kGroup;
+  const auto block = [&](auto rows, auto halves, int64_t from) {
+    for (int half = 0; half < 2; half += halves)
+      tile_block<rows, halves>(tile, columns, half, x + from * columns, scales + from * groups, shifts + from,
+                               out + from * kTile);
+  };
+  int64_t from = 0;
+  for (; count - from >= 6; from += 6) block(Constant<6>{}, Constant<1>{}, from);
+  switch (count - from) {
+    case 5: block(Constant<5>{}, Constant<1>{}, from); break;
+    case 4: block(Constant<4>{}, Constant<1>{}, from); break;
+    case 3: block(Constant<3>{}, Constant<2>{}, from); break;
+    case 2: block(Constant<2>{}, Constant<2>{}, from); break;
+    case 1: block(Constant<1>{}, Constant<2>{}, from); break;
+  }
 }
 #elif LEVEL == 1
-void tile_product(const uint8_t* tile, int64_t columns, const int8_t* high, const int8_t* low, const float* scales,
-                  float shift, float* out) {
+void tile_rows(const uint8_t* tile, int64_t columns, int64_t count, const int8_t* x, const float* scales,
+               const float* shifts, float* out) {
   const __m256i mask = _mm256_set1_epi8(0x0f), ones = _mm256_set1_epi16(1);
-  __m256 sums[8];
-  for (int i = 0; i < 8; ++i) sums[i] = _mm256_setzero_ps();
-  for (int64_t group = 0; group < columns / kGroup; ++group) {
-    for (int digit = 0; digit < 2; ++digit) {
-      const int8_t* x = (digit ? low : high) + group * kGroup;
+  for (int64_t row = 0; row < count; ++row, x += columns, scales += columns / kGroup, out += kTile) {
+    __m256 sums[8];
+    for (int i = 0; i < 8; ++i) sums[i] = _mm256_setzero_ps();
+    for (int64_t group = 0; group < columns / kGroup; ++group) {
       __m256i parts[8];  // eight rows each, pairs of columns; eight times 2 * 15 * 127 fit into 16 bits
       for (int i = 0; i < 8; ++i) parts[i] = _mm256_setzero_si256();
       for (int four = 0; four < kGroup / 4; ++four) {
@@ -140,7 +197,7 @@ void tile_product(const uint8_t* tile, int64_t columns, const int8_t* high, cons
         const __m256i rows[4] = {_mm256_unpacklo_epi16(ab, cd), _mm256_unpackhi_epi16(ab, cd),
                                  _mm256_unpacklo_epi16(ab_high, cd_high), _mm256_unpackhi_epi16(ab_high, cd_high)};
         int32_t word;
-        std::memcpy(&word, x + 4 * four, 4);
+        std::memcpy(&word, x + group * kGroup + 4 * four, 4);
         const __m256i four_x = _mm256_set1_epi32(word);
         for (int i = 0; i < 4; ++i) {
           const __m256i lower = _mm256_and_si256(rows[i], mask);
@@ -149,43 +206,141 @@ void tile_product(const uint8_t* tile, int64_t columns, const int8_t* high, cons
           parts[4 + i] = _mm256_add_epi16(parts[4 + i], _mm256_maddubs_epi16(upper, four_x));
         }
       }
-      const __m256 scale = _mm256_set1_ps(digit ? scales[group] / 254 : scales[group]);
+      const __m256 scale = _mm256_set1_ps(scales[group]);
       for (int i = 0; i < 8; ++i)
         sums[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(parts[i], ones)), scale, sums[i]);
     }
-  }
-  for (int i = 0; i < 8; ++i) {  // the rows of a register are 4 i.. and 16 + 4 i..
-    const __m256 sum = _mm256_add_ps(sums[i], _mm256_set1_ps(shift));
-    float* place = out + 32 * (i / 4) + 4 * (i % 4);
-    _mm_storeu_ps(place, _mm256_castps256_ps128(sum));
-    _mm_storeu_ps(place + 16, _mm256_extractf128_ps(sum, 1));
+    for (int i = 0; i < 8; ++i) {  // the rows of a register are 4 i.. and 16 + 4 i..
+      const __m256 sum = _mm256_add_ps(sums[i], _mm256_set1_ps(shifts[row]));
+      float* place = out + 32 * (i / 4) + 4 * (i % 4);
+      _mm_storeu_ps(place, _mm256_castps256_ps128(sum));
+      _mm_storeu_ps(place + 16, _mm256_extractf128_ps(sum, 1));
+    }
   }
 }
 #else
-void tile_product(const uint8_t* tile, int64_t columns, const int8_t* high, const int8_t* low, const float* scales,
-                  float shift, float* out) {
-  float sums[kTile] = {};
-  for (int64_t first = 0; first < columns; first += 16) {  // 16 times 15 * 127 fit into 16 bits
-    for (int digit = 0; digit < 2; ++digit) {
+void tile_rows(const uint8_t* tile, int64_t columns, int64_t count, const int8_t* x, const float* scales,
+               const float* shifts, float* out) {
+  for (int64_t row = 0; row < count; ++row, x += columns, scales += columns / kGroup, out += kTile) {
+    float sums[kTile] = {};
+    for (int64_t first = 0; first < columns; first += 16) {  // 16 times 15 * 127 fit into 16 bits
       int16_t parts[kTile] = {};
       for (int64_t column = first; column < first + 16; ++column) {
-        const int16_t x = (digit ? low : high)[column];
         const uint8_t* codes = tile + 32 * column;
 #pragma omp simd
-        for (int row = 0; row < 32; ++row) {
-          parts[row] = int16_t(parts[row] + int16_t(codes[row] & 15) * x);
-          parts[32 + row] = int16_t(parts[32 + row] + int16_t(codes[row] >> 4) * x);
+        for (int i = 0; i < 32; ++i) {
+          parts[i] = int16_t(parts[i] + int16_t(codes[i] & 15) * x[column]);
+          parts[32 + i] = int16_t(parts[32 + i] + int16_t(codes[i] >> 4) * x[column]);
         }
       }
-      const float scale = digit ? scales[first / kGroup] / 254 : scales[first / kGroup];
-      for (int row = 0; row < kTile; ++row) sums[row] += scale * float(parts[row]);
+      for (int i = 0; i < kTile; ++i) sums[i] += scales[first / kGroup] * float(parts[i]);
     }
+    for (int i = 0; i < kTile; ++i) out[i] = sums[i] + shifts[row];
   }
-  for (int row = 0; row < kTile; ++row) out[row] = sums[row] + shift;
 }
 #endif
 
-// out[g, i] = queries[g] . keys[i], for keys `stride` apart
+// dots: out[g, i] = queries[g] . keys[i], for keys `stride` apart
+// mix: out[g] += sum of weights[g, i] values[i], for values `stride` apart
+#if LEVEL == 2
+inline __m512 sixteen(const float* from, __mmask16 some) { return _mm512_maskz_loadu_ps(some, from); }
+inline __m512 sixteen(const uint16_t* from, __mmask16 some) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from)), 16));
+}
+inline __mmask16 first_of(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1 << count) - 1); }
+
+// The sums of four registers
+inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+  const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+  const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                                   _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// `G` queries and up to four keys at a time
+template <int G, typename T>
+void dots_block(const T* keys, int64_t stride, int64_t count, int64_t size, const float* queries, float* out,
+                int64_t out_stride) {
+  for (int64_t i = 0; i < count; i += 4) {
+    const T* own[4];
+    for (int k = 0; k < 4; ++k) own[k] = keys + std::min(i + k, count - 1) * stride;
+    __m512 sums[G][4];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g)
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sums[g][k] = _mm512_setzero_ps();
+    for (int64_t d = 0; d < size; d += 16) {
+      const __mmask16 some = first_of(size - d);
+      __m512 key[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) key[k] = sixteen(own[k] + d, some);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        const __m512 query = _mm512_maskz_loadu_ps(some, queries + g * size + d);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) sums[g][k] = _mm512_fmadd_ps(query, key[k], sums[g][k]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g)
+      _mm_mask_storeu_ps(out + g * out_stride + i, __mmask8(first_of(std::min<int64_t>(count - i, 4))),
+                         totals(sums[g][0], sums[g][1], sums[g][2], sums[g][3]));
+  }
+}
+
+// `G` sums of values, 64 of their dimensions at a time
+template <int G, typename T>
+void mix_block(const T* values, int64_t stride, int64_t count, int64_t size, const float* weights,
+               int64_t weight_stride, float* out) {
+  for (int64_t first = 0; first < size; first += 64) {
+    __mmask16 some[4];
+    __m512 sums[G][4];
+#pragma GCC unroll 4
+    for (int d = 0; d < 4; ++d) {
+      some[d] = first_of(std::max<int64_t>(size - first - 16 * d, 0));
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) sums[g][d] = _mm512_maskz_loadu_ps(some[d], out + g * size + first + 16 * d);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      __m512 value[4];
+#pragma GCC unroll 4
+      for (int d = 0; d < 4; ++d) value[d] = sixteen(values + i * stride + first + 16 * d, some[d]);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        const __m512 weight = _mm512_set1_ps(weights[g * weight_stride + i]);
+#pragma GCC unroll 4
+        for (int d = 0; d < 4; ++d) sums[g][d] = _mm512_fmadd_ps(weight, value[d], sums[g][d]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g)
+#pragma GCC unroll 4
+      for (int d = 0; d < 4; ++d) _mm512_mask_storeu_ps(out + g * size + first + 16 * d, some[d], sums[g][d]);
+  }
+}
+
+template <typename T>
+void dots(const T* keys, int64_t stride, int64_t count, int64_t size, const float* queries, int64_t groups, float* out,
+          int64_t out_stride) {
+  for (; groups >= 4; groups -= 4, queries += 4 * size, out += 4 * out_stride)
+    dots_block<4>(keys, stride, count, size, queries, out, out_stride);
+  if (groups == 3) dots_block<3>(keys, stride, count, size, queries, out, out_stride);
+  if (groups == 2) dots_block<2>(keys, stride, count, size, queries, out, out_stride);
+  if (groups == 1) dots_block<1>(keys, stride, count, size, queries, out, out_stride);
+}
+
+template <typename T>
+void mix(const T* values, int64_t stride, int64_t count, int64_t size, const float* weights, int64_t weight_stride,
+         int64_t groups, float* out) {
+  for (; groups >= 4; groups -= 4, weights += 4 * weight_stride, out += 4 * size)
+    mix_block<4>(values, stride, count, size, weights, weight_stride, out);
+  if (groups == 3) mix_block<3>(values, stride, count, size, weights, weight_stride, out);
+  if (groups == 2) mix_block<2>(values, stride, count, size, weights, weight_stride, out);
+  if (groups == 1) mix_block<1>(values, stride, count, size, weights, weight_stride, out);
+}
+#else
 template <typename T>
 void dots(const T* keys, int64_t stride, int64_t count, int64_t size, const float* queries, int64_t groups, float* out,
           int64_t out_stride) {
@@ -201,7 +356,6 @@ void dots(const T* keys, int64_t stride, int64_t count, int64_t size, const floa
   }
 }
 
-// out[g] += sum of weights[g, i] values[i], for values `stride` apart
 template <typename T>
 void mix(const T* values, int64_t stride, int64_t count, int64_t size, const float* weights, int64_t weight_stride,
          int64_t groups, float* out) {
@@ -215,6 +369,7 @@ void mix(const T* values, int64_t stride, int64_t count, int64_t size, const flo
     }
   }
 }
+#endif
 
 void dots_float(const float* k, int64_t s, int64_t n, int64_t d, const float* q, int64_t g, float* out, int64_t o) {
   dots(k, s, n, d, q, g, out, o);

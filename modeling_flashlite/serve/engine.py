@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
@@ -72,6 +73,18 @@ class Engine:
         self.limits = limits or Limits()
         folder = Path(checkpoint.model)
         self.name = name or (folder.resolve().name if folder.is_dir() else checkpoint.model)
+        self.counters: Counter = Counter()
+        self._waiting: queue.Queue[Job | None] = queue.Queue()
+        # the worker loads, too: each thread that computes has a team of OpenMP threads, and two teams that share the
+        # processor sleep between operations, which makes a token take twice as long
+        loaded: Future = Future()
+        load = partial(self._load, checkpoint, base)
+        self._worker = threading.Thread(target=self._work, args=(load, loaded), name="generate", daemon=True)
+        self._worker.start()
+        loaded.result()
+
+    def _load(self, checkpoint: CheckpointArgs, base: "Engine | None") -> None:
+        folder = Path(checkpoint.model)
         if base is None:
             self.tokenizer = read_tokenizer(checkpoint.model, **checkpoint.hub)
             self.model = load_language_model(
@@ -84,13 +97,21 @@ class Engine:
         self.is_encoder_decoder = self.model.config.is_encoder_decoder
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.counters: Counter = Counter()
         self._ends = set(end_tokens(self.tokenizer, self.model.generation_config))
-        self._waiting: queue.Queue[Job | None] = queue.Queue()
         self.batch = self._continuous_batch()
-        target = self._work_in_batches if self.batch is None else partial(self._work_continuously, self.batch)
-        self._worker = threading.Thread(target=target, name="generate", daemon=True)
-        self._worker.start()
+
+    def _work(self, load: Callable[[], None], loaded: Future) -> None:
+        """Load, and run jobs until [`close`]."""
+        try:
+            load()
+        except BaseException as error:
+            loaded.set_exception(error)
+            return
+        loaded.set_result(None)
+        if self.batch is None:
+            self._work_in_batches()
+        else:
+            self._work_continuously(self.batch)
 
     def _continuous_batch(self) -> ContinuousBatch | None:
         if self.is_encoder_decoder:

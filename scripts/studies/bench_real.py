@@ -132,10 +132,10 @@ def contenders_of(work: str, length: int, threads: int, models: dict, args: Real
     if work == "prefill":
         ids = random_tokens(1, length, models[LLAMA].config.vocab_size, seed=args.seed)
         runs = {
-            name: functools.partial(model, ids, use_cache=True, logits_to_keep=1)
-            for name, model in models.items()
-            if name != NATIVE  # which is for few rows
+            name: functools.partial(model, ids, use_cache=True, logits_to_keep=1) for name, model in models.items()
         }
+        if NATIVE in models:
+            runs[NATIVE] = functools.partial(natively, runs[NATIVE])
         sizes = {"prompt": length}
     else:
         arguments = length + 1, NEW_TOKENS, args.seed

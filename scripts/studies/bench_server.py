@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+import modeling_flashlite
 from modeling_flashlite.checkpoint import CheckpointArgs
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.measure.benchmark import cpu_features, format_table
@@ -30,6 +31,7 @@ class ServerArgs:
     long_tokens: int = field(default=250, metadata={"help": "tokens of the long answer"})
     short_tokens: int = field(default=8, metadata={"help": "tokens of the short request"})
     threads: int = field(default=2, metadata={"help": "threads of PyTorch"})
+    native: bool = field(default=False, metadata={"help": "coded models by compiled code, as serve.py --native"})
     repeats: int = field(default=3, metadata={"help": "rounds, of which the median counts"})
     seed: int = field(default=0, metadata={"help": "of the prompts"})
     output: str = field(default="model_cards/results/smollm2/server.json", metadata={"help": "results file"})
@@ -79,6 +81,8 @@ class Clients:
 
 def main(args: ServerArgs) -> dict:
     torch.set_num_threads(args.threads)
+    if args.native:
+        modeling_flashlite.enable_native()
     limits = Limits(batch=max(args.clients, 2), new_tokens=args.long_tokens, seconds=600.0)
     checkpoint = CheckpointArgs(model=args.model, dtype=args.dtype, device="cpu")
     engine = Engine(checkpoint, limits=limits)
