@@ -55,6 +55,10 @@ struct Loops {
   decltype(&plain::rms_norm) rms_norm;
   decltype(&plain::round_row) round_row;
   decltype(&plain::tile_rows) tile_rows;
+  decltype(&plain::widen_float) widen_float;
+  decltype(&plain::widen_bfloat16) widen_bfloat16;
+  decltype(&plain::finish_float) finish_float;
+  decltype(&plain::finish_bfloat16) finish_bfloat16;
   decltype(&plain::dots_float) dots_float;
   decltype(&plain::dots_bfloat16) dots_bfloat16;
   decltype(&plain::mix_float) mix_float;
@@ -65,8 +69,9 @@ struct Loops {
 
 #define LOOPS(level)                                                                                               \
   Loops {                                                                                                          \
-    level::rms_norm, level::round_row, level::tile_rows, level::dots_float, level::dots_bfloat16,               \
-        level::mix_float, level::mix_bfloat16, level::softmax, level::silu_times                                   \
+    level::rms_norm, level::round_row, level::tile_rows, level::widen_float, level::widen_bfloat16,                \
+        level::finish_float, level::finish_bfloat16, level::dots_float, level::dots_bfloat16, level::mix_float,    \
+        level::mix_bfloat16, level::softmax, level::silu_times                                                     \
   }
 
 int64_t best_level() {
@@ -140,12 +145,24 @@ Weight weight_of(const at::Tensor& tiles, const at::Tensor& step, const std::opt
 constexpr int64_t kExactRows = 4;     // up to which activations have two bytes: where weights are what takes time
 constexpr int64_t kRowsAtOnce = 120;  // bytes of so many rows stay in the cache
 
+void widen(const float* x, const float* factors, int64_t n, float* out) { loops.widen_float(x, factors, n, out); }
+void widen(const uint16_t* x, const float* factors, int64_t n, float* out) {
+  loops.widen_bfloat16(x, factors, n, out);
+}
+void finish(float* sums, const float* low, const float* step, const float* bias, int64_t n, float* out) {
+  loops.finish_float(sums, low, step, bias, n, out);
+}
+void finish(float* sums, const float* low, const float* step, const float* bias, int64_t n, uint16_t* out) {
+  loops.finish_bfloat16(sums, low, step, bias, n, out);
+}
+
 // Rows as bytes: those of the first bytes, then, if there are two, those of the second
 struct Bytes {
   std::vector<int8_t> bytes;
   std::vector<float> scales, shifts;
 
-  void take(const Weight& weight, const float* x, int64_t count, bool two) {
+  template <typename T>
+  void take(const Weight& weight, const T* x, int64_t count, bool two) {
     const int64_t columns = weight.columns, inputs = weight.in_features, groups = columns / kGroup;
     bytes.resize((1 + two) * count * columns);
     scales.resize((1 + two) * count * groups);
@@ -153,13 +170,10 @@ struct Bytes {
     at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
       std::vector<float> wide(columns, 0.0f);
       for (int64_t m = begin; m < end; ++m) {
-        const float* own = x + m * inputs;
-        if (weight.factors)
-          for (int64_t k = 0; k < inputs; ++k) wide[k] = own[k] * weight.factors[k];
-        else
-          std::copy_n(own, inputs, wide.data());
+        const T* own = x + m * inputs;
+        widen(own, weight.factors, inputs, wide.data());
         for (int64_t k = inputs; weight.numbers && k < columns; ++k)
-          wide[k] = own[weight.numbers[k]] * weight.factors[k];
+          wide[k] = plain::widen(own[weight.numbers[k]]) * weight.factors[k];
         const int64_t low = two ? count + m : m;
         loops.round_row(wide.data(), columns, &bytes[m * columns], two ? &bytes[low * columns] : nullptr,
                         &scales[m * groups], &scales[low * groups], &shifts[m], &shifts[low]);
@@ -168,9 +182,10 @@ struct Bytes {
   }
 };
 
-// out[m] = weight x[m] + bias for float32 rows [count, in_features]; outputs lie `stride` apart. More than kExactRows
-// rows are rounded to 8 bits, which costs at most sqrt(32 / 12) / 127 = 1.3% of the norm of 32 activations.
-void product(const Weight& weight, const float* x, int64_t count, float* out, int64_t stride) {
+// out[m] = weight x[m] + bias for rows [count, in_features]; outputs lie `stride` apart. More than kExactRows rows are
+// rounded to 8 bits, which costs at most sqrt(32 / 12) / 127 = 1.3% of the norm of 32 activations.
+template <typename T>
+void product(const Weight& weight, const T* x, int64_t count, T* out, int64_t stride) {
   thread_local Bytes own;
   const bool two = count <= kExactRows;
   const int64_t grain = std::max<int64_t>(1, kBytesOfThread / (32 * weight.columns));
@@ -180,7 +195,7 @@ void product(const Weight& weight, const float* x, int64_t count, float* out, in
     // a worker has one of its own under this name
     const int8_t* bytes = own.bytes.data();
     const float *scales = own.scales.data(), *shifts = own.shifts.data();
-    float* to = out + from * stride;
+    T* to = out + from * stride;
     at::parallel_for(0, weight.count, grain, [&](int64_t begin, int64_t end) {
       std::vector<float> sums((1 + two) * some * kTile);
       for (int64_t tile = begin; tile < end; ++tile) {
@@ -189,10 +204,8 @@ void product(const Weight& weight, const float* x, int64_t count, float* out, in
         const int64_t first = tile * kTile, count_of = std::min<int64_t>(kTile, weight.rows - first);
         const float *step = weight.step + first, *bias = weight.bias ? weight.bias + first : nullptr;
         for (int64_t m = 0; m < some; ++m) {
-          const float *high = &sums[m * kTile], *low = two ? &sums[(some + m) * kTile] : nullptr;
-          float* row = to + m * stride + first;
-          for (int64_t i = 0; i < count_of; ++i)
-            row[i] = (low ? high[i] + low[i] : high[i]) * step[i] + (bias ? bias[i] : 0.0f);
+          const float* low = two ? &sums[(some + m) * kTile] : nullptr;
+          finish(&sums[m * kTile], low, step, bias, count_of, to + m * stride + first);
         }
       }
     });
@@ -205,9 +218,14 @@ at::Tensor int4_rows(const at::Tensor& x, const at::Tensor& tiles, const at::Ten
                      const std::optional<at::Tensor>& bias) {
   TORCH_CHECK(x.dim() == 2, "x must be [M, K], not ", x.sizes(), ".");
   const Weight weight = weight_of(tiles, step, numbers, factors, bias, x.size(1));
-  const at::Tensor rows = x.to(at::kFloat).contiguous();
+  const bool small = x.scalar_type() == at::kBFloat16;
+  const at::Tensor rows = (small ? x : x.to(at::kFloat)).contiguous();
   at::Tensor out = at::empty({x.size(0), weight.rows}, rows.options());
-  product(weight, rows.const_data_ptr<float>(), x.size(0), out.mutable_data_ptr<float>(), weight.rows);
+  if (small)
+    product(weight, static_cast<const uint16_t*>(rows.const_data_ptr()), x.size(0),
+            static_cast<uint16_t*>(out.mutable_data_ptr()), weight.rows);
+  else
+    product(weight, rows.const_data_ptr<float>(), x.size(0), out.mutable_data_ptr<float>(), weight.rows);
   return out.to(x.scalar_type());
 }
 

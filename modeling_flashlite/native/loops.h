@@ -51,8 +51,52 @@ void rms_norm(const float* x, const float* weight, int64_t size, float eps, floa
   for (int64_t i = 0; i < size; ++i) out[i] = x[i] * scale * weight[i];
 }
 
+template <typename T>
+void widen_row(const T* x, const float* factors, int64_t size, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) out[i] = widen(x[i]) * (factors ? factors[i] : 1.0f);
+}
+
+// out = sums * step + bias; sums are those of the first bytes and, if there are two, of the second
+template <typename T>
+void finish_row(float* sums, const float* low, const float* step, const float* bias, int64_t size, T* out) {
+  if (low)
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) sums[i] += low[i];
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) narrow(sums[i] * step[i] + (bias ? bias[i] : 0.0f), out[i]);
+}
+
 // Activations as signed bytes, x = scale (high + low / 254), one scale for 32 of them: 15 bits, or 8 without `low`. The
 // shifts are what codes that are 8 too large add to every product.
+#if LEVEL == 2
+void round_row(const float* x, int64_t size, int8_t* high, int8_t* low, float* scales, float* low_scales, float* shift,
+               float* low_shift) {
+  __m512 total = _mm512_setzero_ps(), low_total = _mm512_setzero_ps();
+  for (int64_t first = 0; first < size; first += kGroup) {
+    const __m512 own[2] = {_mm512_loadu_ps(x + first), _mm512_loadu_ps(x + first + 16)};
+    const float peak = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(own[0]), _mm512_abs_ps(own[1])));
+    const bool bad = _mm512_fpclass_ps_mask(own[0], 0x99) | _mm512_fpclass_ps_mask(own[1], 0x99);
+    const float scale = bad ? NAN : (peak > 1e-30f ? peak : 1e-30f) / 127;
+    const __m512 inverse = _mm512_set1_ps(bad ? 0.0f : 1 / scale), unit = _mm512_set1_ps(scale);
+    for (int i = 0; i < 2; ++i) {
+      const __m512 value = bad ? _mm512_setzero_ps() : _mm512_mul_ps(own[i], inverse);
+      const __m512i whole = _mm512_cvtps_epi32(value);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(high + first + 16 * i), _mm512_cvtsepi32_epi8(whole));
+      total = _mm512_fmadd_ps(unit, _mm512_cvtepi32_ps(whole), total);
+      if (!low) continue;
+      const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(value, _mm512_cvtepi32_ps(whole)), _mm512_set1_ps(254));
+      const __m512i rounded = _mm512_cvtps_epi32(rest);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(low + first + 16 * i), _mm512_cvtsepi32_epi8(rounded));
+      low_total = _mm512_fmadd_ps(unit, _mm512_cvtepi32_ps(rounded), low_total);
+    }
+    scales[first / kGroup] = scale;
+    if (low) low_scales[first / kGroup] = scale / 254;
+  }
+  *shift = -8 * _mm512_reduce_add_ps(total);
+  if (low) *low_shift = -8 * _mm512_reduce_add_ps(low_total) / 254;
+}
+#else
 void round_row(const float* x, int64_t size, int8_t* high, int8_t* low, float* scales, float* low_scales, float* shift,
                float* low_shift) {
   const float magic = 12582912.0f;  // adding it rounds to the nearest integer
@@ -90,6 +134,7 @@ void round_row(const float* x, int64_t size, int8_t* high, int8_t* low, float* s
   *shift = -8 * total;
   if (low) *low_shift = -8 * low_total;
 }
+#endif
 
 // tile_rows: out[count, 64] = the rows of a tile [columns, 32] times rows of bytes x [count, columns] with their scales
 // [count, columns / 32] and shifts [count]
@@ -371,6 +416,14 @@ void mix(const T* values, int64_t stride, int64_t count, int64_t size, const flo
 }
 #endif
 
+void widen_float(const float* x, const float* factors, int64_t n, float* out) { widen_row(x, factors, n, out); }
+void widen_bfloat16(const uint16_t* x, const float* factors, int64_t n, float* out) { widen_row(x, factors, n, out); }
+void finish_float(float* sums, const float* low, const float* step, const float* bias, int64_t n, float* out) {
+  finish_row(sums, low, step, bias, n, out);
+}
+void finish_bfloat16(float* sums, const float* low, const float* step, const float* bias, int64_t n, uint16_t* out) {
+  finish_row(sums, low, step, bias, n, out);
+}
 void dots_float(const float* k, int64_t s, int64_t n, int64_t d, const float* q, int64_t g, float* out, int64_t o) {
   dots(k, s, n, d, q, g, out, o);
 }
