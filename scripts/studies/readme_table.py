@@ -83,7 +83,7 @@ def render_real(folder: Path) -> str:
     """A model that people have: its budgets, what sparse attention costs, its tasks, and the stages of the demo."""
     folder = folder / "smollm2"
     path = folder / "demo.json"
-    lines = [*compressed(folder), attention_cost(folder), "", *adapted(folder)]
+    lines = [*compressed(folder), attention_cost(folder), compiled_speed(folder), "", *adapted(folder)]
     return "\n".join(lines + (demo_stages(path) if path.is_file() else []))
 
 
@@ -101,6 +101,10 @@ def attention_cost(folder: Path) -> str:
         "`model_cards/results/smollm2/`, of weights dequantized from Q4_1."
     )
 
+
+# works and lengths of native.json, and rows of server_native.json, that README names
+DEPTHS = ("decode", 1), ("decode", 512), ("prefill", 512)
+CHATS = "1 chat", "16 chats"
 
 # how a point of a results file was made, in words: method, file, words with the target in them
 POINTS = (
@@ -127,8 +131,38 @@ def compressed(folder: Path) -> list[str]:
         *table(["SmolLM2-135M-Instruct", "bits per weight", "file", "WikiText-2", "over float32", "questions"], rows),
         "",
         "Perplexity per token of the first 400 lines; ten questions that the float model answers; calibrated on text "
-        "and on conversations that the model writes itself (`scripts/studies/compression.py`).",
+        "and on conversations that the model writes itself (`scripts/studies/compression.py`). Files of llama.cpp, "
+        f"measured alike: {gguf_files(folder)}.",
     ]
+
+
+def gguf_files(folder: Path) -> str:
+    """Perplexity and size of GGUF files of the same model, in words."""
+    points = json.loads((folder / "compression_gguf.json").read_text(encoding="utf-8"))["points"]
+    files = [point for point in points if point["method"].startswith("GGUF")]
+    return ", ".join(
+        f"{point['method'].removeprefix('GGUF ')} {point['perplexity']:.2f} at {point['bits']:.2f} bits"
+        for point in sorted(files, key=lambda point: point["bits"])
+    )
+
+
+def compiled_speed(folder: Path) -> str:
+    """What the compiled path makes of the model at 3 bits, beside llama.cpp and bfloat16, in a sentence."""
+    rows = json.loads((folder / "native.json").read_text(encoding="utf-8"))["rows"]
+    speed = {(row["work"], row["length"], row["threads"], row["name"]): row["tokens_per_s"] for row in rows}
+
+    def side(name: str) -> str:
+        new, later, prompt = (speed[work, length, 1, name] for work, length in DEPTHS)
+        return f"{new:.0f} / {later:.0f} / {prompt:.0f}"
+
+    result = json.loads((folder / "server_native.json").read_text(encoding="utf-8"))
+    one, many = (next(row["median"] for row in result["rows"] if row["work"] == f"{count}") for count in CHATS)
+    return (
+        f"Compiled (`--native`), one thread, tokens/s: {side('Flash-Lite, coded, native')} generated from scratch / "
+        f"generated after 512 tokens / read, a prompt of 512; llama.cpp with Q4_0: {side('llama.cpp')}; in bfloat16: "
+        f"{side('Flash-Lite, bfloat16')}. `serve.py --native` on two threads: one chat {one:.0f}, 16 chats {many:.0f} "
+        "(`native.json`, `server_native.json`)."
+    )
 
 
 def adapted(folder: Path) -> list[str]:
