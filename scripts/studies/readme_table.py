@@ -132,7 +132,7 @@ def compressed(folder: Path) -> list[str]:
         "",
         "Perplexity per token of the first 400 lines; ten questions that the float model answers; calibrated on text "
         "and on conversations that the model writes itself (`scripts/studies/compression.py`). Files of llama.cpp, "
-        f"measured alike: {gguf_files(folder)}.",
+        f"measured alike (`rates.svg`): {gguf_files(folder)}.",
     ]
 
 
