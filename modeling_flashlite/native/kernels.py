@@ -97,6 +97,7 @@ class NativeLayerStep(LayerStep):
             self.native is not None
             and place.few
             and place.shift is None
+            and (place.bias is None) == (type(cache.fill) is int)  # one position of all rows, or one of each
             and cache.summarized == cache._used // self.spec.block_size
             and cache._keys.dtype in (torch.float32, torch.bfloat16)
             and all(x is None or x.is_contiguous() and x.dtype in (cache._keys.dtype, torch.bool) for x in cross)
