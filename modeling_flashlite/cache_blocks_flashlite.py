@@ -129,12 +129,12 @@ class BlockLayer(DynamicLayer):
             )
         tokens = key_states.shape[2]
         ragged = rows is not None or not isinstance(self.fill, int)
+        if ragged and rows is None and tokens == 1:
+            return self._append_one(key_states, value_states)
         self._evict()
         end = self._used + tokens
         self._reserve(end)
         self.start = self.fill
-        if ragged and rows is None and tokens == 1:
-            return self._append_one(key_states, value_states, end)
         if not ragged:
             # `narrow` takes a third of the time of indexing, which matters for a single token
             self._keys.narrow(2, self.fill, tokens).copy_(key_states)
@@ -171,24 +171,21 @@ class BlockLayer(DynamicLayer):
 
     def close_slots(self) -> None:
         """Take the tokens written to the slots of [`open_slots`] into account."""
-        ragged, self.fill = not isinstance(self.fill, int), self.fill + 1
+        self.fill = self.fill + 1
         self._record_columns(1, None)
         blocks = self._used // self.spec.block_size
-        if ragged and blocks > self.summarized:  # of rows that do not end here
+        if isinstance(self.fill, int):
+            self.summarized = blocks
+        elif blocks > self.summarized:  # of rows that do not end here
             self._summarize(self.summarized, blocks)
-        self.summarized = blocks
 
-    def _append_one(self, key_states, value_states, end: int):
+    def _append_one(self, key_states, value_states):
         """[`update`] by one token per row, for rows of different lengths; refreshes summaries of completed blocks."""
-        fill, block = self._fill_tensor(key_states.device), self.spec.block_size
-        index = torch.arange(len(fill), device=fill.device)
+        self.open_slots()
+        block, index = self.spec.block_size, torch.arange(self.batch_size, device=self.fill.device)
         for states, new in ((self._keys, key_states), (self._values, value_states)):
-            states[:, :, end - 1] = 0  # a slot that a shorter row does not write gets weight zero
-            states[index, :, fill] = new[:, :, 0].to(states.dtype)
-        self.fill = fill + 1
-        self._record_columns(1, None)
-        if end // block > self.summarized:
-            self._summarize(self.summarized, end // block)
+            states[index, :, self.fill] = new[:, :, 0].to(states.dtype)
+        self.close_slots()
         for row in (self.fill % block == 0).nonzero()[:, 0].tolist():
             last = int(self.fill[row])
             slots = slice(last - block, last)
@@ -198,6 +195,7 @@ class BlockLayer(DynamicLayer):
             whole = _slice_summaries(self._summaries, self.spec, last // block - 1, last // block)
             for part, new in zip(whole, fresh):
                 part[row] = new[0]
+        end = self._used
         return self._keys.narrow(2, 0, end), self._values.narrow(2, 0, end)
 
     def _fill_tensor(self, device) -> torch.Tensor:

@@ -292,7 +292,9 @@ def test_other_activations_take_the_python_path(enabled, tiny_config):
 @pytest.mark.parametrize("encoding", ["rotary", "transformer_xl"])
 def test_rows_of_different_lengths(enabled, tiny_config, monkeypatch, count, limit, memory_blocks, encoding):
     """Rows that join a batch at different lengths get the logits that they get alone, through blocks that close."""
-    config = tiny_config(memory_blocks=memory_blocks, position_encoding=encoding, relevance_top_k=None)
+    # blocks of nearly equal shares may change places when activations are bytes
+    chosen = {} if count <= 4 else {"relevance_top_k": None}
+    config = tiny_config(memory_blocks=memory_blocks, position_encoding=encoding, **chosen)
     coded, plain = coded_and_float(config, 2, 0)
     texts = [torch.randint(3, 97, (1, 40)) for _ in range(count)]
     starts = [1 + 2 * index for index in range(count)]

@@ -37,7 +37,7 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 _NAME = "flashlite_native"
-_PYTHON = KernelWeight.of, KernelWeight.most_rows
+_PYTHON: tuple[Any, Any] = KernelWeight.of, KernelWeight.most_rows
 
 
 class NativeWeight(NamedTuple):
@@ -60,8 +60,8 @@ class NativeWeight(NamedTuple):
 
     @staticmethod
     def most_rows() -> int:
-        """Any number with AVX-512, where 512 rows are still faster than by unpacking; AVX2 takes them one by one."""
-        return 1 << 40 if torch.ops.flashlite_native.best_level() == 2 else _PYTHON[1]()
+        """Any number: with AVX-512, 512 rows are still faster than by unpacking."""
+        return sys.maxsize
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """x `[M, K]` of any floating dtype times the weight: `[M, N]` in x's dtype."""
@@ -221,13 +221,17 @@ def enable_native(on: bool = True) -> None:
     Raises:
         RuntimeError: it cannot be built, or this processor has neither AVX2 nor AVX-512, where it would not pay.
     """
+    of, most_rows = _PYTHON
     if on:
         build()
-        if not torch.ops.flashlite_native.best_level():
+        level = torch.ops.flashlite_native.best_level()
+        if not level:
             raise RuntimeError(
                 "This processor has neither AVX2 nor AVX-512, without which the native kernels are slower than "
                 "PyTorch's; leave them out."
             )
-    new = (NativeWeight.of, NativeWeight.most_rows) if on else _PYTHON
-    KernelWeight.of, KernelWeight.most_rows = new  # type: ignore[method-assign, assignment]
+        of = NativeWeight.of
+        if level == 2:  # AVX2 takes rows one by one
+            most_rows = NativeWeight.most_rows
+    KernelWeight.of, KernelWeight.most_rows = of, most_rows  # type: ignore[method-assign]
     DecodeSession.step_class = NativeLayerStep if on else LayerStep

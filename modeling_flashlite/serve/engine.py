@@ -78,8 +78,8 @@ class Engine:
         # the worker loads, too: each thread that computes has a team of OpenMP threads, and two teams that share the
         # processor sleep between operations, which makes a token take twice as long
         loaded: Future = Future()
-        load = partial(self._load, checkpoint, base)
-        self._worker = threading.Thread(target=self._work, args=(load, loaded), name="generate", daemon=True)
+        arguments = checkpoint, base, loaded
+        self._worker = threading.Thread(target=self._work, args=arguments, name="generate", daemon=True)
         self._worker.start()
         loaded.result()
 
@@ -100,10 +100,10 @@ class Engine:
         self._ends = set(end_tokens(self.tokenizer, self.model.generation_config))
         self.batch = self._continuous_batch()
 
-    def _work(self, load: Callable[[], None], loaded: Future) -> None:
+    def _work(self, checkpoint: CheckpointArgs, base: "Engine | None", loaded: Future) -> None:
         """Load, and run jobs until [`close`]."""
         try:
-            load()
+            self._load(checkpoint, base)
         except BaseException as error:
             loaded.set_exception(error)
             return

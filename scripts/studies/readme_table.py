@@ -156,7 +156,7 @@ def compiled_speed(folder: Path) -> str:
         return f"{new:.0f} / {later:.0f} / {prompt:.0f}"
 
     result = json.loads((folder / "server_native.json").read_text(encoding="utf-8"))
-    one, many = (next(row["median"] for row in result["rows"] if row["work"] == f"{count}") for count in CHATS)
+    one, many = (next(row["median"] for row in result["rows"] if row["work"] == chats) for chats in CHATS)
     return (
         f"Compiled (`--native`), one thread, tokens/s: {side('Flash-Lite, coded, native')} generated from scratch / "
         f"generated after 512 tokens / read, a prompt of 512; llama.cpp with Q4_0: {side('llama.cpp')}; in bfloat16: "
