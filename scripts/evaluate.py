@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from modeling_flashlite.checkpoint import CheckpointArgs, load_for_task, read_tokenizer
 from modeling_flashlite.cli import finish, start
+from modeling_flashlite.data.batching import row_end
 from modeling_flashlite.data.loading import load_data, pick_split
 from modeling_flashlite.data.tasks import get_task, resolve_task, text_of
 from modeling_flashlite.measure.cost import measure_generation, model_size, peak_memory_bytes
@@ -104,7 +105,7 @@ def on_task(model_args: CheckpointArgs, data_args: DataArgs, eval_args: EvalArgs
             "stride": eval_args.stride,
             "batch_size": eval_args.streams,
             "memory": False if eval_args.no_memory else None,
-            "end": "\n" if eval_args.end == "newline" else None,
+            "end": row_end(eval_args.end),
         },
         resamples=eval_args.resamples,
     )

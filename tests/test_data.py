@@ -211,6 +211,8 @@ class TestTokenising:
     def test_lines_end_with_a_newline_if_asked(self, tokenizer):
         rows = tokenize_texts(Dataset.from_dict({"text": ["one", "two"]}), tokenizer, end="\n")
         assert tokenizer.decode(list(chain(*rows["input_ids"]))) == "one\ntwo\n"
+        hub = tokenize_texts(Dataset.from_dict({"text": ["one\n", "two\n"]}), tokenizer, end="\n")
+        assert hub["input_ids"] == rows["input_ids"]  # datasets on the Hub keep the newline of each line
 
     def test_long_documents_are_not_cut(self, tokenizer):
         rows = tokenize_texts(Dataset.from_dict({"text": ["one two " * 2000]}), tokenizer, end="")
@@ -238,6 +240,14 @@ class TestPacking:
         texts = Dataset.from_dict({"text": ["one two three", "four five"]})
         whole = list(pack(tokenize_texts(texts, tokenizer), 4))
         assert list(pack(tokenize_texts(texts.to_iterable_dataset(), tokenizer), 4)) == whole
+
+    def test_lines_of_one_text_are_one_document(self, tokenizer):
+        texts = Dataset.from_dict({"text": ["one two", "", "three", "four"]})
+        lines = tokenize_texts(texts, tokenizer, end="\n")
+        whole = tokenize_texts(Dataset.from_dict({"text": ["one two\n\nthree\nfour"]}), tokenizer, end="\n")
+        for rows in (lines, lines.to_iterable_dataset()):
+            assert list(pack(rows, 4, one_text=True)) == list(pack(whole, 4))
+        assert list(pack(lines, 4)) != list(pack(whole, 4))
 
     def test_keeps_given_labels(self):
         rows = _pack_batch({"input_ids": [[5, 6, 7], [8, 9]], "labels": [[-100, -100, 7], [8, 9]]}, 8)

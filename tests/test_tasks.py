@@ -1,6 +1,7 @@
 """Tasks: columns resolved or explained, and the right inputs and labels for both kinds of model."""
 
 import pytest
+import transformers
 from datasets import ClassLabel, Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -74,6 +75,24 @@ def prepared(name, tokenizer, encoder_decoder=True, **options):
 
 def shown(tokenizer, labels):
     return tokenizer.decode([label for label in labels if label != -100])
+
+
+def test_rows_that_are_lines_of_one_text(tokenizer, caplog):
+    lines = Dataset.from_dict({"text": ["one two", "", "three", "", "four five six"] * 4})
+    data = resolve_task(get_task("text-generation"), lines, encoder_decoder=False)
+    transformers.utils.logging.enable_propagation()
+    try:
+        preprocess(data, lines, tokenizer, max_source_length=16)
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert "8 of the first 20 rows are blank" in caplog.text and "end=newline" in caplog.text
+    rows = preprocess(data, lines, tokenizer, max_source_length=16, end="newline")
+    assert tokenizer.decode([token for row in rows["input_ids"] for token in row]) == "\n".join(lines["text"]) + "\n"
+    assert all(row == list(range(len(row))) for row in rows["position_ids"])  # a line sees the lines before it
+    with pytest.raises(ValueError, match="end is 'newlin', but must be 'eos' .* or 'newline'"):
+        preprocess(data, lines, tokenizer, end="newlin")
+    with pytest.raises(ValueError, match="end 'newline', but only text generation .* the task is translation"):
+        prepared("translation", tokenizer, end="newline")
 
 
 def test_texts_are_read_out_of_any_cell():

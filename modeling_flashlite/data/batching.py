@@ -14,7 +14,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .loading import column_names, require_columns
 
-__all__ = ["PaddingCollator", "join_rows", "pack", "segment_streams", "tokenize_texts"]
+__all__ = ["PaddingCollator", "join_rows", "pack", "row_end", "segment_streams", "tokenize_texts"]
+
+
+def row_end(name: str) -> str | None:
+    """What closes a row of text: `None`, the end-of-sequence token, for `eos`; a newline for `newline`.
+
+    Raises:
+        ValueError: for another name.
+    """
+    ends = {"eos": None, "newline": "\n"}
+    if name not in ends:
+        raise ValueError(
+            f"end is {name!r}, but must be 'eos' (a row is a document) or 'newline' (rows are the lines of one text)."
+        )
+    return ends[name]
 
 
 def join_rows(dataset: Dataset, column: str, document_column: str) -> Dataset:
@@ -45,8 +59,9 @@ def tokenize_texts(
         dataset (`Dataset` or `IterableDataset`): rows of text.
         tokenizer (`PreTrainedTokenizerBase`): its special tokens are not added.
         column (`str`, *optional*, defaults to `"text"`): where the text is.
-        end (`str`, *optional*): what closes each row; the tokenizer's end-of-sequence token if unset. Use a newline
-            where the rows are the lines of one long text, as in WikiText.
+        end (`str`, *optional*): what closes each row that does not end with it; the tokenizer's end-of-sequence token
+            if unset. Use a newline where the rows are the lines of one long text, as in WikiText, and pack them with
+            `one_text`.
         num_proc (`int`, *optional*): worker processes.
     """
     require_columns(dataset, [column], "Name another with columns, e.g. text=content.")
@@ -55,7 +70,7 @@ def tokenize_texts(
     last = [tokenizer.eos_token_id] if end is None else tokenizer(end, add_special_tokens=False)["input_ids"]
 
     def encode(batch):
-        texts = [text or "" for text in batch[column]]
+        texts = [(text or "").removesuffix(end or "") for text in batch[column]]
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return {"input_ids": [ids + last for ids in encoded["input_ids"]]}
 
@@ -63,7 +78,12 @@ def tokenize_texts(
 
 
 def pack(
-    dataset: Dataset | IterableDataset, length: int, *, batch_size: int = 1000, num_proc: int | None = None
+    dataset: Dataset | IterableDataset,
+    length: int,
+    *,
+    one_text: bool = False,
+    batch_size: int = 1000,
+    num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """Concatenate documents and cut them into rows of `length` tokens; no token is lost and none is repeated.
 
@@ -75,6 +95,8 @@ def pack(
     Args:
         dataset (`Dataset` or `IterableDataset`): rows with `input_ids`, and `labels` if they differ.
         length (`int`): tokens per row, at least 2.
+        one_text (`bool`, *optional*, defaults to `False`): the `batch_size` documents packed together are the lines of
+            one text, so tokens see earlier lines.
         batch_size (`int`, *optional*, defaults to 1000): documents packed together.
         num_proc (`int`, *optional*): worker processes.
     """
@@ -83,12 +105,14 @@ def pack(
             f"length is {length}, but a row of 1 token has no target; choose at least 2; 128 or more is usual."
         )
     require_columns(dataset, ["input_ids"], "Call tokenize_texts first.")
-    return _map(dataset, lambda batch: _pack_batch(batch, length), "pack", num_proc, batch_size)
+    return _map(dataset, lambda batch: _pack_batch(batch, length, one_text), "pack", num_proc, batch_size)
 
 
-def _pack_batch(batch: dict, length: int) -> dict:
+def _pack_batch(batch: dict, length: int, one_text: bool = False) -> dict:
     documents = [ids for ids in batch["input_ids"] if len(ids)]
     targets = [ids for ids in batch.get("labels", batch["input_ids"]) if len(ids)]
+    if one_text and documents:
+        documents, targets = ([list(itertools.chain.from_iterable(rows))] for rows in (documents, targets))
     ids = [token for document in documents for token in document]
     labels = [label for target in targets for label in [-100, *target[1:]]]
     document_starts = np.repeat(np.cumsum([0, *map(len, documents)])[:-1], [len(document) for document in documents])

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..spans_flashlite import question_windows
-from .batching import join_rows, pack, tokenize_texts
+from .batching import join_rows, pack, row_end, tokenize_texts
 from .conversations import cut_at_turns, encode_conversation
 from .labels import class_id, class_of, ids_by_name, names_of
 from .loading import column_names, require_columns
 from .tasks import TaskData, messages_of, prompts_and_references, references_of, text_of
 from .tokenization import turn_end
+
+logger = logging.get_logger(__name__)
 
 _OUTPUTS = {"extractive-qa": ("input_ids", "start_positions", "end_positions")}
 
@@ -27,6 +30,7 @@ def preprocess(
     too_long: str = "truncate",
     packed: bool = False,
     document_column: str | None = None,
+    end: str = "eos",
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
     """Turn the rows of a data set into model inputs for training on a task.
@@ -52,6 +56,8 @@ def preprocess(
         num_proc (`int`, *optional*): worker processes.
         document_column (`str`, *optional*): text generation without an encoder: consecutive rows with the same value
             are joined to one document.
+        end (`str`, *optional*, defaults to `"eos"`): text generation without an encoder: what closes a row, see
+            [`row_end`].
     """
     if too_long not in ("truncate", "drop", "error"):
         raise ValueError(f"too_long is {too_long!r}, but must be 'truncate', 'drop' or 'error'.")
@@ -65,7 +71,15 @@ def preprocess(
     if task.name == "text-generation" and not data.encoder_decoder:
         if document_column is not None:
             dataset = join_rows(dataset, data.columns["text"], document_column)
-        return pack(tokenize_texts(dataset, tokenizer, data.columns["text"], num_proc=num_proc), max_source_length)
+        elif end == "eos":
+            _warn_of_lines(dataset, data.columns["text"])
+        documents = tokenize_texts(dataset, tokenizer, data.columns["text"], end=row_end(end), num_proc=num_proc)
+        return pack(documents, max_source_length, one_text=end == "newline")
+    if document_column is not None or end != "eos":
+        raise ValueError(
+            f"document_column is {document_column!r} and end {end!r}, but only text generation by a decoder-only "
+            f"model joins rows, and the task is {task.name}; leave them out."
+        )
     if not data.encoder_decoder and task.target != "label" and max_target_length >= max_source_length:
         raise ValueError(
             f"max_target_length is {max_target_length}, but without an encoder it is part of max_source_length, "
@@ -86,6 +100,17 @@ def preprocess(
             f"0 examples came out of {len(dataset)} rows; check the columns, the lengths, and too_long={too_long!r}."
         )
     return pack(examples, max_source_length) if packed else examples
+
+
+def _warn_of_lines(dataset: Dataset | IterableDataset, column: str) -> None:
+    """Warn where the first thousand rows look like the lines of one text, which would be learned one at a time."""
+    first = [row[column] or "" for row in dataset.take(1000)]
+    blank = sum(not text.strip() for text in first)
+    if blank > len(first) / 10:
+        logger.warning(
+            f"{blank} of the first {len(first)} rows are blank, as among the lines of one text, but every row is a "
+            "document of its own; with end=newline the rows are read as one text."
+        )
 
 
 @dataclass

@@ -44,8 +44,8 @@ def text_likelihood(
             previous window has not; `segment_length` (no overlap) if unset.
         batch_size (`int`, *optional*, defaults to 1): with memory, the number of streams that the text is cut into,
             each starting with an empty memory (1 is the exact protocol); without memory, windows per batch.
-        end (`str`, *optional*): text after each row; the end-of-sequence token if unset. Use a newline for WikiText,
-            where rows are lines.
+        end (`str`, *optional*): what closes each row that does not end with it; the end-of-sequence token if unset.
+            Use a newline for WikiText, where rows are lines.
         resamples (`int`, *optional*, defaults to 1000): of the bootstrap; 0 for no intervals.
 
     Returns:
@@ -66,7 +66,8 @@ def text_likelihood(
         raise ValueError(f"stride is {stride} with memory, but consecutive segments cannot overlap; leave stride out.")
     first = tokenizer.eos_token_id
     last = [first] if end is None else tokenizer(end, add_special_tokens=False)["input_ids"]
-    encoded = tokenizer(list(rows), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    rows = [row.removesuffix(end or "") for row in rows]
+    encoded = tokenizer(rows, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     lengths = np.array([len(ids) + len(last) for ids in encoded])
     text = np.fromiter((token for ids in encoded for token in (*ids, *last)), dtype=np.int64, count=lengths.sum())
     tokens = np.concatenate([[first], text])

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..checkpoint import BASE_CONFIG, read_config, read_tokenizer
 from ..cli import banner
 from ..configuration_flashlite import FlashLiteConfig
-from ..data.batching import PaddingCollator, segment_streams, tokenize_texts
+from ..data.batching import PaddingCollator, row_end, segment_streams, tokenize_texts
 from ..data.labels import class_id, classes_of, ids_by_name
 from ..data.loading import column_names, load_data, pick_split
 from ..data.preprocessing import preprocess
@@ -109,6 +109,10 @@ class DataArgs:
     )
     document_column: str | None = field(
         default=None, metadata={"help": "text generation: consecutive rows with the same value are one document"}
+    )
+    end: str = field(
+        default="eos",
+        metadata={"help": "text generation: what closes a row; newline if rows are lines of one text"},
     )
 
 
@@ -292,6 +296,7 @@ def load_rows(
                     too_long=data.too_long,
                     packed=data.packed,
                     document_column=data.document_column,
+                    end=data.end,
                 )
             if isinstance(examples, IterableDataset) and training:
                 examples = examples.shuffle(seed=args.seed, buffer_size=10_000)
@@ -302,7 +307,7 @@ def load_rows(
 
 
 def _segments(task: TaskData, data: DataArgs, length: int, args, tokenizer, rows, training: bool) -> Dataset:
-    documents = tokenize_texts(rows, tokenizer, task.columns["text"])
+    documents = tokenize_texts(rows, tokenizer, task.columns["text"], end=row_end(data.end))
     if data.document_column:
         documents = documents.add_column(data.document_column, rows[data.document_column])
     batch = args.train_batch_size * args.gradient_accumulation_steps if training else args.eval_batch_size
