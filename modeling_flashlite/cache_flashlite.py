@@ -4,6 +4,8 @@
 Shapes: B batch, N key-value heads, S slots, H head size.
 """
 
+import copy
+
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
@@ -90,15 +92,31 @@ class FlashLiteCacheLayer(BlockLayer):
         if self.is_initialized:
             self._settle()
 
-    def append_rows(self, other: "FlashLiteCacheLayer") -> None:
-        """Append the rows of `other`; the newest columns of both become one column, and each row keeps its length.
+    def row(self, index: int) -> "FlashLiteCacheLayer":
+        """One row as a layer of its own, without padding.
 
         Raises:
-            ValueError: if one of the two is empty.
+            ValueError: if the layer is empty.
         """
-        if not (self.is_initialized and other.is_initialized):
+        if not self.is_initialized:
+            raise ValueError("A cache without tokens has no rows to take; run the prompt first.")
+        layer = copy.copy(self)
+        layer._spare = None
+        layer.batch_select_indices(torch.tensor([index]))
+        if layer.mask is not None:
+            layer.columns, layer.mask = int(layer.mask.sum()), None
+        return layer
+
+    def append_rows(self, *others: "FlashLiteCacheLayer") -> None:
+        """Append the rows of `others`; the newest columns of all become one column, and each row keeps its length.
+
+        Raises:
+            ValueError: if one of them is empty.
+        """
+        parts = (self, *others)
+        if not all(part.is_initialized for part in parts):
             raise ValueError("A cache without tokens has no rows to join; run the prompt first.")
-        parts, device = (self, other), self._keys.device
+        device = self._keys.device
         slots = -(-max(part._used for part in parts) // self.spec.block_size) * self.spec.block_size
         keys, values = (
             [_fit(getattr(part, name), part._used, slots) for part in parts] for name in ("_keys", "_values")

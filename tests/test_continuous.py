@@ -125,6 +125,35 @@ def test_prompts_that_begin_alike_share_their_keys(model, tokenizer):
     assert batch.counters["shared_prompt_tokens"] >= 2 * len(system)
 
 
+def test_prompts_that_wait_together_are_read_together(model, tokenizer, monkeypatch):
+    batch, read, shapes = start(model, tokenizer, batch=8), ContinuousBatch._read_outside, []
+    monkeypatch.setattr(
+        ContinuousBatch, "_read_outside", lambda *a, **k: shapes.append(tuple(a[1].shape)) or read(*a, **k)
+    )
+    jobs = [job(prompt_of(seed, length), 6) for seed, length in ((0, 30), (1, 44), (2, 7), (3, 900), (4, 9))]
+    for each in jobs:
+        batch.admit(each)
+    answers = [prompt.answer for prompt in batch.prompts]
+    batch.step()
+    assert shapes == [(3, 44)]  # the fourth does not fit into the chunk with them
+    finish(batch, *jobs)
+    for answer, each in zip(answers, jobs):
+        assert answer.tokens == alone(model, each.prompt, 6)
+
+
+def test_prompts_that_begin_alike_share_their_keys_when_they_come_at_once(model, tokenizer):
+    system = prompt_of(4, 100)
+    batch = start(model, tokenizer)
+    jobs = [job([*system, *prompt_of(seed, length)], 6) for seed, length in ((5, 3), (6, 12), (7, 1))]
+    for each in jobs:
+        batch.admit(each)
+    answers = [prompt.answer for prompt in batch.prompts]
+    finish(batch, *jobs)
+    assert batch.counters["shared_prompt_tokens"] == 2 * len(system)
+    for answer, each in zip(answers, jobs):
+        assert answer.tokens == alone(model, each.prompt, 6)
+
+
 def test_memory_is_bounded_and_requests_keep_their_order(model, tokenizer):
     batch = start(model, tokenizer)
     batch.limits = Limits(cache_bytes=batch.token_bytes * 100)

@@ -2,9 +2,9 @@
 """Continuous batching: answers join and leave one running batch between two tokens.
 
 Prompts are read in chunks, one chunk between two steps of the batch, so a long prompt delays running answers by one
-chunk at a time. Answers are admitted in order of arrival, as long as the largest possible keys and values of all of
-them fit into `Limits.cache_bytes`. Prompts that share a prefix with an earlier one, such as a system message, reuse
-its keys and values.
+chunk at a time; prompts that fit into a chunk together are read together. Answers are admitted in order of arrival, as
+long as the largest possible keys and values of all of them fit into `Limits.cache_bytes`. Prompts that share a prefix
+with an earlier one, such as a system message, reuse its keys and values.
 
 Shapes: B rows, C columns of the cache (padding included), V vocabulary.
 """
@@ -27,21 +27,39 @@ CHUNK, ALONE_CHUNK = 128, 1024
 KEPT_PROMPTS, SHORTEST_PREFIX = 4, 64
 
 
-def join_caches(cache: DynamicCache, other: DynamicCache) -> None:
-    """Append the rows of `other` to `cache`; the newest columns of both become one column, shorter rows get padding.
+def join_caches(cache: DynamicCache, *others: DynamicCache) -> None:
+    """Append the rows of `others` to `cache`; the newest columns of all become one column, shorter rows get padding.
 
     Raises:
         TypeError: a layer of the caches cannot hold padding, e.g. one with a sliding window.
     """
-    for layer, more in zip(cache.layers, other.layers, strict=True):
+    for layer, *more in zip(cache.layers, *(other.layers for other in others), strict=True):
         if hasattr(layer, "append_rows"):
-            layer.append_rows(more)
+            layer.append_rows(*more)
         elif type(layer) is DynamicLayer:
-            width = max(layer.get_seq_length(), more.get_seq_length())
-            layer.keys = torch.cat([_pad_left(layer.keys, width), _pad_left(more.keys, width)])
-            layer.values = torch.cat([_pad_left(layer.values, width), _pad_left(more.values, width)])
+            width = max(part.get_seq_length() for part in (layer, *more))
+            layer.keys = torch.cat([_pad_left(part.keys, width) for part in (layer, *more)])
+            layer.values = torch.cat([_pad_left(part.values, width) for part in (layer, *more)])
         else:
             raise TypeError(f"Rows of a {type(layer).__name__} cannot join a running batch.")
+
+
+def split_cache(cache: DynamicCache, mask: torch.Tensor) -> list[DynamicCache]:
+    """The rows of `cache` as caches of their own, without the padding of `mask` (bool `[B, C]`)."""
+    caches = []
+    for index, real in enumerate(mask):
+        row = copy.copy(cache)
+        row.layers = [
+            layer.row(index) if hasattr(layer, "row") else _real_columns(layer, index, real) for layer in cache.layers
+        ]
+        caches.append(row)
+    return caches
+
+
+def _real_columns(layer: DynamicLayer, index: int, real: torch.Tensor) -> DynamicLayer:
+    row = copy.copy(layer)
+    row.keys, row.values = (states[index : index + 1][:, :, real] for states in (layer.keys, layer.values))
+    return row
 
 
 def _pad_left(states: torch.Tensor, width: int) -> torch.Tensor:
@@ -49,12 +67,28 @@ def _pad_left(states: torch.Tensor, width: int) -> torch.Tensor:
     return torch.nn.functional.pad(states, (0, 0, width - states.shape[2], 0))
 
 
-class Prompt:
-    """A prompt being read chunk by chunk before it joins the batch."""
+def _left(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of any lengths as one matrix, padded with 0 on the left."""
+    return pad_sequence(rows, batch_first=True, padding_side="left")
 
-    def __init__(self, answer: Answer, cache: DynamicCache, read: int):
-        self.answer, self.cache, self.read = answer, cache, read
-        self.tokens = answer.job.prompt
+
+def _shared(tokens: list[int], others: list[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(tokens, others)) if a != b), min(len(tokens), len(others)))
+
+
+class Prompt:
+    """A prompt being read chunk by chunk before it joins the batch; `cache` is `None` before its first chunk."""
+
+    def __init__(self, answer: Answer):
+        self.answer, self.tokens = answer, answer.job.prompt
+        self.cache: DynamicCache | None = None
+        self.read = 0
+
+    @property
+    def rest(self) -> list[int]:
+        """Tokens that are not read yet."""
+        return self.tokens[self.read :]
 
 
 class ContinuousBatch:
@@ -87,7 +121,7 @@ class ContinuousBatch:
         Raises:
             TypeError: they cannot.
         """
-        _, cache = self._read_outside([0], DynamicCache(config=self.model.config))
+        _, cache = self._read_outside(torch.tensor([[0]]), DynamicCache(config=self.model.config))
         join_caches(cache, copy.deepcopy(cache))
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 2
 
@@ -110,18 +144,15 @@ class ContinuousBatch:
 
     def admit(self, job: Job) -> None:
         """Start a job; its prompt is read in the next steps."""
-        cache, read = self._shared_prefix(job)
         self.counters["prompt_tokens"] += len(job.prompt)
-        self.counters["shared_prompt_tokens"] += read
-        self.prompts.append(Prompt(Answer(job, self.tokenizer, self.ends, self.counters), cache, read))
+        self.prompts.append(Prompt(Answer(job, self.tokenizer, self.ends, self.counters)))
 
     def _shared_prefix(self, job: Job) -> tuple[DynamicCache, int]:
         """A cache of the longest prefix that the prompt shares with a kept prompt, and its length."""
         best, longest = None, 0 if job.settings.echo else SHORTEST_PREFIX - 1
         for tokens, cache in self._kept if not job.settings.echo else ():
             # the last token is always read: its logits choose the first new one
-            same = next((i for i, (a, b) in enumerate(zip(tokens, job.prompt)) if a != b), len(tokens))
-            same = min(same, len(tokens), len(job.prompt) - 1)
+            same = min(_shared(tokens, job.prompt), len(job.prompt) - 1)
             if same > longest:
                 best, longest = (cache, len(tokens)), same
         if best is not None:
@@ -135,10 +166,10 @@ class ContinuousBatch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Read one chunk of the oldest prompt, then give each running answer one token."""
+        """Read one chunk of the oldest prompts, then give each running answer one token."""
         self._drop_finished()
         if self.prompts:
-            self._read_chunk(self.prompts[0])
+            self._read(CHUNK if self.answers else ALONE_CHUNK)
         if self.answers:
             self._decode()
 
@@ -172,36 +203,85 @@ class ContinuousBatch:
                 else:
                     layer.keys, layer.values = layer.keys[:, :, empty:], layer.values[:, :, empty:]
 
-    def _read_outside(self, tokens: list[int], cache: DynamicCache, whole: bool = False):
-        """Logits `[1, T or 1, V]` of prompt tokens, and the cache that now holds them.
+    def _read_outside(self, ids: torch.Tensor, cache: DynamicCache, whole: bool = False, **columns):
+        """Logits `[B, T or 1, V]` of prompt tokens `[B, T]`, and the cache that now holds them.
 
         Prompts are read in a separate context: the decoding session belongs to the running batch, and would restart
         for every other cache.
         """
-        ids = torch.tensor([tokens], device=self.model.device)
-        arguments = {"input_ids": ids, CACHE: cache, "use_cache": True}
+        arguments = {name: value.to(self.model.device) for name, value in {"input_ids": ids, **columns}.items()}
         if not whole:
             arguments["logits_to_keep"] = 1
-        outputs = contextvars.Context().run(self.model, **arguments)
+        outputs = contextvars.Context().run(self.model, **arguments, **{CACHE: cache}, use_cache=True)
         return outputs.logits, cache
 
-    def _read_chunk(self, prompt: Prompt) -> None:
-        job = prompt.answer.job
-        size = CHUNK if self.answers else ALONE_CHUNK
-        chunk = prompt.tokens[prompt.read : prompt.read + size]
-        logits, _ = self._read_outside(chunk, prompt.cache, whole=job.settings.echo)
+    def _read(self, size: int) -> None:
+        """Read `size` tokens at most of the oldest prompts; those that are read to the end join the batch."""
+        prompts = self._next_prompts(size)
+        if len(prompts) == 1:
+            logits = self._read_alone(prompts[0], size)
+        else:
+            logits = self._read_together(prompts)
+        started = []
+        for prompt, newest in zip(prompts, logits):
+            if prompt.rest:
+                continue
+            self.prompts.popleft()
+            if len(prompt.tokens) >= SHORTEST_PREFIX and self._fits_kept(prompt):
+                self._kept.append((prompt.tokens, copy.deepcopy(prompt.cache)))
+            token = prompt.answer.choose(newest)
+            prompt.answer.take(token, newest)
+            if not prompt.answer.done:
+                started.append((prompt, token))
+        self._join(started)
+
+    def _next_prompts(self, size: int) -> list[Prompt]:
+        """The oldest prompt, and those behind it whose rest fits into the same `size` tokens, padding included.
+
+        All of them have a cache, or none has. A prompt that begins like one of them waits, and will share its keys.
+        """
+        together: list[Prompt] = []
+        longest = 0
+        for prompt in self.prompts:
+            if not prompt.read:
+                if any(_shared(prompt.tokens, other.tokens) >= SHORTEST_PREFIX for other in together):
+                    break
+                prompt.cache, prompt.read = self._shared_prefix(prompt.answer.job)
+                self.counters["shared_prompt_tokens"] += prompt.read
+            longest = max(longest, len(prompt.rest))
+            alike = not together or bool(prompt.read) == bool(together[0].read)
+            if together and (prompt.answer.job.settings.echo or not alike or longest * (len(together) + 1) > size):
+                break
+            together.append(prompt)
+            if prompt.answer.job.settings.echo:
+                break
+        return together
+
+    def _read_alone(self, prompt: Prompt, size: int) -> torch.Tensor:
+        """Logits `[1, V]` of the newest token of a chunk of one prompt."""
+        job, chunk = prompt.answer.job, prompt.rest[:size]
+        logits, _ = self._read_outside(torch.tensor([chunk]), prompt.cache, whole=job.settings.echo)
         if job.settings.echo:
             self._echo(job, prompt, chunk, logits[0])
         prompt.read += len(chunk)
-        if prompt.read < len(prompt.tokens):
-            return
-        self.prompts.popleft()
-        if len(prompt.tokens) >= SHORTEST_PREFIX and self._fits_kept(prompt):
-            self._kept.append((prompt.tokens, copy.deepcopy(prompt.cache)))
-        token = prompt.answer.choose(logits[0, -1])
-        prompt.answer.take(token, logits[0, -1])
-        if not prompt.answer.done:
-            self._join(prompt, token)
+        return logits[:, -1]
+
+    def _read_together(self, prompts: list[Prompt]) -> torch.Tensor:
+        """Logits `[B, V]` of the newest tokens of several prompts, whose rests are read as rows of one batch."""
+        cache = prompts[0].cache
+        if prompts[0].read:
+            join_caches(cache, *(prompt.cache for prompt in prompts[1:]))
+        ids = _left([torch.tensor(prompt.rest) for prompt in prompts])
+        read, new = (
+            [torch.ones(length, dtype=torch.long) for length in lengths]
+            for lengths in zip(*((prompt.read, len(prompt.rest)) for prompt in prompts))
+        )
+        mask = torch.cat([_left(read), _left(new)], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        logits, _ = self._read_outside(ids, cache, attention_mask=mask, position_ids=positions)
+        for prompt, row in zip(prompts, split_cache(cache, mask.bool())):
+            prompt.cache, prompt.read = row, len(prompt.tokens)
+        return logits[:, -1]
 
     def _fits_kept(self, prompt: Prompt) -> bool:
         """Kept prompts may take a quarter of the memory in addition."""
@@ -218,17 +298,19 @@ class ContinuousBatch:
         following = prompt.tokens[prompt.read + 1 : prompt.read + len(chunk) + 1]
         job.logprobs += token_logprobs(logits[: len(following)], following, job.settings.logprobs)
 
-    def _join(self, prompt: Prompt, token: int) -> None:
-        """Add a completely read prompt as a row of the batch."""
+    def _join(self, started: list[tuple[Prompt, int]]) -> None:
+        """Add completely read prompts, with their first new tokens, as rows of the batch."""
+        if not started:
+            return
         rows = [] if self.cache is None else [*self.mask]
-        if self.cache is None:
-            self.cache = prompt.cache
-        else:
-            join_caches(self.cache, prompt.cache)
-        rows.append(torch.ones(len(prompt.tokens), dtype=torch.long))
-        self.mask = pad_sequence(rows, batch_first=True, padding_side="left")
-        self.answers.append(prompt.answer)
-        self.newest.append(token)
+        caches = [] if self.cache is None else [self.cache]
+        caches += [prompt.cache for prompt, _ in started]
+        self.cache = caches[0]
+        if len(caches) > 1:
+            join_caches(self.cache, *caches[1:])
+        self.mask = _left(rows + [torch.ones(len(prompt.tokens), dtype=torch.long) for prompt, _ in started])
+        self.answers += [prompt.answer for prompt, _ in started]
+        self.newest += [token for _, token in started]
 
     def _decode(self) -> None:
         """One token for each row."""
