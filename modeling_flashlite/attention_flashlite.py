@@ -6,9 +6,10 @@ For the query in slot `t`, block `i = t // b`, of a row's key buffer:
 - first block: the keys `0 <= s < b`, one by one, at any distance: pre-trained models use the first tokens as attention
   sinks (StreamingLLM, arXiv:2309.17453);
 - candidates: the complete blocks `max(1, i-W) <= j <= i-2`;
-- relevance axis: every key of the `K` candidates with the highest score `S_j = sum_g sum_r p_{g,j,r}`, where
+- relevance axis: every key of the `K` candidates with the highest score `S_j = max_g sum_r p_{g,j,r}`, where
   `p_{g,j,r}` is the softmax, over all sub-blocks `r` of all candidates, of the logits of query head `g` of the group
-  and the mean key of the sub-block: an estimate of the block's share of attention. Blocks are selected per token and
+  and the mean key of the sub-block: an estimate of the block's share of attention. The maximum, where a sum would
+  serve: what one head looks for must not be outvoted by two that look everywhere. Blocks are selected per token and
   per key-value head, without a gradient; among equal scores the older block wins;
 - grid axis: every other candidate as a single slot (mean key, mean value) with `log b` added to its logit.
 
@@ -102,7 +103,7 @@ def _block_shares(q: Tensor, sub_keys: Tensor, candidates: Tensor, sub_blocks: i
     """Scores `S_j` [B, Hkv, T, n] of scaled queries [B, Hkv, T, G, dk]; -inf where not of `candidates` [.., T, n]."""
     logits = (q.flatten(2, 3) @ sub_keys.to(q.dtype).mT).unflatten(2, q.shape[2:4])
     seen = candidates.repeat_interleave(sub_blocks, dim=-1)[:, :, :, None]
-    shares = logits.masked_fill(~seen, -math.inf).softmax(-1).sum(3).unflatten(-1, (-1, sub_blocks)).sum(-1)
+    shares = logits.masked_fill(~seen, -math.inf).softmax(-1).unflatten(-1, (-1, sub_blocks)).sum(-1).amax(3)
     return shares.masked_fill(~candidates, -math.inf)
 
 

@@ -232,7 +232,7 @@ def choose(head: Head, lo: int, hi: int, sub_keys: Tensor, sizes: TileSizes) -> 
     slabs = sub_keys[first * r : end * r].view(end - first, r, dim).transpose(0, 1).flatten(0, 1)
     logits = ((head.q[lo:hi].view(-1, dim) * sizes.scale) @ slabs.T).view(rows, groups, -1)
     _hide_others(logits.view(rows, groups, r, -1), lo, first, head.start, sizes)
-    shares = logits.softmax(2).view(rows, groups * r, -1).sum(1)
+    shares = logits.softmax(2).view(rows, groups, r, -1).sum(2).amax(1)
     _hide_others(shares, lo, first, head.start, sizes)
     return top_blocks(shares, sizes.top) + first
 

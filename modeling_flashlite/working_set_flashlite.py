@@ -108,7 +108,7 @@ class WorkingSet:
 
     def _choose(self, rows: Tensor) -> Tensor:
         """The chosen candidates [B Hkv, K] of the scaled queries [B Hkv, G, dk]."""
-        shares = torch.bmm(rows, self.sub_keys).softmax(2).sum(1)
+        shares = torch.bmm(rows, self.sub_keys).softmax(2)
         if self.sub_blocks > 1:
-            shares = shares.view(self.heads, -1, self.sub_blocks).sum(2)
-        return top_blocks(shares, self.top)
+            shares = shares.unflatten(2, (-1, self.sub_blocks)).sum(3)
+        return top_blocks(shares.amax(1), self.top)

@@ -296,7 +296,7 @@ void append(const Head<T>& head, int64_t slot, const float* key, const float* va
     mean(head.keys + part * c * head.width, c, head.width, head.sub_keys + part * head.width);
 }
 
-// The `top` candidate blocks from `first` on with the largest shares of the softmax over sub-blocks, in rising order
+// The `top` candidate blocks from `first` on with the largest share of a head's softmax over sub-blocks, in rising order
 template <typename T>
 std::vector<int64_t> choose(const Head<T>& head, const float* queries, int64_t groups, int64_t first, int64_t count,
                             const Spec& spec) {
@@ -307,7 +307,10 @@ std::vector<int64_t> choose(const Head<T>& head, const float* queries, int64_t g
   dots(head.sub_keys + first * parts * head.width, head.width, total, head.width, queries, groups, logits.data(), total);
   for (int64_t g = 0; g < groups; ++g) {
     loops.softmax(&logits[g * total], total);
-    for (int64_t i = 0; i < total; ++i) shares[i / parts] += logits[g * total + i];
+    for (int64_t block = 0; block < count; ++block) {
+      const float* share = &logits[g * total + block * parts];
+      shares[block] = std::max(shares[block], std::accumulate(share, share + parts, 0.0f));
+    }
   }
   std::vector<int64_t> order(count);
   std::iota(order.begin(), order.end(), 0);

@@ -257,9 +257,9 @@ def flashlite_config(config: PreTrainedConfig, max_length: int | None = None, **
 def default_axes(length: int, block_size: int = 8) -> dict[str, int]:
     """Axes for a model that was trained with full attention over `length` tokens.
 
-    For an equal number of keys, small blocks with means of 4 tokens lose least: of 8,192 tokens, 1.8% over full
-    attention with blocks of 8, 2.6% with 16 (`scripts/studies/long_text.py`). Large blocks prefill faster: attention
-    to 8,192 tokens takes twice as long with blocks of 8 as with 16, and a fifth with 64. With `relevance_top_k`, a
+    For an equal number of keys, small blocks lose least: of 8,192 tokens, 1.1% over full attention with blocks of 8
+    and means of 2 tokens (`scripts/studies/long_text.py`). Large blocks prefill faster: attention to 8,192 tokens
+    takes twice as long with blocks of 8 as with 16, and a fifth with 64. With `relevance_top_k`, a
     token reads 9% of the trained length, including its own, the previous and the first block, and at least 512, at
     most 4096 tokens beyond these. `memory_blocks` is the largest value for which no distance reaches `length`: once
     the first block has left the window, its positions are shifted to just before the window, which is at most
@@ -268,7 +268,7 @@ def default_axes(length: int, block_size: int = 8) -> dict[str, int]:
     read = min(max(9 * length // 100, 512 + 3 * block_size), 4096 + 3 * block_size)
     return {
         "block_size": block_size,
-        "sub_block_size": math.gcd(block_size, 4),
+        "sub_block_size": math.gcd(block_size, 2 if block_size <= 8 else 4),
         "relevance_top_k": max(read // block_size - 3, 1),
         "memory_blocks": max(length // block_size - 2, 0),
     }

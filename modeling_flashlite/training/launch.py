@@ -295,8 +295,7 @@ def load_rows(
                     max_target_length=data.max_target_length,
                     too_long=data.too_long,
                     packed=data.packed,
-                    document_column=data.document_column,
-                    end=data.end,
+                    **_joining(task, data),
                 )
             if isinstance(examples, IterableDataset) and training:
                 examples = examples.shuffle(seed=args.seed, buffer_size=10_000)
@@ -304,6 +303,21 @@ def load_rows(
                 examples = _first(examples, data.eval_limit)
             prepared.append(examples)
     return prepared[0], prepared[1] if len(prepared) > 1 else None
+
+
+def _joining(task: TaskData, data: DataArgs) -> dict:
+    """How rows are joined; for a task that joins none, what a recipe for another task says of it is left out."""
+    options = {"document_column": data.document_column, "end": data.end}
+    if task.task.name == "text-generation" and not task.encoder_decoder:
+        return options
+    recipe = [
+        name
+        for name, value in options.items()
+        if value != DataArgs.__dataclass_fields__[name].default and name not in getattr(data, "given", (name,))
+    ]
+    if recipe:
+        logger.warning(f"{' and '.join(recipe)} of the recipe is for text generation and is left out.")
+    return {name: value for name, value in options.items() if name not in recipe}
 
 
 def _segments(task: TaskData, data: DataArgs, length: int, args, tokenizer, rows, training: bool) -> Dataset:
