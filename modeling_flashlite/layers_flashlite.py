@@ -196,7 +196,10 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
         first_query = None
         if context.shift_angles is not None:
             first_query = nearer(query, *context.shift_angles[self.layer_idx])
-        column_value, rows = value, context.rows
+        column_value, rows, eager = value, context.rows, self.config._attn_implementation == "eager"
+        if rows is not None and rows.parts and not eager:
+            out = self._by_length(query, key, value, first_query, rows.parts)
+            return self.o_proj(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None, None
         if rows is not None:
             query, key, value = rows.gather(query), rows.gather(key), rows.gather(value)
             first_query = None if first_query is None else rows.gather(first_query)
@@ -204,7 +207,7 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
         cross = context.encoder_keys(self, encoder_hidden_states)
         settings = {"start": start, "scaling": self.scaling, "cross": cross, "first_query": first_query}
         weights = cross_weights = None
-        if self.config._attn_implementation == "eager":
+        if eager:
             out, weights, cross_weights = multi_axis_attention_reference(query, key, value, self.spec, **settings)
         else:
             out = multi_axis_attention(query, key, value, self.spec, summaries=summaries, **settings)
@@ -213,6 +216,17 @@ class FlashLiteDecoderAttention(FlashLiteAttention):
         if weights is not None and context.memory is None:
             out, weights = self._by_column(out, weights, cross_weights, column_value, cross, context)
         return self.o_proj(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), weights, cross_weights
+
+    def _by_length(self, query, key, value, first_query, parts: Sequence[Rows]):
+        """Attention of packed documents, those of alike lengths at a time; they have no past and no encoder."""
+        out = torch.zeros_like(query[..., : value.shape[-1]])
+        for rows in parts:
+            first = None if first_query is None else rows.gather(first_query)
+            operands = rows.gather(query), rows.gather(key), rows.gather(value)
+            out = out + rows.scatter(
+                multi_axis_attention(*operands, self.spec, scaling=self.scaling, first_query=first)
+            )
+        return out
 
     def _by_column(self, out, weights, cross_weights, value, cross, context):
         """Reorder weights over row slots `[B, N, T, S]` to the order of the columns, if these differ.

@@ -19,12 +19,14 @@ class Rows(NamedTuple):
         slot (`LongTensor` `[B, T]`): flat index (row * L + slot) of each column; arbitrary for padding.
         counts (`LongTensor` `[R]`): real tokens in each row.
         mask (`BoolTensor` `[B, T]`): the real columns.
+        parts (`tuple` of `Rows`): the same, rows of alike lengths apart; none where that is no saving.
     """
 
     source: torch.Tensor
     slot: torch.Tensor
     counts: torch.Tensor
     mask: torch.Tensor
+    parts: tuple = ()
 
     def gather(self, states: torch.Tensor) -> torch.Tensor:
         """Columns to rows: `[B, N, T, H]` -> `[R, N, L, H]`."""
@@ -72,7 +74,24 @@ def rows_of_documents(starts: torch.Tensor, mask: torch.Tensor) -> Rows:
     source[row, within] = real
     slot = real.new_zeros(mask.numel())
     slot[real] = row * width + within
-    return Rows(source, slot.view(mask.shape), counts, mask)
+    rows = Rows(source, slot.view(mask.shape), counts, mask)
+    return rows._replace(parts=_by_length(rows))
+
+
+def _by_length(rows: Rows) -> tuple[Rows, ...]:
+    """Rows within a factor of two of each other's length together: else each costs as much as the longest."""
+    size = (rows.counts - 1).clamp(min=1).log2().int()
+    width = rows.source.shape[1]
+    row, slot = rows.slot // width, rows.slot % width
+    parts = []
+    for value in size.unique().tolist():
+        chosen = size == value
+        source = rows.source[chosen][:, : int(rows.counts[chosen].max())]
+        number = chosen.cumsum(0) - 1
+        mask = rows.mask & chosen[row]
+        there = torch.where(mask, number[row] * source.shape[1] + slot, 0)
+        parts.append(Rows(source, there, rows.counts[chosen], mask))
+    return tuple(parts) if len(parts) > 1 else ()
 
 
 def padded_rows(states: torch.Tensor, attention_mask: torch.Tensor | None) -> Rows | None:

@@ -1,5 +1,6 @@
 """Loading, tokenising, packing, segmenting and collating: nothing lost, boundaries kept, clear refusals."""
 
+import copy
 import json
 import lzma
 from itertools import chain
@@ -344,7 +345,10 @@ class TestCollating:
     def test_packed_rows_get_no_mask(self, tokenizer):
         rows = [{"input_ids": [5, 6, 7], "position_ids": [0, 1, 0]}, {"input_ids": [5], "position_ids": [0]}]
         batch = PaddingCollator(tokenizer)(rows)
-        assert "attention_mask" not in batch and batch["position_ids"].tolist() == [[0, 1, 0], [0, 0, 0]]
+        assert "attention_mask" not in batch and batch["position_ids"].tolist() == [[0, 1, 0], [0, 1, 2]]
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.padding_side = "left"
+        assert PaddingCollator(tokenizer)(rows)["position_ids"].tolist() == [[0, 1, 0], [0, 1, 0]]
 
     def test_left_padding(self, tokenizer):
         collate = PaddingCollator(train_tokenizer(["x"], 300))

@@ -13,6 +13,7 @@ from modeling_flashlite import (
     FlashLiteForCausalLM,
 )
 from modeling_flashlite.configuration_flashlite import POSITION_ENCODINGS
+from modeling_flashlite.rows_flashlite import packed_rows
 
 
 @st.composite
@@ -212,6 +213,23 @@ def test_positions_that_count_padding_or_skip_it_mean_one_document():
             past = {"memory" if past is not None and len(positions) == 1 else "past_key_values": past}
             out = model(ids, attention_mask=mask, position_ids=positions, **past).logits
             torch.testing.assert_close(out, truth, rtol=0, atol=0)
+
+
+def test_packed_documents_of_unlike_lengths():
+    """Short documents are not read at the length of the longest one, and lose no gradient."""
+    sizes = [90, 1, 3, 17, 2, 40, 7]
+    ids = torch.cat([tokens(1, size, seed=size) for size in sizes], 1)
+    positions = torch.cat([torch.arange(size) for size in sizes])[None]
+    rows = packed_rows(ids[..., None], None, positions)
+    assert sum(part.source.numel() for part in rows.parts) <= 2 * ids.shape[1] < rows.source.numel()
+    model = causal_model()
+    logits = model(ids, position_ids=positions, use_cache=False).logits
+    (packed,) = torch.autograd.grad(logits.square().sum(), model.model.decoder.layers[0].self_attn.k_proj.weight)
+    alone = [model(part, use_cache=False).logits for part in ids.split(sizes, 1)]
+    torch.testing.assert_close(logits, torch.cat(alone, 1), atol=1e-12, rtol=0)
+    total = sum(part.square().sum() for part in alone)
+    (apart,) = torch.autograd.grad(total, model.model.decoder.layers[0].self_attn.k_proj.weight)
+    torch.testing.assert_close(packed, apart, atol=1e-9, rtol=1e-9)
 
 
 def test_packed_documents_go_with_nothing_that_belongs_to_whole_rows():

@@ -217,8 +217,8 @@ class PaddingCollator:
     Labels are padded with -100, `input_ids` with the tokenizer's pad token, everything else (masks, positions,
     cached teacher columns `[T, K]`) with 0. The model derives its decoder inputs from the labels. Where it does not
     receive the labels, as under the Trainer's label smoothing, pass `model` so that the decoder inputs are made here.
-    A mask is added unless the rows are packed: there `position_ids` alone separate the documents, and padding from
-    them.
+    A mask is added unless the rows are packed: there `position_ids` alone separate the documents, and count on over
+    padding, so that it makes one document at most.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): provides the pad token and the padding side of `input_ids`.
@@ -255,9 +255,19 @@ class PaddingCollator:
             multiple = self.pad_to_multiple_of or 1
             length = -(-max(len(value) for value in values) // multiple) * multiple
             left = self.tokenizer.padding_side == "left"
+            if key == "position_ids":
+                values = [_count_on(value, length, left) for value in values]
             values = [_pad(value, length, fill, left) for value in values]
         stacked = torch.from_numpy(np.stack(values))
         return stacked if stacked.is_floating_point() or stacked.dtype == torch.bool else stacked.long()
+
+
+def _count_on(positions: np.ndarray, length: int, left: bool) -> np.ndarray:
+    """Positions padded to `length`: on the right the last document goes on, on the left there is one more."""
+    missing = length - len(positions)
+    if left or not len(positions):
+        return np.concatenate([np.arange(missing, dtype=positions.dtype), positions])
+    return np.concatenate([positions, positions[-1] + 1 + np.arange(missing, dtype=positions.dtype)])
 
 
 def _pad(value: np.ndarray, length: int, fill: int, left: bool) -> np.ndarray:
