@@ -8,9 +8,9 @@ For the query in slot `t`, block `i = t // b`, of a row's key buffer:
 - candidates: the complete blocks `max(1, i-W) <= j <= i-2`;
 - relevance axis: every key of the `K` candidates with the highest score `S_j = max_g sum_r p_{g,j,r}`, where
   `p_{g,j,r}` is the softmax, over all sub-blocks `r` of all candidates, of the logits of query head `g` of the group
-  and the mean key of the sub-block: an estimate of the block's share of attention. The maximum, where a sum would
-  serve: what one head looks for must not be outvoted by two that look everywhere. Blocks are selected per token and
-  per key-value head, without a gradient; among equal scores the older block wins;
+  and the mean key of the sub-block: an estimate of the block's share of attention. It is the maximum over the group
+  rather than the sum, so that what one head looks for is not outvoted by others that look everywhere. Blocks are
+  selected per token and per key-value head, without a gradient; among equal scores the older block wins;
 - grid axis: every other candidate as a single slot (mean key, mean value) with `log b` added to its logit.
 
 `multi_axis_attention_reference` is the definition; every path of `multi_axis_attention` equals it in outputs and
