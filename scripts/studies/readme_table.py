@@ -187,9 +187,10 @@ def adapted(folder: Path) -> list[str]:
         share = [f"{run['metrics'][metric] / runs[0]['metrics'][metric]:.3f}" for run in runs[1:]]
         rows.append([f"{runs[0]['dataset']}, {name}", *cells, *(share or ["", ""])])
     return [
-        *table(["SmolLM2-135M-Instruct adapted by LoRA", "float", "at 3 bits", "of float"], rows),
+        *table(["SmolLM2-135M-Instruct after training", "float", "at 3 bits", "of float"], rows),
         "",
-        "One training seed, 95% bootstrap intervals; recipes `*_smol.yaml`, measured by `scripts/evaluate.py`.",
+        "One training seed, 95% bootstrap intervals; LoRA, WikiText-103 all weights; recipes `*_smol.yaml`, measured by "
+        "`scripts/evaluate.py`.",
     ]
 
 
