@@ -189,8 +189,8 @@ def adapted(folder: Path) -> list[str]:
     return [
         *table(["SmolLM2-135M-Instruct after training", "float", "at 3 bits", "of float"], rows),
         "",
-        "One training seed, 95% bootstrap intervals; LoRA, WikiText-103 all weights; recipes `*_smol.yaml`, measured by "
-        "`scripts/evaluate.py`.",
+        "One training seed, 95% bootstrap intervals; LoRA, WikiText-103 all weights; recipes `*_smol.yaml`, "
+        "measured by `scripts/evaluate.py`.",
     ]
 
 
@@ -242,7 +242,7 @@ def render_checkpoints(folder: Path) -> str:
     lines += [
         "",
         "95% bootstrap intervals; one training seed, two CPU cores; `model_cards/results/`, written by "
-        "`scripts/evaluate.py`.",
+        "measured by `scripts/evaluate.py`.",
     ]
     others = [f"{result['dataset']} {score}" for _, result, score in scores(folder, OTHERS)]
     if others:
