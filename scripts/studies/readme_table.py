@@ -242,7 +242,7 @@ def render_checkpoints(folder: Path) -> str:
     lines += [
         "",
         "95% bootstrap intervals; one training seed, two CPU cores; `model_cards/results/`, written by "
-        "measured by `scripts/evaluate.py`.",
+        "`scripts/evaluate.py`.",
     ]
     others = [f"{result['dataset']} {score}" for _, result, score in scores(folder, OTHERS)]
     if others:
