@@ -89,6 +89,9 @@ def test_rows_that_are_lines_of_one_text(tokenizer, caplog):
     rows = preprocess(data, lines, tokenizer, max_source_length=16, end="newline")
     assert tokenizer.decode([token for row in rows["input_ids"] for token in row]) == "\n".join(lines["text"]) + "\n"
     assert all(row == list(range(len(row))) for row in rows["position_ids"])  # a line sees the lines before it
+    titled = lines.add_column("title", ["a"] * 10 + ["b"] * 10)
+    rows = preprocess(data, titled, tokenizer, max_source_length=512, end="newline", document_column="title")
+    assert rows[0]["position_ids"].count(0) == 2  # the lines of each title are a document
     with pytest.raises(ValueError, match="end is 'newlin', but must be 'eos' .* or 'newline'"):
         preprocess(data, lines, tokenizer, end="newlin")
     with pytest.raises(ValueError, match="end 'newline', but only text generation .* the task is translation"):

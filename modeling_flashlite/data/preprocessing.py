@@ -74,7 +74,7 @@ def preprocess(
         elif end == "eos":
             _warn_of_lines(dataset, data.columns["text"])
         documents = tokenize_texts(dataset, tokenizer, data.columns["text"], end=row_end(end), num_proc=num_proc)
-        return pack(documents, max_source_length, one_text=end == "newline")
+        return pack(documents, max_source_length, one_text=end == "newline" and document_column is None)
     if document_column is not None or end != "eos":
         raise ValueError(
             f"document_column is {document_column!r} and end {end!r}, but only text generation by a decoder-only "
@@ -103,8 +103,8 @@ def preprocess(
 
 
 def _warn_of_lines(dataset: Dataset | IterableDataset, column: str) -> None:
-    """Warn where the first thousand rows look like the lines of one text, which would be learned one at a time."""
-    first = [row[column] or "" for row in dataset.take(1000)]
+    """Warn where the first hundred rows look like the lines of one text, which would be learned one at a time."""
+    first = [row[column] or "" for row in dataset.take(100)]
     blank = sum(not text.strip() for text in first)
     if blank > len(first) / 10:
         logger.warning(

@@ -238,7 +238,8 @@ class ContinuousBatch:
     def _next_prompts(self, size: int) -> list[Prompt]:
         """The oldest prompt, and those behind it whose rest fits into the same `size` tokens, padding included.
 
-        All of them have a cache, or none has. A prompt that begins like one of them waits, and will share its keys.
+        All of them have a cache, or none has, and a prompt that is echoed is read alone. A prompt that begins like one
+        of them waits, and will share its keys.
         """
         together: list[Prompt] = []
         longest = 0
@@ -249,12 +250,11 @@ class ContinuousBatch:
                 prompt.cache, prompt.read = self._shared_prefix(prompt.answer.job)
                 self.counters["shared_prompt_tokens"] += prompt.read
             longest = max(longest, len(prompt.rest))
+            echoes = any(each.answer.job.settings.echo for each in (*together, prompt))
             alike = not together or bool(prompt.read) == bool(together[0].read)
-            if together and (prompt.answer.job.settings.echo or not alike or longest * (len(together) + 1) > size):
+            if together and (echoes or not alike or longest * (len(together) + 1) > size):
                 break
             together.append(prompt)
-            if prompt.answer.job.settings.echo:
-                break
         return together
 
     def _read_alone(self, prompt: Prompt, size: int) -> torch.Tensor:

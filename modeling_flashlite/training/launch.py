@@ -313,7 +313,7 @@ def _joining(task: TaskData, data: DataArgs) -> dict:
     recipe = [
         name
         for name, value in options.items()
-        if value != DataArgs.__dataclass_fields__[name].default and name not in getattr(data, "given", (name,))
+        if value != getattr(DataArgs, name) and name not in getattr(data, "given", (name,))
     ]
     if recipe:
         logger.warning(f"{' and '.join(recipe)} of the recipe is for text generation and is left out.")
