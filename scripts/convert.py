@@ -53,14 +53,16 @@ class ConvertArgs:
 
 
 def read_text(args: ConvertArgs) -> str:
-    """Text to measure on: from the data set, else the language topics in the Python installation."""
+    """Text to measure on, or to prune by: from the data set, else the language topics in the Python installation."""
     if args.dataset is None:
         from pydoc_data.topics import topics
 
         return "\n\n".join(topics.values())
-    rows = pick_split(load_data(args.dataset), "test")
+    splits = load_data(args.dataset, limit=2000)
+    wanted = "train" if args.prune else "test"
+    rows = pick_split(splits, next(iter(splits)) if len(splits) == 1 else wanted)
     require_columns(rows, [args.column], "Name the text column with --column.")
-    return "\n".join(rows[args.column][:2000])
+    return "\n".join(rows[args.column])
 
 
 def show(found: dict, output: str) -> None:

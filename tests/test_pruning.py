@@ -1,8 +1,12 @@
 """Pruning: parts without effect are removed first, and removing them changes nothing."""
 
+import json
+
 import pytest
 import torch
+from checkpoints import make_tokenizer
 from parents import close, make_parent, some_ids
+from verbs import load_script
 
 from modeling_flashlite import FlashLiteForCausalLM, convert
 from modeling_flashlite.training.distillation import student_from_teacher
@@ -78,3 +82,17 @@ def test_a_student_with_fewer_layers_of_a_library_teacher_is_flash_lite():
     assert student.config.num_hidden_layers == 2 and len(student.config.no_rope_layers) == 2
     last = student.model.decoder.layers[1].mlp.up_proj.weight
     assert torch.equal(last, teacher.model.layers[3].mlp.up_proj.weight) and last is not teacher.model.layers[3].mlp
+
+
+def test_the_script_prunes_by_a_single_file_or_by_its_train_split(tmp_path):
+    tokenizer = make_tokenizer()
+    convert(make_parent("llama", vocab_size=len(tokenizer))).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "ab cd, ef gh. " * 400}) + "\n")
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    script = load_script("convert")
+    for name, dataset in (("one", f"{text}"), ("two", f"train={text},test={tmp_path / 'empty.jsonl'}")):
+        args = script.ConvertArgs(str(tmp_path / "model"), str(tmp_path / name), prune="layers=1", dataset=dataset)
+        script.main(args)
+        assert FlashLiteForCausalLM.from_pretrained(tmp_path / name).config.num_hidden_layers == 1
