@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from .attention_flashlite import AxisSpec, BlockSummaries, summarize_blocks
 from .rows_flashlite import Rows
 
+_LEAST_SLOTS = 64  # by which buffers grow
 # spare blocks beyond the window, which allow `crop` to remove this many blocks of tokens
 SPARE_BLOCKS = 4
 
@@ -212,10 +213,10 @@ class BlockLayer(DynamicLayer):
         self.columns += tokens if rows is None else rows.mask.shape[1]
 
     def _reserve(self, slots: int) -> None:
-        """Grow the buffers in steps of an eighth, so that appending takes amortized constant time."""
+        """Grow the buffers by an eighth, at least 64 slots: appending takes amortized constant time."""
         spare, block = slots - self._keys.shape[2], self.spec.block_size
         if spare > 0:
-            grow = -(-max(spare, slots // 8, block) // block) * block
+            grow = -(-max(spare, slots // 8, _LEAST_SLOTS) // block) * block
             self._keys, self._values = _grow(self._keys, grow), _grow(self._values, grow)
             self.version += 1
         blocks = self._keys.shape[2] // block - self._summaries.keys.shape[2]
@@ -318,11 +319,11 @@ def _slice_summaries(summaries: BlockSummaries, spec: AxisSpec, first: int, last
 
 
 def _grow(states: torch.Tensor, spare: int) -> torch.Tensor:
-    """A copy of `[B, N, S, H]` with `spare` more, uninitialized slots."""
-    batch, heads, slots, size = states.shape
-    grown = states.new_empty(batch, heads, slots + spare, size)
-    grown[:, :, :slots].copy_(states)
-    return grown
+    """A copy of `[B, N, S, H]` with `spare` more slots.
+
+    They are zero: a shorter row reaches them with weight zero after eviction, and what is not finite would stay so.
+    """
+    return torch.nn.functional.pad(states, (0, 0, 0, spare))
 
 
 def _roll_rows(states: torch.Tensor, shift: torch.Tensor, first: int) -> torch.Tensor:

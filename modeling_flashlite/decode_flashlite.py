@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache
 from .base_flashlite import check_inputs
 from .cache_flashlite import FlashLiteCacheLayer, axis_spec, own_cache
 from .compat_flashlite import CACHE
-from .int4_flashlite import is_few_rows
+from .int4_flashlite import are_few_rows
 from .layer_step_flashlite import Angles, LayerStep, Place, norms_of
 from .layers_flashlite import (
     FlashLiteDecoderAttention,
@@ -84,13 +84,34 @@ def decoding(decoder: FlashLiteDecoder) -> "FlashLiteDecoder | DecodeSession":
     return sessions.get(decoder, decoder)
 
 
+class TokenStep:
+    """One token of each row through a decoder: the steps of its layers, between its table and its last norm."""
+
+    layer_class: type[LayerStep] = LayerStep
+
+    def __init__(self, decoder: FlashLiteDecoder, dtype: torch.dtype):
+        self.decoder = decoder
+        layers = zip(decoder.layers, itertools.count(), decoder.config.rope_kinds)
+        self.layers = [self.layer_class(*layer, dtype) for layer in layers]
+
+    def __call__(self, input_ids: torch.Tensor, past_key_values, place: Place, encoder_mask) -> torch.Tensor:
+        """Ids `[B, 1]` to the last hidden states `[B, 1, D]`; the cache grows in place."""
+        decoder, own = self.decoder, own_cache(past_key_values)
+        states, encoder = decoder.embed(decoder.embed_tokens(input_ids))[:, 0], None
+        for index, step in enumerate(self.layers):
+            if own is not past_key_values:
+                encoder = step.encoder_keys(past_key_values.cross_attention_cache.layers[index], encoder_mask)
+            states = step(states, own.layers[index], place, encoder)
+        return decoder.norm(states[:, None])
+
+
 class DecodeSession:
     """Called like the decoder, and equal to it; see [`decode_session`].
 
-    `step_class` runs a layer; faster ones take its place.
+    `step_class` runs a token; faster ones take its place.
     """
 
-    step_class: type[LayerStep] = LayerStep
+    step_class: type[TokenStep] = TokenStep
 
     def __init__(self, decoder: FlashLiteDecoder):
         self.decoder, config = decoder, decoder.config
@@ -103,8 +124,8 @@ class DecodeSession:
 
     def forget(self) -> None:
         """Release everything derived from weights and cache."""
-        # the layers' steps: `None` before the first token, empty where the decoder has to run
-        self.layers: list[LayerStep] | None = None
+        # `None` before the first token, and where the decoder has to run
+        self.step: TokenStep | None = None
         self._made_for: Any = None
         self._cache: Any = None
         self._tables: Any = None
@@ -121,14 +142,10 @@ class DecodeSession:
             return self.decoder(input_ids=input_ids, **arguments)
         decoder, own = self.decoder, own_cache(past_key_values)
         check_inputs(decoder.config, input_ids, None, attention_mask, own.layers[0].columns)
-        states = decoder.embed(decoder.embed_tokens(input_ids))[:, 0]
-        place, encoder = self._place(own.layers[0], states), None
-        for index, step in enumerate(self._steps(past_key_values)):
-            if own is not past_key_values:
-                cross = past_key_values.cross_attention_cache.layers[index]
-                encoder = step.encoder_keys(cross, kwargs.get("encoder_attention_mask"))
-            states = step(states, own.layers[index], place, encoder)
-        return FlashLiteDecoderOutput(last_hidden_state=decoder.norm(states[:, None]), **{CACHE: past_key_values})
+        assert self.step is not None  # made by `_takes`
+        place = self._place(own.layers[0], len(input_ids))
+        states = self.step(input_ids, past_key_values, place, kwargs.get("encoder_attention_mask"))
+        return FlashLiteDecoderOutput(last_hidden_state=states, **{CACHE: past_key_values})
 
     def _takes(self, input_ids, attention_mask, past_key_values, kwargs) -> bool:
         """Whether these arguments are one new token for each row of a cache, and nothing else is asked for."""
@@ -148,7 +165,7 @@ class DecodeSession:
         ):
             return False
         has_encoder = kwargs.get("encoder_hidden_states") is not None
-        return self._holds(past_key_values, has_encoder) and bool(self._steps(past_key_values))
+        return self._holds(past_key_values, has_encoder) and self._is_ready(past_key_values)
 
     def _holds(self, past_key_values, has_encoder: bool) -> bool:
         """Whether the cache is a grown one of this decoder, and has the encoder's keys, if any."""
@@ -163,35 +180,36 @@ class DecodeSession:
         first = own.layers[0]
         return isinstance(first, FlashLiteCacheLayer) and not (has_encoder and is_ragged(first))
 
-    def _steps(self, past_key_values) -> "list[LayerStep]":
-        """The steps of all layers, made when the first token comes; none where the decoder has to run."""
+    def _is_ready(self, past_key_values) -> bool:
+        """Whether there is a step for this cache, made when the first token comes; else the decoder has to run."""
         weight = self.decoder.embed_tokens.weight
         # tensors made in inference mode cannot be written to outside of it
         made_for = weight.dtype, weight.device, product_dtype(weight), torch.is_inference_mode_enabled()
-        if self.layers is None or self._made_for != made_for or self._cache is not past_key_values:
+        if self._made_for != made_for or self._cache is not past_key_values:
             self.forget()
-            plain = is_plain(self.decoder) and product_dtype(weight) == weight.dtype
-            layers = zip(self.decoder.layers, itertools.count(), self.kinds)
-            self.layers = [self.step_class(*layer, weight.dtype) for layer in layers] if plain else []
+            if is_plain(self.decoder) and product_dtype(weight) == weight.dtype:
+                self.step = self.step_class(self.decoder, weight.dtype)
             self._made_for, self._cache = made_for, past_key_values
-        return self.layers
+        return self.step is not None
 
-    def _place(self, cache: FlashLiteCacheLayer, like: torch.Tensor) -> Place:
-        """Positions of the next tokens after the contents of a cache layer."""
+    def _place(self, cache: FlashLiteCacheLayer, batch: int) -> Place:
+        """Positions of the next tokens, one for each of so many rows, after the contents of a cache layer."""
+        weight, few = self.decoder.embed_tokens.weight, are_few_rows(batch)
+        device, wide = weight.device, torch.promote_types(weight.dtype, torch.float32)
         if not is_ragged(cache):
             position = cache.base + cache.fill
-            return Place(is_few_rows(like), self._angles(position, like), self._shift_angles(position, like))
-        start = torch.as_tensor(cache.fill, device=like.device).expand(len(like))
-        positions, wide = start + cache.base, torch.promote_types(like.dtype, torch.float32)
+            return Place(few, self._angles(position, device, wide), self._shift_angles(position, device, wide))
+        start = torch.as_tensor(cache.fill, device=device).expand(batch)
+        positions = start + cache.base
         spec, heads = axis_spec(self.decoder.config), self.decoder.config.num_key_value_heads
         shift = None
         if first_block_shift(int(positions.max()), spec):
             angles = shift_angles(self.decoder.config, positions[:, None], spec, wide)
             shift = [tuple(part[:, 0].repeat_interleave(heads, dim=0)[None] for part in pair) for pair in angles]
-        unseen = torch.arange(int(start.max()) + 1, device=like.device) > start[:, None]
-        bias = torch.zeros(unseen.shape, dtype=wide, device=like.device).masked_fill_(unseen, -math.inf)
+        unseen = torch.arange(int(start.max()) + 1, device=device) > start[:, None]
+        bias = torch.zeros(unseen.shape, dtype=wide, device=device).masked_fill_(unseen, -math.inf)
         bias = bias.repeat_interleave(heads, dim=0)[:, None]
-        return Place(is_few_rows(like), self._tables_of(positions[None], wide), shift, bias)
+        return Place(few, self._tables_of(positions[None], wide), shift, bias)
 
     def _tables_of(self, positions: torch.Tensor, dtype: torch.dtype) -> dict[str | None, Angles]:
         """Angles of `positions` `[1, P]` for each kind of layer."""
@@ -200,15 +218,15 @@ class DecodeSession:
             kind: _table_of(attention, *position_angles(self.decoder.config, positions, dtype, kind)) for kind in kinds
         }
 
-    def _angles(self, position: int, like: torch.Tensor) -> dict[str | None, Angles]:
+    def _angles(self, position: int, device: torch.device, dtype: torch.dtype) -> dict[str | None, Angles]:
         """The angles of one position for each kind of layer, from tables of some positions."""
         first, index = position - position % self.positions, position % self.positions
         if self._tables is None or self._tables[0] != first:
-            positions = torch.arange(first, first + self.positions, device=like.device)[None]
-            self._tables = first, self._tables_of(positions, torch.promote_types(like.dtype, torch.float32))
+            positions = torch.arange(first, first + self.positions, device=device)[None]
+            self._tables = first, self._tables_of(positions, dtype)
         return {kind: Angles(*(table[index] for table in tables)) for kind, tables in self._tables[1].items()}
 
-    def _shift_angles(self, position: int, like: torch.Tensor):
+    def _shift_angles(self, position: int, device: torch.device, dtype: torch.dtype):
         """Angles, for each layer, of how much nearer the first block seems to this position, made once a block.
 
         `None` without a shift.
@@ -216,10 +234,7 @@ class DecodeSession:
         spec = axis_spec(self.decoder.config)
         shift = first_block_shift(position, spec)
         if shift and (self._shift is None or self._shift[0] != shift):
-            positions, dtype = (
-                torch.tensor([[position]], device=like.device),
-                torch.promote_types(like.dtype, torch.float32),
-            )
+            positions = torch.tensor([[position]], device=device)
             self._shift = shift, shift_angles(self.decoder.config, positions, spec, dtype)
         return self._shift[1] if shift else None
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .ecq_weight_flashlite import QuantizedWeight, TiledWeight, share_scales
+from .ecq_weight_flashlite import QuantizedWeight, TiledWeight, digit_columns, share_scales, thin_out
 from .int4_flashlite import (
     KernelWeight,
     int4_embedding,
@@ -23,6 +23,7 @@ from .int4_flashlite import (
     is_plain,
 )
 from .linear_flashlite import Linear
+from .rare_flashlite import RareDigits
 from .tiles_flashlite import TILE_ROWS
 
 # the classes below are always mixins of a layer
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from torch.nn import Module as _Layer
 else:
     _Layer = object
-HELD = ("weight", "tiles", "step", "numbers", "factors")
+_RARE = tuple(f"rare_{name}" for name in RareDigits._fields)
+HELD = ("weight", "tiles", "step", "numbers", "factors", *_RARE)
+_ANY_SIZE = "numbers", "factors", *_RARE  # as many entries as the codes need
 _DERIVED = "kernel", "joint"
 
 
@@ -65,6 +68,7 @@ class EcqModule(_Layer):
         tiles (uint8, the layout of `tiles_flashlite`), step (float32 `[rows]`): codes and steps.
         numbers (int64), factors (float32): what the tiles' columns multiply, `None` where that is just the input; see
             [`TiledWeight.inputs`].
+        rare_starts, rare_columns (int32), rare_values (bfloat16): [`RareDigits`], `None` where there are none.
         weight (float `[rows, 0]`): has the dtype and device that other code asks a layer for; tied layers share it.
 
     `kernel` and `joint` are made from the codes when they are first used, see [`EcqLinear`] and [`join`]. They are
@@ -98,7 +102,7 @@ class EcqModule(_Layer):
                 self._parameters[name] = None
             elif held is None:
                 self._parameters[name] = nn.Parameter(value.detach().to(self.tiles.device, copy=True), False)
-            elif held.shape != value.shape and len(held) == len(value) or name in ("numbers", "factors"):
+            elif held.shape != value.shape and len(held) == len(value) or name in _ANY_SIZE:
                 held.data = held.data.new_empty(value.shape)  # the parameter stays: tied layers share it
         if (step := given["step"]) is not None:
             exponents = torch.log2(step.detach().double() / self.base) * self.grid
@@ -143,7 +147,8 @@ class EcqModule(_Layer):
         if self.weight.is_meta or self.weight.dtype == torch.uint8:
             self._parameters["weight"] = _without_elements(weight.shape[0], self.proxy_dtype, device)
         tiled = TiledWeight.of(weight) if isinstance(weight, QuantizedWeight) else weight
-        for name, value in zip(HELD[1:], (tiled.tiles, tiled.step(), *tiled.inputs())):
+        rare = tiled.rare or (None, None, None)
+        for name, value in zip(HELD[1:], (tiled.tiles, tiled.step(), *tiled.inputs(), *rare)):
             if value is not None:
                 value = value.to(device)
                 value = nn.Parameter(value.clone() if value.is_inference() else value, requires_grad=False)
@@ -160,6 +165,24 @@ class EcqModule(_Layer):
         self.base, self.grid, self.stream = other.base, other.grid, None
         self._forget()
 
+    @property
+    def rare(self) -> RareDigits | None:
+        """What is added to single codes."""
+        held = self._parameters
+        return None if held["rare_starts"] is None else RareDigits(*(held[name].data for name in _RARE))
+
+    def prepared(self) -> KernelWeight:
+        """The codes and steps for [`int4_few_rows`]; no bias."""
+        kernel = self.kernel
+        if kernel is None:
+            # tensors made in inference mode cannot be used in training, unlike the codes, if these were made outside
+            with torch.inference_mode(self.tiles.is_inference()):
+                weight = self.tiles.detach(), self.step.detach(), self.weight_shape[1]
+                # bypasses nn.Module.__setattr__, which searches parameters, buffers and modules first
+                kernel = KernelWeight.of(*weight, self.numbers, self.factors, self.rare)
+                self.__dict__["kernel"] = kernel
+        return kernel
+
     def tiled(self) -> TiledWeight:
         """The codes in their memory layout, with steps and column scales."""
         none = torch.zeros(0, dtype=torch.long, device=self.tiles.device)
@@ -173,7 +196,8 @@ class EcqModule(_Layer):
                 numbers = self.numbers.data[columns:]
                 digit = self.factors.data[columns:] / scale[numbers]
                 wide = numbers[(digit > 4) & (digit < 64)], numbers[digit > 64]
-        return TiledWeight(self.weight_shape, self.tiles.data, wide, self.base, exponents, self.grid, column_exponents)
+        scaled = self.base, exponents, self.grid, column_exponents
+        return TiledWeight(self.weight_shape, self.tiles.data, wide, *scaled, self.rare)
 
     def quantized(self) -> QuantizedWeight:
         """The codes and steps as a [`QuantizedWeight`], the same as was set."""
@@ -185,15 +209,17 @@ class EcqModule(_Layer):
 
     def _apply(self, fn, recurse=True):
         exact = {
-            name: self._parameters[name].data for name in ("step", "factors") if self._parameters.get(name) is not None
+            name: self._parameters[name].data
+            for name in ("step", "factors", "rare_values")
+            if self._parameters.get(name) is not None
         }
         super()._apply(fn, recurse)
         self._forget()
         # `model.to(bfloat16)` must not round steps and factors: they are stored exactly
         for name, value in exact.items():
             moved = self._parameters[name]
-            if moved.dtype != torch.float32:
-                moved.data = value.to(moved.device, torch.float32)
+            if moved.dtype != value.dtype:
+                moved.data = value.to(moved.device)
         return self
 
 
@@ -217,20 +243,15 @@ class EcqLinear(EcqModule, nn.Linear):
             output = int4_few_rows(input, self.kernel or self.prepared(), self.out_features)
             return output if bias is None else (output + bias).to(input.dtype)
         return int4_linear(
-            input, self.tiles, self.step, self.in_features, bias, numbers=self.numbers, factors=self.factors
+            input,
+            self.tiles,
+            self.step,
+            self.in_features,
+            bias,
+            numbers=self.numbers,
+            factors=self.factors,
+            rare=self.rare,
         )
-
-    def prepared(self) -> KernelWeight:
-        """The codes and steps for [`int4_few_rows`]; no bias."""
-        kernel = self.kernel
-        if kernel is None:
-            # tensors made in inference mode cannot be used in training, unlike the codes, if these were made outside
-            with torch.inference_mode(self.tiles.is_inference()):
-                step = self.step.detach()
-                # bypasses nn.Module.__setattr__, which searches parameters, buffers and modules first
-                kernel = KernelWeight.of(self.tiles.detach(), step, self.numbers, self.factors)
-                self.__dict__["kernel"] = kernel
-        return kernel
 
 
 def _neighbours(parts: Sequence[nn.Parameter]) -> torch.Tensor:
@@ -248,6 +269,28 @@ def _neighbours(parts: Sequence[nn.Parameter]) -> torch.Tensor:
     for part, own in zip(parts, whole.split([len(part) for part in parts])):
         part.data = own  # the parameter stays the same, since layers may share it
     return whole
+
+
+def _with_the_same_columns(weights: list[TiledWeight]) -> list[TiledWeight]:
+    """The weights with the digits of the same wide columns in their tiles."""
+    plain = [weight.quantized() for weight in weights]
+    wide = [digit_columns(weight.codes) for weight in plain]
+    second, third = (torch.cat([own[i] for own in wide]).unique() for i in range(2))
+    return thin_out([TiledWeight.whole(weight, (second, third)) for weight in plain])
+
+
+def _joint_rare(layers: list[EcqLinear], sizes: list[int]) -> tuple[torch.Tensor | None, ...]:
+    """The rare digits of layers, each with empty rows up to its size, one after the other."""
+    having = [layer for layer in layers if layer.rare is not None]
+    if not having:
+        return None, None, None
+    columns, values = (_neighbours([layer._parameters[name] for layer in having]) for name in _RARE[1:])
+    starts, end = [], 0
+    for layer, size in zip(layers, sizes):
+        own = columns.new_zeros(size + 1) if layer.rare is None else layer.rare.padded(size).starts
+        starts.append(own[:-1] + end)
+        end += int(own[-1])
+    return torch.cat([*starts, columns.new_full((1,), end)]), columns, values
 
 
 @torch.inference_mode(False)  # as in `prepared`
@@ -285,17 +328,17 @@ def join(layers: Sequence[nn.Module]) -> EcqLinear | None:
     weights = [layer.tiled() for layer in coded]
     if not share_scales([weight.column_exponents for weight in weights]):
         return None
-    wide = tuple(torch.cat([weight.wide[i] for weight in weights]).unique() for i in range(2))
-    for layer, weight in zip(coded, weights):
-        if any(not torch.equal(own, every) for own, every in zip(weight.wide, wide)):
-            layer.set_quantized(weight.widened(wide))
+    if not all(map(torch.equal, (a for weight in weights for a in weight.wide), weights[0].wide * len(weights))):
+        for layer, weight in zip(coded, _with_the_same_columns(weights)):
+            layer.set_quantized(weight)
     columns, sizes = coded[0].in_features, [len(layer.tiles) * TILE_ROWS for layer in coded]
     with torch.device("meta"):
         joint = EcqLinear(columns, sum(sizes), bias=False)
     joint._open(coded[0].weight.dtype, coded[0].tiles.device)
     step = torch.cat([nn.functional.pad(layer.step, (0, size - len(layer.step))) for layer, size in zip(coded, sizes)])
     tiles = _neighbours([layer.tiles for layer in coded])
-    for name, value in zip(HELD[1:], (tiles, step, coded[0].numbers, coded[0].factors)):
+    rare = _joint_rare(coded, sizes)
+    for name, value in zip(HELD[1:], (tiles, step, coded[0].numbers, coded[0].factors, *rare)):
         joint._parameters[name] = None if value is None else nn.Parameter(value.detach(), requires_grad=False)
     for layer in coded:
         layer._forget()
@@ -312,12 +355,12 @@ class EcqEmbedding(EcqModule, nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """ids int `[...]` to `[..., embedding_dim]`, in the dtype of the model."""
-        columns = self.embedding_dim
+        columns, rare = self.embedding_dim, self.rare
         if self.numbers is None:
-            output = int4_embedding(input, self.tiles, self.step, columns)
+            output = int4_embedding(input, self.tiles, self.step, columns, rare=rare)
             output = output if self.factors is None else output * self.factors
         else:
-            digits = int4_embedding(input, self.tiles, self.step, self.tiles.shape[1]) * self.factors
+            digits = int4_embedding(input, self.tiles, self.step, self.tiles.shape[1], rare=rare) * self.factors
             output = digits[..., :columns].index_add(-1, self.numbers[columns:], digits[..., columns:])
         return output.to(self.weight.dtype)
 

@@ -20,7 +20,7 @@ import torch
 
 from .codec_flashlite import CodecError, decode_chunk
 from .ecq_stream_flashlite import HEAD, MAGIC, MAX_GROUPS, VERSION, band_rows
-from .ecq_weight_flashlite import TiledWeight, share_scales
+from .ecq_weight_flashlite import TiledWeight, share_scales, thin_out
 from .tiles_flashlite import TILE_ROWS, empty_tiles
 
 _MOST_CODES = 4096  # in a byte of a stream; deflate reaches 2064
@@ -200,17 +200,20 @@ class _Rooms(threading.local):
         return self.held[name][:size]
 
 
-def _open(streams: list[_Stream]) -> None:
-    """Take one memory for the tiles of a family, in which its members get each other's wide columns."""
+def _open(streams: list[_Stream]) -> list[list[_Stream]]:
+    """Take one memory for the tiles of a family, in which its members get each other's wide columns.
+
+    Returns:
+        The family, or each stream by itself where they cannot be multiplied together.
+    """
     if not share_scales([stream.fields["column_exponents"] for stream in streams]):
-        for stream in streams:
-            _open([stream])  # they cannot be multiplied together
-        return
+        return [family for stream in streams for family in _open([stream])]
     second, third = (functools.reduce(np.union1d, [stream.wide[i] for stream in streams]) for i in range(2))
     counts = [-(-stream.shape[0] // TILE_ROWS) for stream in streams]
     tiles = empty_tiles(TILE_ROWS * sum(counts), streams[0].shape[1] + len(second) + len(third))
     for stream, own in zip(streams, tiles.split(counts)):
         stream.open((second, third), own)
+    return [streams]
 
 
 def decode_weights(
@@ -232,23 +235,22 @@ def decode_weights(
         [`CodecError`]: anything that is not exactly one valid stream of that shape.
     """
     workers, held = threads or torch.get_num_threads(), 0
-    running: deque[tuple[list[_Stream], list[Future]]] = deque()
+    running: deque[tuple[list[list[_Stream]], list[Future]]] = deque()
     pool, rooms = ThreadPoolExecutor(workers), _Rooms()
 
     def finished() -> list[TiledWeight]:
         nonlocal held
-        streams, tasks = running.popleft()
+        groups, tasks = running.popleft()
         for task in tasks:
             task.result()
-        held -= sum(len(stream.raw) for stream in streams)
-        return [stream.weight for stream in streams]
+        held -= sum(len(stream.raw) for group in groups for stream in group)
+        return [weight for group in groups for weight in thin_out([stream.weight for stream in group])]
 
     try:
         for family in families:
             streams = [_Stream(*item) for item in family]
             del family
-            _open(streams)
-            running.append((streams, [task for stream in streams for task in stream.submit(pool, rooms)]))
+            running.append((_open(streams), [task for stream in streams for task in stream.submit(pool, rooms)]))
             held += sum(len(stream.raw) for stream in streams)
             while held > workers * _AHEAD:
                 yield finished()

@@ -7,8 +7,8 @@ give the same bytes at every save.
 **Digits.** The alphabet is not limited to 16 levels, because real weights have outlier columns. A code is a number of
 up to three balanced digits of base 16, `code = d0 + 16 d1 + 256 d2` with each digit in -8..7, so -2184..1911. Most
 columns need one digit; a *wide* column, in which any code is outside -8..7, has two, or three beyond -136..119. In
-memory the second and third digits are additional columns of the same int4 matrix, whose inputs are those of their
-column times 16 or 256: one storage and one product for any range, at half a byte per digit.
+memory the higher digits of a column are an additional column of the same int4 matrix, whose inputs are those of their
+column times 16 or 256, at half a byte per digit; where few of them are not zero, they are `rare_flashlite`'s.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from itertools import pairwise
 
 import torch
 
-from .tiles_flashlite import empty_tiles, tile_codes, untile_codes
+from .rare_flashlite import RareDigits
+from .tiles_flashlite import TILE_ROWS, empty_tiles, tile_codes, untile_codes
 
 CODE_RANGE = -2184, 1911  # three balanced digits of base 16
 GRID = 16
 _ONE_DIGIT, _TWO_DIGITS = (-8, 7), (-136, 119)
+_RARE = 0.5  # share of words of 16 digits that are not all zero, below which a list is less to read and to hold
+_LEAST_SAVED = 1 << 19  # bytes, below which reading the zeros takes less time than the operations for a list
+_ZEROS = -0x7777777777777778  # a word of tiles that holds 16 zeros, 0x88 in all its bytes
 
 
 class _Scaled:
@@ -49,9 +53,9 @@ class QuantizedWeight(_Scaled):
     """A quantized matrix as it is searched: `w[r, c] = codes[r, c] * step()[r] * column_scale()[c]`.
 
     Attributes:
-        codes (`torch.Tensor` int8 or int16 `[rows, columns]`): integers in `CODE_RANGE`, -2184..1911. A single code
-            outside -8..7 makes its column wide, which costs another half byte for each of its weights in memory; the
-            file pays for what it holds, not for the range. See [`wide_columns`].
+        codes (`torch.Tensor` int8 or int16 `[rows, columns]`): integers in `CODE_RANGE`, -2184..1911. In memory a few
+            codes outside -8..7 cost some bytes each, many in a column half a byte for each of its weights; the file
+            pays for what it holds, not for the range. See [`wide_columns`].
         base (`float`): step of exponent 0, a float32 value.
         exponents (`torch.Tensor` int8 `[rows]`): `step = base * 2 ** (exponents / grid)`.
         grid (`int`): exponents per octave.
@@ -117,8 +121,10 @@ class TiledWeight(_Scaled):
         shape (`tuple[int, int]`): rows, columns.
         tiles (`torch.Tensor` uint8 `[ceil(rows / 64), padded, 32]`): tiles of `tiles_flashlite` of a matrix whose
             columns are the first digits of all columns, then the second of `wide[0]`, then the third of `wide[1]`.
-        wide (pair of `torch.Tensor` int64): increasing numbers of the columns with two or more, and with three digits.
+        wide (pair of `torch.Tensor` int64): increasing numbers of the columns whose second, and whose third digits are
+            in the tiles.
         base, exponents, grid, column_exponents: as in [`QuantizedWeight`].
+        rare ([`RareDigits`], *optional*): the second and third digits of all other columns.
     """
 
     shape: tuple[int, int]
@@ -128,42 +134,39 @@ class TiledWeight(_Scaled):
     exponents: torch.Tensor
     grid: int = GRID
     column_exponents: torch.Tensor | None = None
+    rare: RareDigits | None = None
 
     @classmethod
     def of(cls, weight: QuantizedWeight) -> TiledWeight:
         """The same matrix in tiles, on the device of its codes."""
-        codes, wide = weight.codes, digit_columns(weight.codes)
-        digits = torch.cat([codes, codes[:, wide[0]], codes[:, wide[1]]], dim=1) if len(wide[0]) else codes
+        return thin_out([cls.whole(weight)])[0]
+
+    @classmethod
+    def whole(cls, weight: QuantizedWeight, wide: tuple[torch.Tensor, torch.Tensor] | None = None) -> TiledWeight:
+        """The same matrix with all digits in its tiles, zeros of the columns `wide` too."""
+        codes, columns = weight.codes, weight.codes.shape[1]
+        second, third = wide = digit_columns(codes) if wide is None else wide
+        digits = torch.cat([codes, codes[:, second], codes[:, third]], dim=1) if len(second) else codes
         offsets = digits.new_full((digits.shape[1],), 8, dtype=torch.int16)
         shifts = torch.zeros_like(offsets)
-        columns = codes.shape[1]
-        offsets[columns : columns + len(wide[0])], offsets[columns + len(wide[0]) :] = 136, 2184
-        shifts[columns : columns + len(wide[0])], shifts[columns + len(wide[0]) :] = 4, 8
-        if len(wide[0]):
+        offsets[columns : columns + len(second)], offsets[columns + len(second) :] = 136, 2184
+        shifts[columns : columns + len(second)], shifts[columns + len(second) :] = 4, 8
+        if len(second):
             digits = ((digits.to(torch.int16) + offsets) >> shifts & 15) - 8
         tiles = tile_codes(digits.to(torch.int8))
         return cls(weight.shape, tiles, wide, weight.base, weight.exponents, weight.grid, weight.column_exponents)
 
-    def widened(self, wide: tuple[torch.Tensor, torch.Tensor]) -> TiledWeight:
-        """The same matrix with these wide columns, among which are its own."""
-        columns, starts = self.shape[1], [self.shape[1], self.shape[1] + len(wide[0])]
-        tiles = empty_tiles(self.shape[0], starts[1] + len(wide[1]), self.tiles.device).fill_(0x88)
-        tiles[:, :columns] = self.tiles[:, :columns]
-        held = columns
-        for start, own, every in zip(starts, self.wide, wide):
-            tiles[:, start + torch.searchsorted(every, own)] = self.tiles[:, held : held + len(own)]
-            held += len(own)
-        return replace(self, tiles=tiles, wide=wide)
-
     def codes(self) -> torch.Tensor:
         """Codes `[rows, columns]`, int8 where there is one digit, else int16."""
-        (rows, columns), (second, third) = self.shape, self.wide
+        (rows, columns), (second, third), rare = self.shape, self.wide, self.rare
         digits = untile_codes(self.tiles, rows, columns + len(second) + len(third))
-        if not len(second):
+        if digits.shape[1] == columns and rare is None:
             return digits
         codes = digits[:, :columns].to(torch.int16)
         codes[:, second] += 16 * digits[:, columns : columns + len(second)].to(torch.int16)
         codes[:, third] += 256 * digits[:, columns + len(second) :].to(torch.int16)
+        if rare is not None:
+            codes.view(-1).index_add_(0, rare.rows() * columns + rare.columns, rare.values.to(torch.int16))
         return codes
 
     def quantized(self) -> QuantizedWeight:
@@ -176,7 +179,7 @@ class TiledWeight(_Scaled):
         Numbers are `None` where they are 0, 1, 2, ...; factors where all are 1.
         """
         (second, third), scale = self.wide, self.column_scale()
-        if not len(second):
+        if not len(second) + len(third):
             return None, scale
         columns, device = self.shape[1], second.device
         starts = [columns, columns + len(second), columns + len(second) + len(third), self.tiles.shape[1]]
@@ -186,6 +189,59 @@ class TiledWeight(_Scaled):
         for start, end, factor in zip(starts, starts[1:], (16.0, 256.0, 0.0)):
             factors[start:end] = factor
         return numbers, factors if scale is None else factors.mul_(scale.to(device)[numbers])
+
+
+def thin_out(weights: Sequence[TiledWeight]) -> list[TiledWeight]:
+    """The same matrices, columns of higher digits that are nearly all zero taken out of their tiles.
+
+    Args:
+        weights (sequence of [`TiledWeight`]): matrices with the same wide columns, and no rare digits. The wide
+            columns that are left are the same for all, and their tiles neighbours in memory, as for one product.
+    """
+    columns, (second, third) = weights[0].shape[1], weights[0].wide
+    starts, sizes = (columns, columns + len(second)), [len(weight.tiles) for weight in weights]
+    column = 32 * sum(sizes)  # bytes of a column of digits
+    if (len(second) + len(third)) * column < _LEAST_SAVED:
+        return list(weights)
+    words = [weight.tiles[:, columns : starts[1] + len(third)].view(torch.int64) for weight in weights]
+    counts = torch.stack([(own != _ZEROS).sum((0, 2)) for own in words]).sum(0)
+    often = counts > _RARE * 4 * sum(sizes)
+    if int((~often).sum()) * column < _LEAST_SAVED:
+        return list(weights)
+    second_often, third_often = often[: len(second)], often[len(second) :]
+    wide = second[second_often], third[third_often]
+    places = torch.cat([torch.arange(columns, device=often.device), columns + often.nonzero().flatten()])
+    tiles = empty_tiles(TILE_ROWS * sum(sizes), len(places), often.device)
+    found = []
+    for weight, own in zip(weights, tiles.split(sizes)):
+        own[:, len(places) :] = 0x88
+        own[:, :columns] = weight.tiles[:, :columns]
+        own[:, columns : len(places)] = weight.tiles[:, places[columns:]]
+        parts = [
+            _entries(weight.tiles[:, start : start + len(numbers)], ~kept, numbers, unit)
+            for start, numbers, kept, unit in zip(starts, (second, third), (second_often, third_often), (16, 256))
+        ]
+        rows, numbers, values = map(torch.cat, zip(*parts))
+        found.append(replace(weight, tiles=own, wide=wide, rare=RareDigits.of(rows, numbers, values, weight.shape[0])))
+    return found
+
+
+def _entries(
+    tiles: torch.Tensor, chosen: torch.Tensor, numbers: torch.Tensor, unit: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, columns and values of the digits of tiles `[T, columns, 32]` that are not zero, of the chosen columns."""
+    words, numbers = tiles[:, chosen].view(torch.int64), numbers[chosen]
+    tile, column, word = (words != _ZEROS).nonzero().unbind(1)
+    pairs = words[tile, column, word].view(torch.uint8).view(-1, 8)
+    word_of, byte = (pairs != 0x88).nonzero().unbind(1)
+    pairs, rows = pairs[word_of, byte].to(torch.int64), (TILE_ROWS * tile + 8 * word)[word_of] + byte
+    columns, low, high = numbers[column[word_of]], (pairs & 15) - 8, (pairs >> 4) - 8
+    some_low, some_high = low != 0, high != 0
+    return (
+        torch.cat([rows[some_low], rows[some_high] + TILE_ROWS // 2]),
+        torch.cat([columns[some_low], columns[some_high]]),
+        unit * torch.cat([low[some_low], high[some_high]]),
+    )
 
 
 def digit_columns(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

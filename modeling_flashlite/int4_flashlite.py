@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .int8_flashlite import digits_of, held_codes, held_linear, int8_matmul
+from .rare_flashlite import RareDigits, ScaledDigits
 from .tiles_flashlite import (
     TILE_ROWS,
     dequantize_int4,
@@ -112,32 +113,44 @@ class KernelWeight(NamedTuple):
 
     Attributes:
         packed (`torch.Tensor` uint8 `[64 * tiles, Kp / 2]`): the tiles' own memory where their order fits.
+        columns (`int`): K.
         group (`int`): columns that share a scale.
         scales (`torch.Tensor` bfloat16 `[Kp / group, 64 * tiles, 2]`): steps rounded to bfloat16, and zeros.
         numbers (`torch.Tensor` int64 `[Kp]`, *optional*): the input that each column of the tiles multiplies.
         factors (`torch.Tensor` bfloat16 `[Kp]` or `[K]`, *optional*): what that input is multiplied by before.
+        rare ([`RareDigits`], *optional*): of `64 * tiles` rows.
+        scaled ([`ScaledDigits`], *optional*): the same with their steps.
     """
 
     packed: torch.Tensor
+    columns: int
     group: int
     scales: torch.Tensor
     numbers: torch.Tensor | None = None
     factors: torch.Tensor | None = None
+    rare: RareDigits | None = None
+    scaled: ScaledDigits | None = None
 
     @classmethod
     def of(
         cls,
         tiles: torch.Tensor,
         step: torch.Tensor,
+        columns: int,
         numbers: torch.Tensor | None = None,
         factors: torch.Tensor | None = None,
+        rare: RareDigits | None = None,
     ) -> KernelWeight:
         """Tiles and steps made ready for [`int4_few_rows`]: one byte more for every 16 to 64 weights."""
-        group = kernel_group(tiles.shape[1])
-        steps = F.pad(step.detach().to(torch.bfloat16), (0, len(tiles) * TILE_ROWS - len(step)))
+        group, rows = kernel_group(tiles.shape[1]), len(tiles) * TILE_ROWS
+        steps = F.pad(step.detach().to(torch.bfloat16), (0, rows - len(step)))
         scales = torch.stack([steps, torch.zeros_like(steps)], -1).expand(tiles.shape[1] // group, -1, -1)
         factors = None if factors is None else factors.detach().to(torch.bfloat16)
-        return cls(_kernel_form(tiles), group, scales.contiguous(), numbers, factors)
+        packed, scales = _kernel_form(tiles), scales.contiguous()
+        if rare is None:
+            return cls(packed, columns, group, scales, numbers, factors)
+        rare, scaled = rare.padded(rows), ScaledDigits.of(rare, step)
+        return cls(packed, columns, group, scales, numbers, factors, rare, scaled)
 
     @staticmethod
     def most_rows() -> int:
@@ -146,15 +159,24 @@ class KernelWeight(NamedTuple):
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """x `[M, K]` of any floating dtype times the weight: bfloat16 `[M, 64 * tiles]`."""
-        packed, group, scales, numbers, factors = self
-        rows, padded = x.to(torch.bfloat16), 2 * packed.shape[1]
+        rows, numbers, factors = x.to(torch.bfloat16), self.numbers, self.factors
         if numbers is not None:
             rows = rows.index_select(1, numbers)
         if factors is not None:
             rows = rows * factors
-        if padded != rows.shape[1]:
-            rows = F.pad(rows, (0, padded - rows.shape[1]))
-        return torch.ops.aten._weight_int4pack_mm_for_cpu.default(rows.contiguous(), packed, group, scales)
+        return self.product(rows)
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """As [`rows`], of inputs bfloat16 `[M, K or Kp]` that have their numbers and factors."""
+        padded = 2 * self.packed.shape[1]
+        wide = rows.contiguous() if padded == rows.shape[1] else F.pad(rows, (0, padded - rows.shape[1]))
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu.default(wide, self.packed, self.group, self.scales)
+        if self.rare is None or self.scaled is None:
+            return out
+        own = rows if rows.shape[1] == self.columns else rows.narrow(1, 0, self.columns)
+        if len(rows) == 1:
+            return self.scaled.add_to(out, own)
+        return torch.addcmul(out, self.rare.product(own), self.scales[0, :, 0])
 
 
 def spread(x: torch.Tensor, numbers: torch.Tensor | None, factors: torch.Tensor | None) -> torch.Tensor:
@@ -176,7 +198,12 @@ def is_plain(x: torch.Tensor) -> bool:
 
 def is_few_rows(x: torch.Tensor) -> bool:
     """Whether [`int4_few_rows`] is the way for so many rows, if x is plain."""
-    return 0 < x.numel() <= KernelWeight.most_rows() * x.shape[-1]
+    return are_few_rows(x.numel() // max(x.shape[-1], 1))
+
+
+def are_few_rows(count: int) -> bool:
+    """See [`is_few_rows`]."""
+    return 0 < count <= KernelWeight.most_rows()
 
 
 def int4_few_rows(x: torch.Tensor, weight: KernelWeight, out_features: int) -> torch.Tensor:
@@ -271,7 +298,7 @@ def _(grad, tiles, in_features):
 int4_matmul.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _unpacked_matmul(x, tiles, steps, numbers, factors) -> torch.Tensor:
+def _unpacked_matmul(x, tiles, steps, numbers, factors, rare) -> torch.Tensor:
     """x `[M, K]` times the weights, unpacked once to bfloat16 with their steps: bfloat16 `[M, 64 * tiles]`.
 
     Few passes over the weights and none over the output, so that oneDNN's product is most of the time.
@@ -282,30 +309,41 @@ def _unpacked_matmul(x, tiles, steps, numbers, factors) -> torch.Tensor:
     if numbers is not None:
         digits = digits_of(numbers, factors, columns).to(torch.bfloat16)
     x, steps, group = x.to(torch.bfloat16), steps.to(torch.bfloat16), group_of(TILE_ROWS * tiles.shape[1], x.device)
+    rows = range(0, len(steps), group * TILE_ROWS)
     with _no_autocast(x):
-        for part, own in zip(tiles.split(group), steps.split(group * TILE_ROWS)):
+        for first, part, own in zip(rows, tiles.split(group), steps.split(group * TILE_ROWS)):
             weight = unpack(part).to(torch.bfloat16)
             if digits is not None:
                 weight[:columns].index_add_(0, numbers[columns:], weight[columns:].mul_(digits))
+            if rare is not None:
+                rare.add_to(weight, first)
             parts.append(x @ weight[:columns].mul_(own))
     return join_columns(parts)
 
 
-def _plain_linear(x, tiles, step, numbers, factors, int8: bool) -> torch.Tensor:
+def _plain_linear(x, tiles, step, numbers, factors, rare, int8: bool) -> torch.Tensor:
     """[`int4_linear`] of x `[M, K]` without gradient, in eager mode: `[M, N]` of some floating dtype."""
     on_cpu = x.device.type == "cpu"
     if int8 and on_cpu and len(x) > _HELD_ROWS and not step.requires_grad:
-        out = held_linear(x, tiles, step, numbers, factors)
+        out = held_linear(x, tiles, step, numbers, factors, rare)
         if out is not None:
             return out
     if not on_cpu or len(x) <= (_KERNEL_ROWS if int8 else _KERNEL_ROWS_EXACT):
-        return _matmul(spread(x, numbers, factors), tiles, len(step), False) * step
-    if int8 and numbers is None:
+        return _with_rare(_matmul(spread(x, numbers, factors), tiles, len(step), False), x, factors, rare) * step
+    if int8 and numbers is None and rare is None:
         out = int8_matmul(x if factors is None else x * factors[: x.shape[1]], tiles)
         if out is not None:
             return out[:, : len(step)] * step
     steps = F.pad(step, (0, len(tiles) * TILE_ROWS - len(step)))
-    return _unpacked_matmul(x, tiles, steps, numbers, factors)[:, : len(step)]
+    return _unpacked_matmul(x, tiles, steps, numbers, factors, rare)[:, : len(step)]
+
+
+def _with_rare(out: torch.Tensor, x: torch.Tensor, factors, rare: RareDigits | None) -> torch.Tensor:
+    """Add what rare digits contribute to the product `[M, N]` of x `[M, K]`, before steps."""
+    if rare is None:
+        return out
+    x = x if factors is None else x * factors[: x.shape[1]].to(x.dtype)
+    return out + rare.product(x.to(torch.bfloat16))
 
 
 def int4_linear(
@@ -317,6 +355,7 @@ def int4_linear(
     int8_activations: bool = True,
     numbers: torch.Tensor | None = None,
     factors: torch.Tensor | None = None,
+    rare: RareDigits | None = None,
 ) -> torch.Tensor:
     """`x @ (code * step).T + bias` on packed codes, differentiable in x, step and bias.
 
@@ -327,9 +366,10 @@ def int4_linear(
         in_features (`int`): K.
         bias (`torch.Tensor` `[N]`, *optional*).
         int8_activations (`bool`): many rows without a gradient may be rounded to int8, one scale per row, as long as
-            that costs at most 1.5% of the output's root mean square; False keeps bfloat16. Weights with `numbers`
-            keep it for prompts: there int8 was 3% faster, and perplexity 0.8% higher.
+            that costs at most 1.5% of the output's root mean square; False keeps bfloat16. Weights with `numbers` or
+            rare digits keep it for prompts: there int8 was 3% faster, and perplexity 0.8% higher.
         numbers, factors (`torch.Tensor`, *optional*): what the columns of the tiles multiply, see [`spread`].
+        rare ([`RareDigits`], *optional*): what is added to single codes.
 
     Returns:
         `torch.Tensor` `[..., N]` in x's dtype, of bfloat16 precision.
@@ -342,10 +382,11 @@ def int4_linear(
     rows, out_features = x.reshape(-1, in_features), step.numel()
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or step.requires_grad)
     if needs_grad or torch.compiler.is_compiling() or type(rows) is not torch.Tensor:
-        int8 = int8_activations and not needs_grad and numbers is None
-        out = int4_matmul(spread(rows, numbers, factors), tiles, out_features, int8) * step
+        int8 = int8_activations and not needs_grad and numbers is None and rare is None
+        out = int4_matmul(spread(rows, numbers, factors), tiles, out_features, int8)
+        out = _with_rare(out, rows, factors, rare) * step
     else:  # in eager inference the custom op's wrapper costs as much as a small product
-        out = _plain_linear(rows, tiles, step, numbers, factors, int8_activations)
+        out = _plain_linear(rows, tiles, step, numbers, factors, rare, int8_activations)
     if bias is not None:
         out = out + bias
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
@@ -364,6 +405,7 @@ def int4_embedding(
     step: torch.Tensor,
     in_features: int,
     dtype: torch.dtype = torch.float32,
+    rare: RareDigits | None = None,
 ) -> torch.Tensor:
     """Rows of the dequantized table, bit for bit, differentiable in step.
 
@@ -371,6 +413,7 @@ def int4_embedding(
         ids (`torch.Tensor` integer, any shape): rows, 0 <= id < N.
         tiles, step, in_features: as for [`int4_linear`].
         dtype (`torch.dtype`): of the result.
+        rare ([`RareDigits`], *optional*): what is added to single codes.
 
     Returns:
         `torch.Tensor` `[*ids.shape, K]`.
@@ -380,5 +423,26 @@ def int4_embedding(
     slot = flat % TILE_ROWS
     byte = tiles[flat // TILE_ROWS, :in_features, slot % 32]
     nibble = torch.where((slot >= 32)[:, None], byte >> 4, byte & 15)
-    rows = (nibble.to(torch.promote_types(step.dtype, torch.float32)) - 8) * steps[:, None]
-    return rows.to(dtype).view(*ids.shape, in_features)
+    codes = nibble.to(torch.promote_types(step.dtype, torch.float32)) - 8
+    if rare is not None:
+        codes = codes + _rare_rows(flat, *rare, in_features)
+    return (codes * steps[:, None]).to(dtype).view(*ids.shape, in_features)
+
+
+@torch.library.custom_op("flashlite::rare_rows", mutates_args=())
+def _rare_rows_op(
+    ids: torch.Tensor, starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, width: int
+) -> torch.Tensor:
+    """[`RareDigits.look_up`], whose sizes depend on the ids: what a compiler need not see."""
+    return RareDigits(starts, columns, values).look_up(ids, width)
+
+
+@_rare_rows_op.register_fake
+def _(ids, starts, columns, values, width):
+    return ids.new_empty(len(ids), width, dtype=torch.float32)
+
+
+def _rare_rows(ids, starts, columns, values, width: int) -> torch.Tensor:
+    if torch.compiler.is_compiling() or type(ids) is not torch.Tensor:
+        return _rare_rows_op(ids, starts, columns, values, width)
+    return RareDigits(starts, columns, values).look_up(ids, width)

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .rare_flashlite import RareDigits
 from .tiles_flashlite import TILE_ROWS, derived, group_of, join_columns, unpack
 
 _INT8_ERROR = 0.015  # largest relative error of the output from rounding activations
@@ -56,17 +57,20 @@ def digits_of(numbers: torch.Tensor, factors: torch.Tensor, columns: int) -> tor
     return (factors[columns:] / factors[numbers[columns:]])[:, None]
 
 
-def _whole(tiles: torch.Tensor, columns: int, numbers, factors) -> torch.Tensor:
-    """Codes with all their digits, int8 `[K, 64 * tiles]`; see [`_fits`]."""
+def _whole(tiles: torch.Tensor, first: int, columns: int, numbers, factors, rare) -> torch.Tensor:
+    """Codes with all their digits of the tiles from row `first` on, int8 `[K, 64 * tiles]`; see [`_fits`]."""
     codes = unpack(tiles)
-    if numbers is None:
-        return codes[:columns]
-    wide = codes[columns:].to(torch.int16).mul_(digits_of(numbers, factors, columns).to(torch.int16))
-    return codes[:columns].to(torch.int16).index_add_(0, numbers[columns:], wide).to(torch.int8)
+    whole = codes[:columns]
+    if numbers is not None:
+        wide = codes[columns:].to(torch.int16).mul_(digits_of(numbers, factors, columns).to(torch.int16))
+        whole = whole.to(torch.int16).index_add_(0, numbers[columns:], wide).to(torch.int8)
+    return whole if rare is None else rare.add_to(whole.contiguous(), first)
 
 
-def _fits(tiles: torch.Tensor, columns: int, numbers, factors) -> bool:
+def _fits(tiles: torch.Tensor, columns: int, numbers, factors, rare: RareDigits | None) -> bool:
     """Whether codes with all digits are guaranteed to be in -128..127."""
+    if rare is not None and not -128 < rare.values.min() <= rare.values.max() < 128:
+        return False
 
     def look(tiles: torch.Tensor) -> bool:
         second = tiles[:, columns:]
@@ -91,19 +95,20 @@ def _scale(peak: torch.Tensor) -> torch.Tensor:
     return peak.clamp(min=torch.finfo(torch.float32).tiny * 127).div_(127)
 
 
-def held_linear(x: torch.Tensor, tiles: torch.Tensor, step: torch.Tensor, numbers=None, factors=None):
+def held_linear(x: torch.Tensor, tiles: torch.Tensor, step: torch.Tensor, numbers=None, factors=None, rare=None):
     """x `[M, K]` times the weights, held as int8: `[M, N]` in x's dtype. Arguments as in `int4_linear`.
 
     Where one byte of activations is not enough, a second one takes what the first leaves, in M more rows of the same
     product. `None` for codes that do not fit, and for activations that are not finite.
     """
     held, out_features, columns = held_codes(), len(step), x.shape[1]
-    if held is None or not _fits(tiles, columns, numbers, factors):
+    if held is None or not _fits(tiles, columns, numbers, factors, rare):
         return None
 
     def pack(tiles):
         group = group_of(TILE_ROWS * tiles.shape[1], tiles.device)
-        parts = [_whole(part, columns, numbers, factors).t() for part in tiles.split(group)]
+        rows = range(0, len(tiles) * TILE_ROWS, group * TILE_ROWS)
+        parts = [_whole(part, row, columns, numbers, factors, rare).t() for row, part in zip(rows, tiles.split(group))]
         codes = torch.cat(parts)[:out_features]
         return torch.ops.onednn.qlinear_prepack(codes, None), torch.zeros(out_features, dtype=torch.long, device="cpu")
 

@@ -82,23 +82,23 @@ def _branch_end(module: nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor
 
         return general
 
-    packed, group, scales, numbers, factors = kernel
-
     def product(states: torch.Tensor, few: bool) -> torch.Tensor:
         if not few:
             return module.forward(states.to(dtype))
         # attention's output comes in float32: one cast, after the factors
-        rows = states.index_select(1, numbers) * factors
-        return torch.ops.aten._weight_int4pack_mm_for_cpu.default(rows.to(dtype), packed, group, scales)
+        return kernel.product(_inputs(states, kernel.numbers, kernel.factors).to(dtype))
 
     return product
 
 
+def _inputs(states: torch.Tensor, numbers: torch.Tensor | None, factors: torch.Tensor | None) -> torch.Tensor:
+    states = states if numbers is None else states.index_select(1, numbers)
+    return states if factors is None else states * factors
+
+
 def _is_whole(kernel: KernelWeight, size: int) -> bool:
-    """Whether a weight of PyTorch's kernel has numbers and factors for all columns, and no rows beyond `size`."""
-    if type(kernel) is not KernelWeight or kernel.numbers is None or kernel.factors is None:
-        return False
-    return len(kernel.numbers) == 2 * kernel.packed.shape[1] and len(kernel.packed) == size
+    """Whether a weight is of PyTorch's kernel, and has no rows beyond `size`."""
+    return type(kernel) is KernelWeight and len(kernel.packed) == size
 
 
 def _is_coded(module: nn.Module) -> bool:
@@ -162,19 +162,14 @@ def _in_a_row(parts: list[torch.Tensor]) -> torch.Tensor:
 
 def _few_normed_rows(norm: nn.RMSNorm, layer: EcqLinear) -> Callable[[torch.Tensor], torch.Tensor]:
     """`layer(norm(x))` of few rows `[B, D]`, the norm's weight and the layer's factors being multiplied as one."""
-    packed, group, scales, numbers, factors = layer.prepared()
-    weight, floor = _norm_weight(norm)
-    weight = weight if numbers is None else weight.index_select(0, numbers)
-    weight = weight if factors is None else weight * factors
-    spare = 2 * packed.shape[1] - len(weight)
+    kernel, (weight, floor) = layer.prepared(), _norm_weight(norm)
+    numbers, weight = kernel.numbers, _inputs(weight[None], kernel.numbers, kernel.factors)[0]
 
     def product(states: torch.Tensor) -> torch.Tensor:
         rows, dtype = states.to(weight.dtype), states.dtype
         length = torch.hypot(torch.linalg.vector_norm(rows, 2, -1, True), floor)
         rows = (rows if numbers is None else rows.index_select(1, numbers)) * weight
-        rows = rows.div_(length).to(torch.bfloat16)
-        rows = nn.functional.pad(rows, (0, spare)) if spare else rows
-        return torch.ops.aten._weight_int4pack_mm_for_cpu.default(rows, packed, group, scales).to(dtype)
+        return kernel.product(rows.div_(length).to(torch.bfloat16)).to(dtype)
 
     return product
 

@@ -50,6 +50,16 @@ def reproducible():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def rare_digits_of_small_weights():
+    """Lists of rare digits, which pay for large weights only, are held for the small ones of tests, too."""
+    from modeling_flashlite import ecq_weight_flashlite
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ecq_weight_flashlite, "_LEAST_SAVED", 1)
+        yield
+
+
 @pytest.fixture
 def tiny_config():
     """Factory of two-layer, 32-wide configs: ``tiny_config(is_encoder_decoder=True, vocab_size=50)``."""

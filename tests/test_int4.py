@@ -121,7 +121,7 @@ def test_linear_gradients(shape, rows):
 def test_few_rows_in_one_call(shape, dtype):
     """The kernel that applies the steps keeps bfloat16 precision."""
     _, tiles, step = make(*shape)
-    weight = KernelWeight.of(tiles, step)
+    weight = KernelWeight.of(tiles, step, shape[1])
     for batch in [(1,), (2, 3), (32,)]:
         x = torch.randn(*batch, shape[1]).to(dtype)
         value = int4_few_rows(x, weight, shape[0])
@@ -209,6 +209,7 @@ def test_codes_of_several_digits(out_features, in_features, largest, seed):
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-7, 8, (out_features, in_features), generator=generator, dtype=torch.int16)
     codes[:, ::3] = torch.randint(-largest, largest, codes[:, ::3].shape, generator=generator, dtype=torch.int16)
+    codes[0, 1] = largest  # a rare digit in more than 24 rows
     exponents, scales = (torch.randint(-9, 9, (n,), generator=generator).to(torch.int8) for n in codes.shape)
     weight = QuantizedWeight(codes, 0.01, exponents, 16, scales)
     tiled, dense = TiledWeight.of(weight), weight.dequantize()
@@ -218,7 +219,8 @@ def test_codes_of_several_digits(out_features, in_features, largest, seed):
         x[:, 0] *= 100
         for region in (contextlib.nullcontext(), int8_codes()):
             with torch.no_grad(), region:
-                value = int4_linear(x, tiled.tiles, tiled.step(), in_features, numbers=numbers, factors=factors)
+                digits = {"numbers": numbers, "factors": factors, "rare": tiled.rare}
+                value = int4_linear(x, tiled.tiles, tiled.step(), in_features, **digits)
             error = (value - x @ dense.T).norm()
             assert error <= 3e-2 * x.norm() * dense.norm() / in_features**0.5
 
@@ -334,7 +336,7 @@ def test_autocast_does_not_reach_inside(dtype):
 def test_second_copy_of_the_file_shares_the_op(tmp_path, monkeypatch):
     """A checkpoint loaded with `trust_remote_code` brings its own copy of the module: both work afterwards."""
     (tmp_path / "copied").mkdir()
-    for name in ("int4", "int8", "tiles"):
+    for name in ("int4", "int8", "rare", "tiles"):
         shutil.copy(Path(int4.__file__).with_name(f"{name}_flashlite.py"), tmp_path / "copied")
     monkeypatch.syspath_prepend(tmp_path)
     copied = importlib.import_module("copied.int4_flashlite")

@@ -55,6 +55,7 @@ struct Loops {
   decltype(&plain::rms_norm) rms_norm;
   decltype(&plain::round_row) round_row;
   decltype(&plain::tile_rows) tile_rows;
+  decltype(&plain::rare_rows) rare_rows;
   decltype(&plain::widen_float) widen_float;
   decltype(&plain::widen_bfloat16) widen_bfloat16;
   decltype(&plain::finish_float) finish_float;
@@ -69,9 +70,9 @@ struct Loops {
 
 #define LOOPS(level)                                                                                               \
   Loops {                                                                                                          \
-    level::rms_norm, level::round_row, level::tile_rows, level::widen_float, level::widen_bfloat16,                \
-        level::finish_float, level::finish_bfloat16, level::dots_float, level::dots_bfloat16, level::mix_float,    \
-        level::mix_bfloat16, level::softmax, level::silu_times                                                     \
+    level::rms_norm, level::round_row, level::tile_rows, level::rare_rows, level::widen_float,                     \
+        level::widen_bfloat16, level::finish_float, level::finish_bfloat16, level::dots_float,                     \
+        level::dots_bfloat16, level::mix_float, level::mix_bfloat16, level::softmax, level::silu_times             \
   }
 
 int64_t best_level() {
@@ -109,8 +110,13 @@ struct Weight {
   const uint8_t* tiles;  // [tiles, columns, 32]
   const float *step, *factors, *bias;
   const int64_t* numbers;
+  // where the rare digits of each tile begin; pairs of 64 column + row in the tile, and the bits of a float
+  const int32_t *rare_starts, *rare_entries;
   int64_t count, columns, in_features, rows;
 };
+
+// The fields of NativeWeight in kernels.py
+using Parts = std::vector<std::optional<at::Tensor>>;
 
 template <typename T>
 const T* pointer(const std::optional<at::Tensor>& tensor, int64_t least, const char* name) {
@@ -120,17 +126,21 @@ const T* pointer(const std::optional<at::Tensor>& tensor, int64_t least, const c
   return tensor->const_data_ptr<T>();
 }
 
-Weight weight_of(const at::Tensor& tiles, const at::Tensor& step, const std::optional<at::Tensor>& numbers,
-                 const std::optional<at::Tensor>& factors, const std::optional<at::Tensor>& bias, int64_t in_features) {
+Weight weight_of(const Parts& parts, const std::optional<at::Tensor>& bias, int64_t in_features) {
+  TORCH_CHECK(parts.size() == 6 && parts[0] && parts[1], "a weight must have six parts, tiles and steps among them.");
+  const auto &tiles = *parts[0], &step = *parts[1];
+  const auto &numbers = parts[2], &factors = parts[3];
   TORCH_CHECK(tiles.dim() == 3 && tiles.size(2) == 32 && tiles.size(1) % kGroup == 0 && in_features <= tiles.size(1) &&
                   step.numel() <= kTile * tiles.size(0) && (!numbers || factors),
               "tiles ", tiles.sizes(), ", ", step.numel(), " steps and ", in_features, " inputs do not fit together.");
-  const int64_t columns = tiles.size(1), rows = step.numel();
-  Weight weight{pointer<uint8_t>(tiles, 0, "tiles"),
-                pointer<float>(step, 0, "step"),
+  const int64_t columns = tiles.size(1), rows = step.numel(), rare = parts[5] ? parts[5]->numel() / 2 : 0;
+  Weight weight{pointer<uint8_t>(parts[0], 0, "tiles"),
+                pointer<float>(parts[1], 0, "step"),
                 pointer<float>(factors, numbers ? columns : in_features, "factors"),
                 pointer<float>(bias, rows, "bias"),
                 pointer<int64_t>(numbers, columns, "numbers"),
+                pointer<int32_t>(parts[4], tiles.size(0) + 1, "rare_starts"),
+                pointer<int32_t>(parts[5], 0, "rare_entries"),
                 tiles.size(0),
                 columns,
                 in_features,
@@ -139,6 +149,12 @@ Weight weight_of(const at::Tensor& tiles, const at::Tensor& step, const std::opt
   for (int64_t k = 0; weight.numbers && k < columns; ++k)
     wrong |= k < in_features ? weight.numbers[k] != k : weight.numbers[k] < 0 || weight.numbers[k] >= in_features;
   TORCH_CHECK(!wrong, "numbers must be 0..", in_features - 1, ", the inputs, and then some of them.");
+  TORCH_CHECK(!weight.rare_starts == !weight.rare_entries, "rare digits must have starts and entries.");
+  for (int64_t tile = 0; weight.rare_starts && tile <= weight.count; ++tile)
+    wrong |= weight.rare_starts[tile] < (tile ? weight.rare_starts[tile - 1] : 0) || weight.rare_starts[tile] > rare;
+  for (int64_t i = 0; i < rare; ++i)
+    wrong |= weight.rare_entries[2 * i] < 0 || weight.rare_entries[2 * i] >= kTile * in_features;
+  TORCH_CHECK(!wrong, "rare digits must lie within the weight, tile after tile.");
   return weight;
 }
 
@@ -160,6 +176,7 @@ void finish(float* sums, const float* low, const float* step, const float* bias,
 struct Bytes {
   std::vector<int8_t> bytes;
   std::vector<float> scales, shifts;
+  std::vector<float> inputs;  // for rare digits, [in_features, count]
 
   template <typename T>
   void take(const Weight& weight, const T* x, int64_t count, bool two) {
@@ -167,11 +184,13 @@ struct Bytes {
     bytes.resize((1 + two) * count * columns);
     scales.resize((1 + two) * count * groups);
     shifts.resize((1 + two) * count);
+    if (weight.rare_starts) this->inputs.resize(inputs * count);
     at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
       std::vector<float> wide(columns, 0.0f);
       for (int64_t m = begin; m < end; ++m) {
         const T* own = x + m * inputs;
         widen(own, weight.factors, inputs, wide.data());
+        for (int64_t k = 0; weight.rare_starts && k < inputs; ++k) this->inputs[k * count + m] = wide[k];
         for (int64_t k = inputs; weight.numbers && k < columns; ++k)
           wide[k] = plain::widen(own[weight.numbers[k]]) * weight.factors[k];
         const int64_t low = two ? count + m : m;
@@ -194,13 +213,18 @@ void product(const Weight& weight, const T* x, int64_t count, T* out, int64_t st
     own.take(weight, x + from * weight.in_features, some, two);
     // a worker has one of its own under this name
     const int8_t* bytes = own.bytes.data();
-    const float *scales = own.scales.data(), *shifts = own.shifts.data();
+    const float *scales = own.scales.data(), *shifts = own.shifts.data(), *inputs = own.inputs.data();
     T* to = out + from * stride;
     at::parallel_for(0, weight.count, grain, [&](int64_t begin, int64_t end) {
-      std::vector<float> sums((1 + two) * some * kTile);
+      std::vector<float> sums((1 + two) * some * kTile), turned(weight.rare_starts ? some * kTile : 0);
       for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t rare = weight.rare_starts ? weight.rare_starts[tile] : 0;
+        const int64_t rare_count = weight.rare_starts ? weight.rare_starts[tile + 1] - rare : 0;
+        const int32_t* entries = weight.rare_entries + 2 * rare;
+        plain::fetch(entries, 8 * rare_count);
         loops.tile_rows(weight.tiles + tile * weight.columns * 32, weight.columns, (1 + two) * some, bytes, scales,
                         shifts, sums.data());
+        loops.rare_rows(entries, rare_count, inputs, some, turned.data(), sums.data());
         const int64_t first = tile * kTile, count_of = std::min<int64_t>(kTile, weight.rows - first);
         const float *step = weight.step + first, *bias = weight.bias ? weight.bias + first : nullptr;
         for (int64_t m = 0; m < some; ++m) {
@@ -212,33 +236,47 @@ void product(const Weight& weight, const T* x, int64_t count, T* out, int64_t st
   }
 }
 
-// x [M, K] of any floating type times the weight: [M, rows] in x's type
-at::Tensor int4_rows(const at::Tensor& x, const at::Tensor& tiles, const at::Tensor& step,
-                     const std::optional<at::Tensor>& numbers, const std::optional<at::Tensor>& factors,
-                     const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK(x.dim() == 2, "x must be [M, K], not ", x.sizes(), ".");
-  const Weight weight = weight_of(tiles, step, numbers, factors, bias, x.size(1));
-  const bool small = x.scalar_type() == at::kBFloat16;
-  const at::Tensor rows = (small ? x : x.to(at::kFloat)).contiguous();
-  at::Tensor out = at::empty({x.size(0), weight.rows}, rows.options());
-  if (small)
-    product(weight, static_cast<const uint16_t*>(rows.const_data_ptr()), x.size(0),
-            static_cast<uint16_t*>(out.mutable_data_ptr()), weight.rows);
-  else
-    product(weight, rows.const_data_ptr<float>(), x.size(0), out.mutable_data_ptr<float>(), weight.rows);
-  return out.to(x.scalar_type());
+// out = row `id` of a table
+void look_up(const Weight& weight, int64_t id, float* out) {
+  const int64_t tile = id / kTile, row = id % kTile, inputs = weight.in_features;
+  const uint8_t* codes = weight.tiles + tile * weight.columns * 32 + row % 32;
+  const auto digit = [&](int64_t k) { return float((row < 32 ? codes[32 * k] & 15 : codes[32 * k] >> 4) - 8); };
+  const auto factor = [&](int64_t k) { return weight.factors ? weight.factors[k] : 1.0f; };
+  for (int64_t k = 0; k < inputs; ++k) out[k] = digit(k) * factor(k);
+  for (int64_t k = inputs; weight.numbers && k < weight.columns; ++k) out[weight.numbers[k]] += digit(k) * factor(k);
+  const int64_t end = weight.rare_starts ? weight.rare_starts[tile + 1] : 0;
+  for (int64_t i = end ? weight.rare_starts[tile] : 0; i < end; ++i) {
+    const int64_t key = weight.rare_entries[2 * i];
+    float value;
+    std::memcpy(&value, weight.rare_entries + 2 * i + 1, 4);
+    if (key % kTile == row) out[key / kTile] += value * factor(key / kTile);
+  }
+  for (int64_t k = 0; k < inputs; ++k) out[k] *= weight.step[id];
 }
 
 // A weight that a layer holds
 struct Held : torch::CustomClassHolder {
-  at::Tensor tiles, step;
-  std::optional<at::Tensor> numbers, factors, bias;
+  Parts parts;
+  std::optional<at::Tensor> bias;
   Weight weight;
 
-  Held(at::Tensor tiles_, at::Tensor step_, std::optional<at::Tensor> numbers_, std::optional<at::Tensor> factors_,
-       std::optional<at::Tensor> bias_, int64_t in_features)
-      : tiles(tiles_), step(step_), numbers(numbers_), factors(factors_), bias(bias_),
-        weight(weight_of(tiles, step, numbers, factors, bias, in_features)) {}
+  Held(Parts parts_, std::optional<at::Tensor> bias_, int64_t in_features)
+      : parts(parts_), bias(bias_), weight(weight_of(parts, bias, in_features)) {}
+
+  // x [M, K] of any floating type times the weight: [M, rows] in x's type
+  at::Tensor rows(const at::Tensor& x) const {
+    TORCH_CHECK(x.dim() == 2 && x.size(1) == weight.in_features && x.is_cpu(), "x must be [M, ", weight.in_features,
+                "] on the CPU, not ", x.sizes(), ".");
+    const bool small = x.scalar_type() == at::kBFloat16;
+    const at::Tensor own = (small ? x : x.to(at::kFloat)).contiguous();
+    at::Tensor out = at::empty({x.size(0), weight.rows}, own.options());
+    if (small)
+      product(weight, static_cast<const uint16_t*>(own.const_data_ptr()), x.size(0),
+              static_cast<uint16_t*>(out.mutable_data_ptr()), weight.rows);
+    else
+      product(weight, own.const_data_ptr<float>(), x.size(0), out.mutable_data_ptr<float>(), weight.rows);
+    return out.to(x.scalar_type());
+  }
 };
 
 using Helds = std::vector<c10::intrusive_ptr<Held>>;
@@ -598,21 +636,75 @@ at::Tensor layer_step(const c10::intrusive_ptr<Layer>& layer, const at::Tensor& 
   return wide.to(x.scalar_type());
 }
 
+// A decoder whose table and layers are all codes
+struct Decoder : torch::CustomClassHolder {
+  std::vector<c10::intrusive_ptr<Layer>> layers;
+  std::vector<int64_t> kinds;  // of the layers' angles
+  c10::intrusive_ptr<Held> table;
+  at::Tensor norm;  // empty where there is none
+  float eps, multiplier;
+
+  Decoder(std::vector<c10::intrusive_ptr<Layer>> layers_, std::vector<int64_t> kinds_, c10::intrusive_ptr<Held> table_,
+          at::Tensor norm_, double eps_, double multiplier_)
+      : layers(layers_), kinds(kinds_), table(table_), norm(norm_), eps(float(eps_)), multiplier(float(multiplier_)) {
+    TORCH_CHECK(kinds.size() == layers.size() && norm.is_contiguous() && norm.scalar_type() == at::kFloat,
+                "the parts of the decoder do not fit together.");
+    for (const auto& layer : layers)
+      TORCH_CHECK(layer->states == table->weight.in_features && (!norm.numel() || norm.numel() == layer->states),
+                  "a layer reads other states.");
+  }
+};
+
+// One token of each row, ids [B, 1] -> last hidden states [B, 1, D] of the caches' type; `caches` are the five buffers
+// of each layer, which take it up in `slots`, and `angles` cosines and sines of each kind of layer.
+at::Tensor decoder_step(const c10::intrusive_ptr<Decoder>& decoder, const at::Tensor& ids,
+                        const std::vector<at::Tensor>& angles, const std::vector<at::Tensor>& caches,
+                        std::vector<int64_t> slots) {
+  const int64_t batch = ids.size(0), count = decoder->layers.size();
+  const Weight& table = decoder->table->weight;
+  TORCH_CHECK(ids.dim() == 2 && ids.size(1) == 1 && ids.is_cpu() && ids.scalar_type() == at::kLong &&
+                  int64_t(caches.size()) == 5 * count && count > 0,
+              "ids must be int64 [B, 1] on the CPU, with five buffers of each of ", count, " layers.");
+  const auto options = caches[0].options();
+  at::Tensor states = at::empty({batch, table.in_features}, options.dtype(at::kFloat));
+  float* x = states.mutable_data_ptr<float>();
+  for (int64_t row = 0; row < batch; ++row) {
+    const int64_t id = ids.const_data_ptr<int64_t>()[row * ids.stride(0)];
+    TORCH_CHECK(id >= 0 && id < table.rows, "token ", id, " is outside the table of ", table.rows, " rows.");
+    float* own = x + row * table.in_features;
+    look_up(table, id, own);
+    for (int64_t k = 0; k < table.in_features; ++k) own[k] *= decoder->multiplier;
+  }
+  for (int64_t index = 0; index < count; ++index) {
+    const int64_t kind = 2 * decoder->kinds[index], at = 5 * index;
+    TORCH_CHECK(kind >= 0 && kind + 1 < int64_t(angles.size()), "angles of a kind of layers are missing.");
+    const Cached cached{caches[at], caches[at + 1], caches[at + 2], caches[at + 3], caches[at + 4], {}, {}, {}, slots};
+    const auto &cos = angles[kind], &sin = angles[kind + 1];
+    decoder->layers[index]->check(states, cos, sin, cached);
+    decoder->layers[index]->run(x, batch, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), cached);
+  }
+  for (int64_t row = 0; decoder->norm.numel() && row < batch; ++row) {
+    float* own = x + row * table.in_features;
+    loops.rms_norm(own, decoder->norm.const_data_ptr<float>(), table.in_features, decoder->eps, own);
+  }
+  return states.to(caches[0].scalar_type()).unsqueeze(1);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(flashlite_native, library) {
   library.def("best_level", &best_level);
   library.def("use_level", &use_level);
-  library.def(
-      "int4_rows(Tensor x, Tensor tiles, Tensor step, Tensor? numbers, Tensor? factors, Tensor? bias) -> Tensor");
-  library.class_<Held>("Held").def(
-      torch::init<at::Tensor, at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>,
-                  std::optional<at::Tensor>, int64_t>());
+  library.class_<Held>("Held")
+      .def(torch::init<Parts, std::optional<at::Tensor>, int64_t>())
+      .def("rows", [](const c10::intrusive_ptr<Held>& held, const at::Tensor& x) { return held->rows(x); });
   library.class_<Layer>("Layer")
       .def(torch::init<Helds, c10::intrusive_ptr<Held>, Helds, c10::intrusive_ptr<Held>, std::vector<at::Tensor>,
                        std::optional<at::Tensor>, std::optional<at::Tensor>, std::vector<int64_t>, std::vector<int64_t>,
                        double, double>())
       .def("step", &layer_step);
+  library.class_<Decoder>("Decoder")
+      .def(torch::init<std::vector<c10::intrusive_ptr<Layer>>, std::vector<int64_t>, c10::intrusive_ptr<Held>,
+                       at::Tensor, double, double>())
+      .def("step", &decoder_step);
 }
-
-TORCH_LIBRARY_IMPL(flashlite_native, CPU, library) { library.impl("int4_rows", int4_rows); }

@@ -13,7 +13,8 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,14 @@ from torch import nn
 from torch.utils import cpp_extension
 from transformers.activations import ACT2FN
 
-from ..cache_flashlite import FlashLiteCacheLayer
-from ..decode_flashlite import DecodeSession
-from ..ecq_modules_flashlite import EcqLinear, join
+from ..cache_flashlite import FlashLiteCacheLayer, own_cache
+from ..decode_flashlite import DecodeSession, TokenStep
+from ..ecq_modules_flashlite import EcqEmbedding, EcqLinear, join
 from ..int4_flashlite import KernelWeight
 from ..layer_step_flashlite import EncoderKeys, LayerStep, Place, norms_of
 from ..layers_flashlite import FlashLiteDecoderLayer
 from ..linear_flashlite import is_hooked
+from ..stacks_flashlite import FlashLiteDecoder
 from ..tiles_flashlite import TILE_ROWS
 
 try:
@@ -41,22 +43,21 @@ _PYTHON: tuple[Any, Any] = KernelWeight.of, KernelWeight.most_rows
 
 
 class NativeWeight(NamedTuple):
-    """What [`KernelWeight`] is for PyTorch's kernel: a weight as `decode.cpp` takes it, with nothing held twice.
+    """A weight as `decode.cpp` takes it, what [`KernelWeight`] is for PyTorch; only rare digits are held twice.
 
     Attributes:
-        tiles, step, numbers, factors (`torch.Tensor`): as in `int4_linear`.
+        held (`torch.classes.flashlite_native.Held`): tiles, step, numbers and factors as in `int4_linear`, and
+            `RareDigits.by_tiles`.
     """
 
-    tiles: torch.Tensor
-    step: torch.Tensor
-    numbers: torch.Tensor | None = None
-    factors: torch.Tensor | None = None
+    held: Any
 
     @classmethod
-    def of(cls, tiles, step, numbers=None, factors=None) -> NativeWeight:
-        """The arguments as they are; see `KernelWeight.of`."""
-        step, factors = (x if x is None else x.detach().contiguous() for x in (step, factors))
-        return cls(tiles, step, numbers, factors)
+    def of(cls, tiles, step, columns, numbers=None, factors=None, rare=None, bias=None) -> NativeWeight:
+        """The arguments as they are, but for the order of rare digits; see `KernelWeight.of`."""
+        step, factors, bias = (x if x is None else x.detach().contiguous() for x in (step, factors, bias))
+        ordered = (None, None) if rare is None else rare.padded(len(tiles) * TILE_ROWS).by_tiles()
+        return cls(torch.classes.flashlite_native.Held([tiles, step, numbers, factors, *ordered], bias, columns))
 
     @staticmethod
     def most_rows() -> int:
@@ -65,7 +66,7 @@ class NativeWeight(NamedTuple):
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """x `[M, K]` of any floating dtype times the weight: `[M, N]` in x's dtype."""
-        return torch.ops.flashlite_native.int4_rows.default(x, *self, None)
+        return self.held.rows(x)
 
 
 class NativeLayerStep(LayerStep):
@@ -83,25 +84,86 @@ class NativeLayerStep(LayerStep):
     ) -> torch.Tensor:
         """States `[B, D]` of the newest tokens -> `[B, D]`; the cache grows in place."""
         cross = (None, None, None) if encoder is None else encoder.cross
-        if not self._takes(states, cache, place, cross):
+        if self.native is None or not _takes(cache, place) or not _fit(cross, cache):
             return super().__call__(states, cache, place, encoder)
         slots, angles = cache.open_slots(), place.angles[self.kind]
-        states = self.native.step(
-            states, angles.cos, angles.sin, cache._keys, cache._values, *cache._summaries, slots, *cross
-        )
+        states = self.native.step(states, angles.cos, angles.sin, *_buffers(cache), slots, *cross)
         cache.close_slots()
         return states
 
-    def _takes(self, states: torch.Tensor, cache: FlashLiteCacheLayer, place: Place, cross) -> bool:
-        return (
-            self.native is not None
-            and place.few
-            and place.shift is None
-            and (place.bias is None) == (type(cache.fill) is int)  # one position of all rows, or one of each
-            and cache.summarized == cache._used // self.spec.block_size
-            and cache._keys.dtype in (torch.float32, torch.bfloat16)
-            and all(x is None or x.is_contiguous() and x.dtype in (cache._keys.dtype, torch.bool) for x in cross)
-        )
+
+def _takes(cache: FlashLiteCacheLayer, place: Place) -> bool:
+    """Whether compiled code can read and extend a layer of the cache."""
+    return (
+        place.few
+        and place.shift is None
+        and (place.bias is None) == (type(cache.fill) is int)  # one position of all rows, or one of each
+        and cache.summarized == cache._used // cache.spec.block_size
+        and cache._keys.dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+def _fit(cross: Iterable[torch.Tensor | None], cache: FlashLiteCacheLayer) -> bool:
+    """Whether keys, values and mask of an encoder are as those of the cache."""
+    return all(x is None or x.is_contiguous() and x.dtype in (cache._keys.dtype, torch.bool) for x in cross)
+
+
+def _buffers(cache: FlashLiteCacheLayer) -> tuple[torch.Tensor, ...]:
+    return cache._keys, cache._values, *cache._summaries
+
+
+class NativeTokenStep(TokenStep):
+    """A [`TokenStep`] in one call of compiled code, where the table and all layers are codes on the CPU.
+
+    A token reads all weights, after which no code is in the processor's cache: each operator in between is slow.
+    """
+
+    layer_class = NativeLayerStep
+
+    def __init__(self, decoder: FlashLiteDecoder, dtype: torch.dtype):
+        super().__init__(decoder, dtype)
+        self.kinds = list(dict.fromkeys(layer.kind for layer in self.layers))
+        self.native: Any = None
+        layers = [layer.native for layer in self.layers if isinstance(layer, NativeLayerStep)]
+        if all(layer is not None for layer in layers) and _has_coded_ends(decoder):
+            norm, table = decoder.norm, decoder.embed_tokens
+            weight, eps = (torch.zeros(0), 0.0) if isinstance(norm, nn.Identity) else (_norm_weight(norm), norm.eps)
+            self.native = torch.classes.flashlite_native.Decoder(
+                layers,
+                [self.kinds.index(layer.kind) for layer in self.layers],
+                _held(table),
+                weight,
+                eps,
+                decoder.embedding_multiplier,
+            )
+
+    def __call__(self, input_ids: torch.Tensor, past_key_values, place: Place, encoder_mask) -> torch.Tensor:
+        """Ids `[B, 1]` to the last hidden states `[B, 1, D]`; the cache grows in place."""
+        own = own_cache(past_key_values)
+        caches = own.layers
+        if self.native is None or own is not past_key_values or not all(map(_takes, caches, repeat(place))):
+            return super().__call__(input_ids, past_key_values, place, encoder_mask)
+        slots = [cache.open_slots() for cache in caches]
+        angles = [part for kind in self.kinds for part in place.angles[kind][:2]]
+        ids, buffers = input_ids.long(), [part for cache in caches for part in _buffers(cache)]
+        states = self.native.step(ids, angles, buffers, slots[0])
+        for cache in caches:
+            cache.close_slots()
+        return states
+
+
+def _has_coded_ends(decoder: FlashLiteDecoder) -> bool:
+    """Whether what comes before the first and after the last layer is a table of codes and a norm that can be run."""
+    table, norm = decoder.embed_tokens, decoder.norm
+    if type(table) is not EcqEmbedding or table.tiles is None or not table.tiles.is_cpu or table.step.requires_grad:
+        return False
+    if decoder.embed_proj is not None or is_hooked(table) or is_hooked(norm):
+        return False
+    return isinstance(norm, nn.Identity) or isinstance(norm, nn.RMSNorm) and norm.eps is not None
+
+
+def _norm_weight(norm: nn.RMSNorm) -> torch.Tensor:
+    return norm.weight.float().add(getattr(norm, "offset", 0.0)).contiguous()
 
 
 def _is_coded(layer: FlashLiteDecoderLayer) -> bool:
@@ -123,11 +185,13 @@ def _is_coded(layer: FlashLiteDecoderLayer) -> bool:
     )
 
 
-def _held(linear: EcqLinear):
-    tensors = linear.tiles, linear.step, linear.numbers, linear.factors, linear.bias
-    tiles, step, numbers, factors, bias = (x if x is None else x.detach().contiguous() for x in tensors)
-    bias = None if bias is None else bias.float()
-    return torch.classes.flashlite_native.Held(tiles, step, numbers, factors, bias, linear.in_features)
+def _held(layer: EcqLinear | EcqEmbedding):
+    weight, bias = layer.prepared(), getattr(layer, "bias", None)
+    if bias is None and type(weight) is NativeWeight:
+        return weight.held
+    # with its bias, or of a model that has decoded before by the Python path
+    tensors = layer.tiles.detach(), layer.step, layer.weight_shape[1], layer.numbers, layer.factors, layer.rare
+    return NativeWeight.of(*tensors, None if bias is None else bias.float()).held
 
 
 def _together(layers: list[EcqLinear]) -> tuple[list, list[int]]:
@@ -135,7 +199,7 @@ def _together(layers: list[EcqLinear]) -> tuple[list, list[int]]:
     joint = join(layers)
     sizes = [layer.out_features if joint is None else len(layer.tiles) * TILE_ROWS for layer in layers]
     places = [sum(sizes[:index]) for index in range(len(sizes))]
-    return [_held(layer) for layer in (layers if joint is None else [joint])], places
+    return list(map(_held, layers if joint is None else [joint])), places
 
 
 @torch.no_grad()
@@ -146,7 +210,7 @@ def _native_layer(layer: FlashLiteDecoderLayer, query_map):
     norms, eps = [], 0.0
     for norm in (*norms_of(layer), attention.q_norm, attention.k_norm):
         if isinstance(norm, nn.RMSNorm):
-            norms.append(norm.weight.float().add(getattr(norm, "offset", 0.0)).contiguous())
+            norms.append(_norm_weight(norm))
             eps = norm.eps
         else:
             norms.append(torch.zeros(0))
@@ -189,7 +253,6 @@ def build() -> None:
             f"The native kernels could not be built ({str(error).strip().splitlines()[0]}); install {compiler} and "
             "`pip install flashlite[native]`, or leave them out: they change nothing but speed."
         ) from error
-    torch.library.register_fake(f"{_NAME}::int4_rows", _int4_rows_shape)
 
 
 @contextlib.contextmanager
@@ -204,10 +267,6 @@ def _alone(folder: Path) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         yield
-
-
-def _int4_rows_shape(x, tiles, step, numbers=None, factors=None, bias=None):
-    return x.new_empty(x.shape[0], step.shape[0])
 
 
 def enable_native(on: bool = True) -> None:
@@ -234,4 +293,4 @@ def enable_native(on: bool = True) -> None:
         if level == 2:  # AVX2 takes rows one by one
             most_rows = NativeWeight.most_rows
     KernelWeight.of, KernelWeight.most_rows = of, most_rows  # type: ignore[method-assign]
-    DecodeSession.step_class = NativeLayerStep if on else LayerStep
+    DecodeSession.step_class = NativeTokenStep if on else TokenStep

@@ -285,6 +285,36 @@ void tile_rows(const uint8_t* tile, int64_t columns, int64_t count, const int8_t
 }
 #endif
 
+// Begin to read bytes that are needed soon
+inline void fetch(const void* from, int64_t bytes) {
+#if defined(__GNUC__)
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
+#endif
+}
+
+// sums[rows, 64] += the rare digits of a tile times inputs [columns, rows]; an entry is 64 times its column plus its
+// row, and the bits of a float. The sums are made in `turned`, [64, rows].
+void rare_rows(const int32_t* entries, int64_t count, const float* inputs, int64_t rows, float* turned, float* sums) {
+  if (count == 0) return;
+  if (rows > 1)
+    for (int64_t i = 0; i < kTile * rows; ++i) turned[i] = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t key = uint32_t(entries[2 * i]), column = key / kTile, row = key % kTile;
+    float value;
+    std::memcpy(&value, entries + 2 * i + 1, 4);
+    if (rows == 1) {
+      sums[row] += value * inputs[column];
+      continue;
+    }
+    float* own = turned + row * rows;
+    const float* input = inputs + column * rows;
+#pragma omp simd
+    for (int64_t m = 0; m < rows; ++m) own[m] += value * input[m];
+  }
+  for (int64_t m = 0; rows > 1 && m < rows; ++m)
+    for (int64_t j = 0; j < kTile; ++j) sums[m * kTile + j] += turned[j * rows + m];
+}
+
 // dots: out[g, i] = queries[g] . keys[i], for keys `stride` apart
 // mix: out[g] += sum of weights[g, i] values[i], for values `stride` apart
 #if LEVEL == 2
