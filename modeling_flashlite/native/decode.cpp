@@ -399,9 +399,16 @@ void attend(const Head<T>& head, const float* queries, int64_t groups, int64_t s
   thread_local std::vector<float> logits;
   logits.resize(groups * total);
   int64_t at = 0;
-  for (const Run& run : runs) {
-    dots((run.mean ? head.mean_keys : head.keys) + run.begin * head.width, head.width, run.count, head.width, queries,
-         groups, &logits[at], total);
+  const auto keys_of = [&](const Run& run) { return (run.mean ? head.mean_keys : head.keys) + run.begin * head.width; };
+  const auto values_of = [&](const Run& run) {
+    return (run.mean ? head.mean_values : head.values) + run.begin * head.size;
+  };
+  for (size_t i = 0; i < runs.size(); ++i) {
+    const Run& run = runs[i];
+    // runs are short and lie anywhere: those that come next are on their way while this one is read
+    if (i + 2 < runs.size()) plain::fetch(keys_of(runs[i + 2]), runs[i + 2].count * head.width * sizeof(T));
+    plain::fetch(values_of(run), run.count * head.size * sizeof(T));
+    dots(keys_of(run), head.width, run.count, head.width, queries, groups, &logits[at], total);
     for (int64_t g = 0; run.bias != 0 && g < groups; ++g)
       for (int64_t i = 0; i < run.count; ++i) logits[g * total + at + i] += run.bias;
     at += run.count;
@@ -414,8 +421,7 @@ void attend(const Head<T>& head, const float* queries, int64_t groups, int64_t s
   std::fill_n(out, groups * head.size, 0.0f);
   at = 0;
   for (const Run& run : runs) {
-    mix((run.mean ? head.mean_values : head.values) + run.begin * head.size, head.size, run.count, head.size,
-        &logits[at], total, groups, out);
+    mix(values_of(run), head.size, run.count, head.size, &logits[at], total, groups, out);
     at += run.count;
   }
   if (head.cross) mix(head.cross_values, head.size, head.cross, head.size, &logits[at], total, groups, out);

@@ -7,6 +7,13 @@ constexpr int kTile = 64;   // rows of a tile
 template <int N>
 using Constant = std::integral_constant<int, N>;
 
+// Begin to read bytes that are needed soon
+inline void fetch(const void* from, int64_t bytes) {
+#if defined(__GNUC__)
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
+#endif
+}
+
 inline float widen(float value) { return value; }
 inline float widen(uint16_t value) {
   const uint32_t bits = uint32_t(value) << 16;
@@ -285,13 +292,6 @@ void tile_rows(const uint8_t* tile, int64_t columns, int64_t count, const int8_t
 }
 #endif
 
-// Begin to read bytes that are needed soon
-inline void fetch(const void* from, int64_t bytes) {
-#if defined(__GNUC__)
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
-#endif
-}
-
 // sums[rows, 64] += the rare digits of a tile times inputs [columns, rows]; an entry is 64 times its column plus its
 // row, and the bits of a float. The sums are made in `turned`, [64, rows].
 void rare_rows(const int32_t* entries, int64_t count, const float* inputs, int64_t rows, float* turned, float* sums) {
@@ -334,11 +334,14 @@ inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
+constexpr int64_t kAhead = 32;  // keys between the one that is read and the one that is fetched
+
 // `G` queries and up to four keys at a time
 template <int G, typename T>
 void dots_block(const T* keys, int64_t stride, int64_t count, int64_t size, const float* queries, float* out,
                 int64_t out_stride) {
   for (int64_t i = 0; i < count; i += 4) {
+    if (i + kAhead + 4 <= count) fetch(keys + (i + kAhead) * stride, 4 * size * sizeof(T));
     const T* own[4];
     for (int k = 0; k < 4; ++k) own[k] = keys + std::min(i + k, count - 1) * stride;
     __m512 sums[G][4];
