@@ -129,7 +129,7 @@ def parse_args(classes: Sequence[type], argv: Sequence[str] | None = None, descr
             _refuse(f"unknown key {key!r} on the command line{_suggest(key, keys)}")
     if rest:
         _refuse(f"unexpected argument {rest[0]!r}; arguments are given as --key value")
-    given = frozenset(word[2:].partition("=")[0] for word in argv if word.startswith("--"))
+    given = frozenset(word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--"))
     for instance in parsed[: len(classes)]:
         instance.__dict__["given"] = given
     return tuple(parsed[: len(classes)])
