@@ -188,14 +188,14 @@ class BlockQuantizer:
             return False
         divergence = predicted_divergence(self.layers, self.spending.multiplier)
         if divergence > _BEARABLE:
+            about, nats = ("more than", _HOPELESS) if divergence > _HOPELESS else ("about", divergence)
             logger.warning(
-                "This budget costs %s nats of divergence from the float model, whose perplexity grows by a factor of"
-                " %s: ask for more bits, or train with qat.prepare_qat.",
-                *(
-                    (f"about {divergence:.2f}", f"some {math.exp(divergence):.1f}")
-                    if divergence < _HOPELESS
-                    else (f"more than {_HOPELESS:.2f}", f"more than {math.exp(_HOPELESS):.0f}")
-                ),
+                "This budget costs %s %.2f nats of divergence from the float model, whose perplexity grows by a factor of"
+                " %s %.1f: ask for more bits, or train with qat.prepare_qat.",
+                about,
+                nats,
+                about,
+                math.exp(nats),
             )
         blocks = sum(stack >= 0 for stack, _, _ in self.groups)
         with tqdm(total=2 * blocks * len(self.batches), desc="quantize", unit="batch") as bar:
