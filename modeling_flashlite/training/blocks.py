@@ -190,8 +190,8 @@ class BlockQuantizer:
         if divergence > _BEARABLE:
             about, nats = ("more than", _HOPELESS) if divergence > _HOPELESS else ("about", divergence)
             logger.warning(
-                "This budget costs %s %.2f nats of divergence from the float model, whose perplexity grows by a factor of"
-                " %s %.1f: ask for more bits, or train with qat.prepare_qat.",
+                "This budget costs %s %.2f nats of divergence from the float model, whose perplexity grows by a factor"
+                " of %s %.1f: ask for more bits, or train with qat.prepare_qat.",
                 about,
                 nats,
                 about,
