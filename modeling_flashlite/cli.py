@@ -5,7 +5,7 @@ import json
 import linecache
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 from .measure.cost import count_parameters
 from .spelling import did_you_mean
 
-__all__ = ["banner", "finish", "needs", "parse_args", "start"]
+__all__ = ["banner", "finish", "needs", "parse_args", "refuse_unused", "start"]
 
 # errors that always describe the input, and errors that do so only when raised by our own code
 _REFUSALS = ValueError, OSError, ImportError, FloatingPointError
@@ -129,7 +129,7 @@ def parse_args(classes: Sequence[type], argv: Sequence[str] | None = None, descr
             _refuse(f"unknown key {key!r} on the command line{_suggest(key, keys)}")
     if rest:
         _refuse(f"unexpected argument {rest[0]!r}; arguments are given as --key value")
-    given = frozenset(word[2:].partition("=")[0] for word in argv if word.startswith("--"))
+    given = frozenset(word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--"))
     for instance in parsed[: len(classes)]:
         instance.__dict__["given"] = given
     return tuple(parsed[: len(classes)])
@@ -152,6 +152,24 @@ def _suggest(key: str, keys: list[str]) -> str:
 def _refuse(message: str) -> None:
     sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")
     raise SystemExit(2)
+
+
+def refuse_unused(args, names: Iterable[str], use: str) -> None:
+    """Refuse options that were given on the command line and that this run would ignore.
+
+    Those of a recipe pass, since it may describe several kinds of runs.
+
+    Args:
+        args: an instance of [`parse_args`].
+        names (iterable of `str`): the options that the run does not use.
+        use (`str`): what they are used for.
+
+    Raises:
+        ValueError: one of them was given.
+    """
+    for name in names:
+        if name in getattr(args, "given", ()):
+            raise ValueError(f"--{name} is only used {use}; leave it out.")
 
 
 def banner(name: str, model: PreTrainedModel, training_args) -> str:

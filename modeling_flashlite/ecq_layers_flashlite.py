@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ from .ecq_twins_flashlite import FakeQuantModule
 from .ecq_weight_flashlite import QuantizedWeight, TiledWeight
 from .linear_flashlite import Linear
 
+logger = logging.getLogger(__name__)
 _TRAINING_STATE = ("log_step", "log_base", "exponents", "column_exponents", "code_lengths", "ecq_rate")
 
 _PLAIN_FORWARDS = (nn.Linear.forward, Linear.forward, nn.Embedding.forward, Conv1D.forward)
@@ -37,11 +39,18 @@ def is_quantizable(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.num_embeddings <= 64):
         return False
+    return not has_own_forward(module) and is_large(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a layer's class may compute something else than the base does from the weight."""
     kind = type(module)
     # the package and copies from the Hub each have a `Linear`
     is_plain = kind.forward in _PLAIN_FORWARDS or f"{kind.__module__}.{kind.__name__}".endswith(_OUR_LINEAR)
-    if not is_plain and not kind.__name__.endswith(_EXTENDED_EMBEDDINGS):
-        return False
+    return not is_plain and not kind.__name__.endswith(_EXTENDED_EMBEDDINGS)
+
+
+def is_large(module: nn.Module) -> bool:
     shape = module.weight.shape
     return len(shape) == 2 and min(shape) >= 8 and shape.numel() >= 1024
 
@@ -89,7 +98,7 @@ def collect_layers(model: nn.Module, config: EcqConfig) -> list[Layer]:
     """The distinct weights to be quantized, with data-free steps: proportional to each row's standard deviation.
 
     Raises:
-        ValueError: the model is quantized already, or has nothing to quantize.
+        ValueError: the model is quantized already, has nothing to quantize, or a weight is not finite.
     """
     method = getattr(model, "quantization_method", None)
     coded = any(isinstance(module, (EcqModule, FakeQuantModule)) for module in model.modules())
@@ -98,6 +107,8 @@ def collect_layers(model: nn.Module, config: EcqConfig) -> list[Layer]:
             f"{type(model).__name__} is quantized already ({method or METHOD}); call dequantize() first, or load the"
             " float original."
         )
+    _check_finite(model)
+    _warn_of_own_forwards(model, config)
     groups: dict[int, Layer] = {}
     for name, module in quantizable_layers(model, config).items():
         if id(module.weight) in groups:
@@ -106,11 +117,44 @@ def collect_layers(model: nn.Module, config: EcqConfig) -> list[Layer]:
             continue
         weight = weight_of(module)
         layer = Layer([name], [module], weight, torch.zeros(len(weight), device=weight.device))
+        if not torch.isfinite(layer.sigma).all():
+            raise ValueError(f"{name}.weight is too large: its squares are infinite; check the checkpoint.")
         layer.log_steps = data_free_steps(layer)
         groups[id(module.weight)] = layer
     if not groups:
         raise ValueError(f"{type(model).__name__} has no linear layer or embedding of at least 8 x 128 to quantize.")
     return list(groups.values())
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Refuse weights that the file cannot hold, before anything is changed."""
+    most = torch.finfo(torch.bfloat16).max
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and value.numel():
+            peak = torch.linalg.vector_norm(value.detach(), float("inf")).item()
+            if not peak <= most:
+                raise ValueError(
+                    f"{name} holds {peak}, but weights are finite numbers up to {most:.3g}; mend the checkpoint."
+                )
+
+
+def _warn_of_own_forwards(model: nn.Module, config: EcqConfig) -> None:
+    """Name the linear layers that stay float because their class has its own `forward`, as Falcon's has."""
+    odd = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and has_own_forward(module) and is_large(module)
+        if not named_module(name, config.modules_to_not_convert)
+    ]
+    if odd:
+        logger.warning(
+            "%d layers (%s, ...) stay bfloat16 and take %.1f MB of the file: %s has its own forward, so codes cannot "
+            "take the place of its weight.",
+            len(odd),
+            odd[0][0],
+            sum(2 * module.weight.numel() for _, module in odd) / 1e6,
+            type(odd[0][1]).__name__,
+        )
 
 
 def ids_of(layers: list[Layer]) -> set[int]:

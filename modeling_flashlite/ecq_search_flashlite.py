@@ -367,8 +367,6 @@ def search(layers: list[Layer], budget: float | None, overhead: float, tolerance
     weights, held, _ = fit(nearest, room, elements, start, tolerance * room)
     if held < 0.97 * room:
         logger.warning(
-            "The file has %.2f bits per weight of a budget of %.2f: the steps cannot be finer.",
-            8 * (held + overhead) / elements,
-            8 * budget / elements,
+            "The file has %.0f bytes of a budget of %.0f: the steps cannot be finer.", held + overhead, budget
         )
     return weights

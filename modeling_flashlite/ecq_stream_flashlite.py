@@ -32,6 +32,7 @@ Where rows are left that fill no tile, R of them, a last tile follows in the las
 from __future__ import annotations
 
 import itertools
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -152,6 +153,8 @@ def _joined(groups: list[tuple[np.ndarray, np.ndarray]], columns: int) -> list[t
 
 def _head(weight: QuantizedWeight, layout: _Layout) -> tuple[bytes, bytes]:
     """Bytes 0-7, and those from byte 12 to the directory."""
+    if not 0 < weight.base < math.inf:
+        raise ValueError(f"The step of a weight is {weight.base}, but must be finite and positive; check the weights.")
     sides, flags = [], 0
     exponents = weight.exponents.cpu().numpy().astype(np.int8)
     if exponents.any():

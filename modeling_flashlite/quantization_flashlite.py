@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import struct
 import types
 
@@ -118,7 +119,8 @@ class EcqQuantizer(HfQuantizer):
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if "disk" in devices:
             raise ValueError("Quantized modules cannot be offloaded to disk; leave 'disk' out of device_map.")
-        if not self.pre_quantized and (len(devices) > 1 or devices & {"auto", "balanced", "sequential"}):
+        # "auto" comes again, as the map that it means on this machine
+        if not self.pre_quantized and len(devices) > 1:
             raise ValueError(
                 f"Quantizing while loading needs the model on one device, got device_map={device_map!r}; quantize on"
                 " one device, save, and load the saved model with this device_map."
@@ -161,7 +163,9 @@ class EcqQuantizer(HfQuantizer):
             names = {key, tied.get(key)} | {other for other, source in tied.items() if source in (key, tied.get(key))}
             names |= {prefix + n for n in names if n} | {n.removeprefix(prefix) for n in names if n}
             if coded is None or coded & {key, *names}:
+                plan = model._get_dtype_plan(module.weight.dtype)
                 new = to_quantized(module, size_only=True)
+                new.proxy_dtype = _kept_dtype(key, plan, new.proxy_dtype)
                 if new is not module:
                     model.set_submodule(name, new)
 
@@ -231,6 +235,11 @@ class EcqQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _kept_dtype(name: str, plan: dict[str, torch.dtype], dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a weight by the `dtype_plan` of the loader, which keeps T5's `wo` in float32 in a float16 model."""
+    return next((kept for glob, kept in plan.items() if re.search(glob.replace("*", ".*"), name)), dtype)
 
 
 def _coded_names(checkpoint_files) -> set[str] | None:

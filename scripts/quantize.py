@@ -17,13 +17,12 @@ from pathlib import Path
 from transformers.trainer_utils import SaveStrategy
 
 from modeling_flashlite.checkpoint import load_language_model
-from modeling_flashlite.cli import finish, start
+from modeling_flashlite.cli import finish, refuse_unused, start
 from modeling_flashlite.data.batching import PaddingCollator
 from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.ecq_layers_flashlite import collect_layers
 from modeling_flashlite.measure.benchmark import format_table
 from modeling_flashlite.measure.compression import add_points, rate_curve, write_report
-from modeling_flashlite.measure.cost import model_size
 from modeling_flashlite.training.calibration import batches_of, mean_loss, quantize
 from modeling_flashlite.training.distillation import DistillationTrainer, SegmentDistillationTrainer
 from modeling_flashlite.training.divergence import KDLoss
@@ -47,6 +46,17 @@ from modeling_flashlite.training.sampling import with_conversations
 
 RATES = [5.0, 4.0, 3.5, 3.0, 2.5]  # of a report
 METHODS = ("ptq", "qat", "recover", "lsq")
+BUDGET = ("target_bits", "target_bytes", "max_loss_increase")
+# options that only some methods use
+USED_BY = {
+    **dict.fromkeys(("rates", "report", "gguf"), ["ptq"]),
+    **dict.fromkeys(("max_loss_increase", "data_free"), ["ptq", "recover"]),
+    **dict.fromkeys(("target_bits", "target_bytes", "calibration_batches", "chat_share"), ["ptq", "qat", "recover"]),
+    **dict.fromkeys(("start", "weight_rate"), ["qat"]),
+    **dict.fromkeys(("alpha", "temperature", "divergence"), ["qat", "recover", "lsq"]),
+    "lora_r": ["recover"],
+    "lsq_bits": ["lsq"],
+}
 
 
 @dataclass
@@ -76,6 +86,12 @@ class QuantizeArgs:
     lsq_bits: int = field(default=2, metadata={"help": "lsq: bits of a code, all of them in the file"})
     results: str | None = field(default=None, metadata={"help": "results file that loss over bits is added to"})
 
+    def __post_init__(self):
+        if self.calibration_batches < 1:
+            raise ValueError(
+                f"calibration_batches is {self.calibration_batches}, but must be at least 1; --data_free uses none."
+            )
+
 
 def measure_rates(model, options: QuantizeArgs, calibration: list[dict], evaluation: list[dict], about: dict) -> dict:
     """What is lost at several rates, with `--report` of all kinds of layers too; the model stays as it is."""
@@ -88,6 +104,29 @@ def measure_rates(model, options: QuantizeArgs, calibration: list[dict], evaluat
     return finish({"points": points})
 
 
+def refuse_what_would_be_ignored(options: QuantizeArgs) -> None:
+    """Refuse options of the command line that the method does not use; recipes serve several methods."""
+    for name, methods in USED_BY.items():
+        if options.method not in methods:
+            refuse_unused(options, [name], f"by --method {', '.join(methods)}")
+    if options.rates or options.report:
+        refuse_unused(options, [*BUDGET, "data_free"], "to write a model, which --rates and --report do not")
+    else:
+        refuse_unused(options, ["gguf"], "with --report")
+    if options.data_free or options.start:
+        refuse_unused(options, ["calibration_batches", "chat_share"], "to calibrate, without --data_free or --start")
+
+
+def refuse_what_would_be_lost(model: str, options: QuantizeArgs, output: Path, folder: Path) -> None:
+    """Refuse to write over the float source, or beside a result of another kind, which would be loaded with it."""
+    for name, source in (("model", model), ("start", options.start)):
+        if source and Path(source).resolve() in (output.resolve(), folder.resolve()):
+            raise ValueError(f"output_dir is {output}, which would overwrite --{name} {source}; give another folder.")
+    other, what = ("config.json", "a model") if folder != output else ("adapter_config.json", "adapters")
+    if (output / other).is_file():
+        raise ValueError(f"output_dir {output} holds {what} of another run; remove them, or give another folder.")
+
+
 def main(
     model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, options: QuantizeArgs, args: TrainArgs
 ) -> dict:
@@ -96,6 +135,14 @@ def main(
         raise SystemExit(f"quantize.py: method is {method!r}, but must be one of {', '.join(METHODS)}.")
     if not model_args.model:
         raise SystemExit("quantize.py: no model is given; pass --model with a folder or Hub id of a trained one.")
+    output = Path(args.output_dir)
+    folder = output if method != "recover" else output / "base"
+    if method != "qat":
+        options.start = None  # of a recipe
+    refuse_what_would_be_ignored(options)
+    if not (options.rates or options.report):
+        refuse_what_would_be_lost(model_args.model, options, output, folder)
+    config = EcqConfig(**{name: getattr(options, name) for name in BUDGET})
     logging.basicConfig(format="%(message)s")
     logging.getLogger("modeling_flashlite").setLevel(logging.INFO)  # announces what the work will cost
     splits = load_splits(data)
@@ -113,12 +160,10 @@ def main(
         return measure_rates(model, options, calibration, evaluation, about)
 
     base, parameters = mean_loss(model, evaluation), sum(p.numel() for p in model.parameters())
-    budget = {name: getattr(options, name) for name in ("target_bits", "target_bytes", "max_loss_increase")}
-    config, metrics = EcqConfig(**budget), {"output_dir": args.output_dir, "float_loss": base}
+    metrics = {"output_dir": args.output_dir, "float_loss": base}
     teacher = copy.deepcopy(model) if method != "ptq" else None
     if teacher is not None and args.bf16:
         teacher.bfloat16()  # autocast is the trainer's, and does not reach the teacher
-    folder = args.output_dir if method != "recover" else f"{args.output_dir}/base"
     callbacks, optimizer, packed_bits = [], None, None
     if method == "lsq":
         callbacks = [PlainLSQ(model, [layer.modules for layer in collect_layers(model, config)], options.lsq_bits)]
@@ -130,8 +175,12 @@ def main(
         callbacks = [EcqCallback()]
         optimizer = None if options.weight_rate is None else qat_optimizer(model, options.weight_rate, args)
     else:
-        blocks = Path(args.output_dir) / "blocks"  # an interrupted run resumes from them
-        quantize(model, config, None if options.data_free else calibration, resume=blocks)
+        blocks = output / "blocks"  # an interrupted run resumes from them
+        try:
+            quantize(model, config, None if options.data_free else calibration, resume=blocks)
+        except ValueError:  # refused
+            shutil.rmtree(blocks, ignore_errors=True)
+            raise
         metrics["ptq_perplexity_increase"] = math.exp(mean_loss(model, evaluation) - base) - 1
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -151,7 +200,8 @@ def main(
         metrics |= run(trainer, "quantize")
         model = trainer.model
     loss = mean_loss(model, evaluation)
-    size = model_size(model, folder)["weight_bytes"] if packed_bits is None else round(packed_bits / 8)
+    files = [path.stat().st_size for path in folder.glob("model*.safetensors")]
+    size = sum(files) if packed_bits is None else round(packed_bits / 8)
     metrics |= {"perplexity_increase": math.exp(loss - base) - 1, "file_bytes": size}
     metrics |= {"bits_per_weight": 8 * size / parameters, "smaller": 4 * parameters / size}
     point = {"method": "plain LSQ" if method == "lsq" else f"ours, {method}", "bits": metrics["bits_per_weight"]}

@@ -118,7 +118,41 @@ def test_budgets_that_no_steps_reach_are_refused_or_reported(caplog):
     with pytest.raises(ValueError, match="ask for at least half a bit"):
         search([_layer(64, 128)], 200, 100)
     search([_layer(64, 128)], 64 * 128 * 3, 0)
-    assert "the steps cannot be finer" in caplog.records[-1].getMessage()
+    said = caplog.records[-1].getMessage()
+    assert "of a budget of 24576: the steps cannot be finer" in said
+    assert int(said.split()[3]) == stream_bytes(search([_layer(64, 128)], 64 * 128 * 3, 0)[0])
+
+
+@pytest.mark.parametrize(("nats", "said"), [(1.2, "a factor of about 3.3:"), (900.0, "a factor of more than 1000.0:")])
+def test_a_hopeless_budget_is_said_to_be(nats, said, monkeypatch, caplog):
+    monkeypatch.setattr(blocks, "predicted_divergence", lambda layers, multiplier: nats)
+    quantize(build("llama"), EcqConfig(target_bits=5), [{"input_ids": torch.randint(3, 256, (2, 12))}])
+    assert any(said in record.getMessage() for record in caplog.records)
+
+
+IDS = torch.arange(3, 15).view(2, 6)
+EMPTY = {
+    "no batches": ([], {}, "holds no batch"),
+    "a batch of nothing": ([{}], {}, "holds no batch, or an empty one"),
+    "a later batch of nothing": ([{"input_ids": IDS}, {}], {}, "Batch 1 of the data is empty"),
+    "no rows": ([{"input_ids": IDS[:0]}], {}, "has 0 rows, but at least 1 is needed"),
+    "none asked for": ([{"input_ids": IDS}], {"max_batches": 0}, "max_batches is 0, but must be at least 1"),
+    "less than none": ([{"input_ids": IDS}], {"max_batches": -1}, "max_batches is -1"),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_calibration_data_is_refused_in_one_sentence(name):
+    data, options, message = EMPTY[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        quantize(build("llama"), EcqConfig(target_bits=4), data, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layer_of_zeros_has_no_error():
+    layer = _layer()
+    layer.weight.zero_()
+    assert blocks._weighted_error(layer, quantize_layer(layer, 0.0)) == 0
 
 
 def test_a_budget_that_feedback_cannot_meet_is_reported(caplog):

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
+from huggingface_hub import ModelCard
 from parents import CASES, SIZES, close, in_full_precision, make_parent, some_ids
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -170,6 +172,10 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-50])
 
 
+def name_shard(folder, shard):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+
+
 NORM = "model.norm.weight"
 DAMAGE = {
     "a missing weight": (lambda f: change_weights(f, lambda w: w.pop(NORM)), "lacks model.norm.weight"),
@@ -200,10 +206,8 @@ DAMAGE = {
     "a short file": (truncate, "cannot be read"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config that can be read"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "has no config that can be read"),
-    "an index that leads out": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../x"}}'),
-        "in the index of",
-    ),
+    "an index that leads out": (lambda f: name_shard(f, "../x"), "in the index of"),
+    "an index of numbers": (lambda f: name_shard(f, 5), "in the index of"),
 }
 
 
@@ -279,6 +283,37 @@ def test_an_older_folder_is_not_overwritten(folder, tmp_path):
     with pytest.raises(ConversionError, match="exists already"):
         convert(folder, output=tmp_path / "flash")
     assert [path.name for path in (tmp_path / "flash").iterdir()] == ["mine.txt"]
+
+
+def test_settings_of_generation_are_a_copy_without_the_parents_cache():
+    parent = make_parent("llama", torch.float32)
+    parent.generation_config.cache_implementation = "static"
+    model = convert(parent)
+    assert model.generate(some_ids(1, 5), max_new_tokens=3).shape[1] == 8
+    model.generation_config.max_new_tokens = 7
+    back = convert_back(model, "llama")
+    back.generation_config.max_new_tokens = 9
+    kept = [one.generation_config.max_new_tokens for one in (parent, model, back)]
+    assert kept == [None, 7, 9] and parent.generation_config.cache_implementation == "static"
+
+
+def test_a_misspelt_axis_and_what_is_no_model_are_refused():
+    parent = make_parent("llama")
+    with pytest.raises(ConversionError, match="no field 'relevance_topk'; it has block_size, .*relevance_top_k"):
+        convert(parent, relevance_topk=3)
+    with pytest.raises(ConversionError, match="A PeftModel.* cannot be converted; merge adapters"):
+        convert(get_peft_model(parent, LoraConfig(target_modules=["q_proj"])))
+
+
+@pytest.mark.parametrize("name", ["my model: v2", "- x", "a #b"])
+def test_a_card_is_yaml_whatever_the_name_and_the_licence(name, tmp_path):
+    make_parent("llama", torch.float32).save_pretrained(tmp_path / name)
+    said = {"license": "other", "license_name": "two:\nlines", "license_link": "LICENSE #1", "language": ["en", "de"]}
+    (tmp_path / name / "README.md").write_text(f"---\n{json.dumps(said)}\n---\n")
+    convert(tmp_path / name, output=tmp_path / "flash")
+    card = ModelCard.load(tmp_path / "flash" / "README.md")
+    assert card.data.base_model == name and card.data.tags == ["flashlite"]
+    assert said == {field: card.data[field] for field in said} and "Licence: two: lines." in card.text
 
 
 def test_shards_licence_and_settings_come_along(tmp_path):

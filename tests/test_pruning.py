@@ -9,6 +9,7 @@ from parents import close, make_parent, some_ids
 from verbs import load_script
 
 from modeling_flashlite import FlashLiteForCausalLM, convert
+from modeling_flashlite.training.conversion import to_encoder_decoder
 from modeling_flashlite.training.distillation import student_from_teacher
 from modeling_flashlite.training.families import ConversionError
 from modeling_flashlite.training.pruning import count, parse_target, prune
@@ -65,11 +66,21 @@ def test_parameters_are_reached():
 def test_targets():
     assert parse_target("layers=20, intermediate_size=1152") == {"num_hidden_layers": 20, "intermediate_size": 1152}
     assert parse_target("parameters=90M") == {"parameters": 90_000_000}
-    for text in ("heads=3", "layers=many", "layers=", "parameters=90M,layers=3"):
+    wrong = ("heads=3", "layers=many", "layers=", "layers=inf", "layers=infM", "layers=2.6", "layers=1,layers=2")
+    for text in (*wrong, "parameters=90M,layers=3"):
         with pytest.raises(ConversionError):
             parse_target(text)
-    with pytest.raises(ConversionError, match="must be 1 to 3"):
-        prune(convert(make_parent("llama")), {"num_hidden_layers": 4}, some_ids())
+    model, rows = convert(make_parent("llama")), some_ids()
+    whole = count(model.config)
+    for target, message in (
+        ({"num_hidden_layers": 4}, "must be 1 to 3"),
+        ({"num_hidden_layers": 3}, "has num_hidden_layers=3 already; give a smaller size"),
+        ({"parameters": 900_000_000}, f"parameters is 900,000,000, but the model has {whole:,}; give fewer"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            prune(model, target, rows)
+    with pytest.raises(ConversionError, match="encoder or head would be lost"):
+        prune(to_encoder_decoder(model), {"num_hidden_layers": 2}, rows)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import struct
 import subprocess
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    FalconConfig,
     MixtralConfig,
     ViTConfig,
     ViTForImageClassification,
@@ -27,6 +29,8 @@ from modeling_flashlite import quantization_flashlite
 from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.ecq_layers_flashlite import collect_layers, quantizable_layers
 from modeling_flashlite.ecq_modules_flashlite import EcqEmbedding, EcqLinear
+from modeling_flashlite.ecq_stream_flashlite import encode_weight
+from modeling_flashlite.ecq_weight_flashlite import QuantizedWeight
 from modeling_flashlite.training.calibration import quantize
 from modeling_flashlite.training.lora import add_lora
 from modeling_flashlite.training.qat import prepare_qat
@@ -193,9 +197,103 @@ def test_what_cannot_be_quantized_is_refused():
         quantize(build("llama"), EcqConfig(target_bits=0.6))
     with pytest.raises(ValueError, match="calibration|data"):
         quantize(build("llama"), EcqConfig(max_loss_increase=0.01))
-    for wrong in ({"bits": 3}, {"target_bits": 2, "target_bytes": "1MB"}, {"target_bytes": "1 furlong"}):
-        with pytest.raises(ValueError):
-            EcqConfig(**wrong)
+
+
+WRONG = [
+    {"bits": 3},
+    {"target_bits": 2, "target_bytes": "1MB"},
+    *({"target_bits": value} for value in ("3", math.nan, 9)),
+    *({"target_bytes": value} for value in ("1 furlong", "abcMB", "-3MB", "infMB", "", 0, 3e6)),
+    *({"max_loss_increase": value} for value in (-1, math.nan, math.inf, "5%")),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_wrong_budgets_are_refused_at_once(wrong):
+    with pytest.raises(ValueError, match=list(wrong)[-1]) as caught:
+        EcqConfig(**wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_fields_of_a_config_are_warned_of(tmp_path, caplog):
+    build("llama").save_pretrained(tmp_path / "float")
+    known = {"quant_method": "ecq", "target_bits": 5}
+    for fields, count in (({**known, "target_bit": 3}, 1), (known, 0)):
+        caplog.clear()
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=fields)
+        said = [record.getMessage() for record in caplog.records if "is ignored" in record.getMessage()]
+        assert len(said) == count and all("target_bit in the quantization_config is ignored" in line for line in said)
+    model.save_pretrained(tmp_path / "coded")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "coded")
+    assert not [record for record in caplog.records if "is ignored" in record.getMessage()]
+
+
+LAYER = "model.layers.1.mlp.up_proj.weight"
+DAMAGED = {
+    "nan": (LAYER, math.nan, f"{LAYER} holds nan, but weights are finite"),
+    "infinite": (LAYER, -math.inf, f"{LAYER} holds inf"),
+    "large": (LAYER, 1e38, f"{LAYER} is too large"),
+    "nan in a norm": ("model.norm.weight", math.nan, "model.norm.weight holds nan"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_weights_without_finite_codes_are_refused_by_name(name, tmp_path):
+    parameter, value, message = DAMAGED[name]
+    model = build("llama")
+    model.get_parameter(parameter).data.view(-1)[5] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=EcqConfig(target_bits=4))
+    with pytest.raises(ValueError, match=message):
+        quantize(model, EcqConfig(target_bits=4), [inputs_of(model)])
+
+
+def test_a_stream_without_a_finite_step_is_not_written():
+    codes, steps = torch.zeros(8, 128, dtype=torch.int8), torch.zeros(8, dtype=torch.int8)
+    for base in (math.nan, math.inf, 0.0):
+        with pytest.raises(ValueError, match=f"step of a weight is {base}"):
+            encode_weight(QuantizedWeight(codes, base, steps, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_that_a_family_keeps_in_float32_stay_so(dtype, tmp_path):
+    """T5 in float16 keeps its `wo`, whose outputs would overflow."""
+    build("t5").save_pretrained(tmp_path / "float")
+    config = EcqConfig(target_bits=5)
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "float", dtype=dtype, quantization_config=config)
+    model.save_pretrained(tmp_path / "coded")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "coded", dtype=dtype)
+    wo = again.encoder.block[0].layer[1].DenseReluDense.wo
+    assert wo.weight.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+    assert torch.equal(logits_of(again), logits_of(model))
+
+
+@pytest.mark.parametrize("places", ["auto", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}], ids=str)
+def test_a_map_of_one_device_is_quantized_on_it(places, tmp_path):
+    build("llama-untied").save_pretrained(tmp_path)
+    config = EcqConfig(target_bits=5)
+    if torch.accelerator.is_available() and places == "auto":
+        pytest.skip("an accelerator and the processor are two devices")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, quantization_config=config)
+    assert isinstance(model.model.layers[0].mlp.up_proj, EcqLinear)
+    with pytest.raises(ValueError, match="needs the model on one device"):
+        places = {"model": "cpu", "lm_head": "meta"}
+        AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, quantization_config=config)
+
+
+def test_layers_with_a_forward_of_their_own_are_named(caplog):
+    config = FalconConfig(**SMALL)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="leaves"):
+        quantize(model, EcqConfig(target_bits=4))
+    (said,) = (record.getMessage() for record in caplog.records if "own forward" in record.getMessage())
+    assert said.startswith("8 layers (transformer.h.0.self_attention.query_key_value, ...) stay bfloat16")
+    assert "FalconLinear has its own forward" in said
+
+
+def test_one_name_of_modules_is_one_name():
+    assert EcqConfig(modules_to_not_convert="q_proj").modules_to_not_convert == ["q_proj"]
 
 
 def test_modules_can_be_left_alone():

@@ -38,7 +38,8 @@ def quantize(recipe, ground, *overrides):
 
 @pytest.mark.parametrize("recipe", ["ptq_tiny", "ptq_smol", "qat_tiny", "recover_tiny", "qat_lm", "qat_translation"])
 def test_recipe_quantizes(recipe, ground, capsys):
-    metrics = quantize(recipe, ground, "--target_bits=5", "--calibration_batches=2", "--lora_r=2", "--max_steps=4")
+    own = ["--lora_r=2"] if recipe == "recover_tiny" else []
+    metrics = quantize(recipe, ground, "--target_bits=5", "--calibration_batches=2", "--max_steps=4", *own)
     assert metrics["bits_per_weight"] == pytest.approx(5, abs=0.1)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["file_bytes"] == metrics["file_bytes"]
     folder = ground[0] / recipe / ("base" if recipe == "recover_tiny" else "")
@@ -67,7 +68,8 @@ def test_models_of_others_are_trained_to_a_budget(kind, method, ground, tmp_path
     model.save_pretrained(tmp_path / kind)
     tokenizer.save_pretrained(tmp_path / kind)
     choices = [f"--model={tmp_path / kind}", f"--method={method}"]
-    metrics = quantize("qat_tiny", ground, "--target_bits=5", "--max_steps=4", *choices)
+    budget = ["--target_bits=5"] if method == "qat" else []
+    metrics = quantize("qat_tiny", ground, "--max_steps=4", *budget, *choices)
     assert 2 < metrics["bits_per_weight"] < 5.1 and metrics["perplexity_increase"] < 1
     if method == "qat":
         assert isinstance(AutoModelForCausalLM.from_pretrained(folder / "qat_tiny"), type(model))
@@ -126,3 +128,68 @@ def test_rates_are_measured(ground, tmp_path):
 def test_unknown_methods_are_refused(ground):
     with pytest.raises(SystemExit, match="method is 'lqs', but must be one of ptq, qat, recover, lsq"):
         quantize("qat_tiny", ground, "--method=lqs")
+
+
+IGNORED = [
+    ("ptq_tiny", "start=x", "by --method qat"),
+    ("ptq_tiny", "lora-r=4", "by --method recover"),
+    ("ptq_tiny", "alpha=0.5", "by --method qat, recover, lsq"),
+    ("ptq_tiny", "lora_r=4", "by --method recover"),
+    ("ptq_tiny", "weight_rate=0.1", "by --method qat"),
+    ("ptq_tiny", "lsq_bits=3", "by --method lsq"),
+    ("ptq_tiny", "gguf=x.gguf", "with --report"),
+    ("ptq_tiny --report=r.json", "target_bits=3", "to write a model"),
+    ("ptq_tiny --data_free=true", "calibration_batches=3", "to calibrate"),
+    ("qat_tiny", "report=r.json", "by --method ptq"),
+    ("qat_tiny --method=lsq", "target_bits=3", "by --method ptq, qat, recover"),
+]
+
+
+@pytest.mark.parametrize(("run", "option", "use"), IGNORED)
+def test_options_that_a_method_ignores_are_refused(run, option, use, ground):
+    recipe, *more = run.split()
+    with pytest.raises(
+        ValueError, match=f"--{option.partition('=')[0].replace('-', '_')} is only used {use}.*; leave it out"
+    ):
+        quantize(recipe, ground, *more, f"--{option}")
+
+
+def test_budgets_and_batches_are_checked_before_the_data(ground, capsys):
+    with pytest.raises(ValueError, match=r"target_bits=9.0 must be a number of 0.5 to 8"):
+        quantize("ptq_tiny", ground, "--target_bits=9", "--dataset=nowhere.txt")
+    for count in (0, -1):
+        with pytest.raises(SystemExit):
+            quantize("ptq_tiny", ground, f"--calibration_batches={count}")
+        assert f"calibration_batches is {count}, but must be at least 1" in capsys.readouterr().err
+
+
+def test_a_float_source_is_not_overwritten(ground):
+    source = ground[0] / "train_tiny"
+    before = (source / "model.safetensors").read_bytes()
+    for recipe, option in (("ptq_tiny", "model"), ("recover_tiny", "model"), ("qat_tiny", "start")):
+        changes = [f"--{option}={source}", f"--output_dir={source.parent / 'x' / '..' / source.name}"]
+        changes += [] if option == "model" else [f"--model={ground[0] / 'other'}"]
+        with pytest.raises(ValueError, match=f"would overwrite --{option} .*train_tiny; give another folder"):
+            quantize(recipe, ground, *changes)
+    assert (source / "model.safetensors").read_bytes() == before
+
+
+def test_results_of_another_kind_do_not_share_a_folder(ground, tmp_path):
+    """Old adapters would be loaded with the new model, and counted in its size."""
+    few = ["--target_bits=5", "--max_steps=1", f"--output_dir={tmp_path}", "--calibration_batches=1"]
+    quantize("recover_tiny", ground, *few)
+    with pytest.raises(ValueError, match="holds adapters of another run; remove them"):
+        quantize("ptq_tiny", ground, *few)
+    for path in tmp_path.glob("adapter_*"):
+        path.unlink()
+    (tmp_path / "old.gguf").write_bytes(bytes(1000))
+    metrics = quantize("ptq_tiny", ground, *few)
+    assert metrics["file_bytes"] == (tmp_path / "model.safetensors").stat().st_size
+    with pytest.raises(ValueError, match="holds a model of another run"):
+        quantize("recover_tiny", ground, *few)
+
+
+def test_a_refused_budget_leaves_no_blocks(ground, tmp_path):
+    with pytest.raises(ValueError, match="ask for more bits"):
+        quantize("ptq_tiny", ground, "--target_bits=3.2", "--calibration_batches=1", f"--output_dir={tmp_path}")
+    assert not (tmp_path / "blocks").exists()

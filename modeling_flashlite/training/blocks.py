@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 0.006  # accepted gap below the budget, as a share of it
 _PROCESS = 0.5e9  # bytes of Python and its libraries
 _BEARABLE = 0.7  # predicted divergence in nats at which perplexity doubles
+_HOPELESS = math.log(1000)  # beyond, the prediction is one of ruin only
 _FIELDS = ("log_steps", "log_scales", "noise", "price")
 Group = tuple[int, int, list[Layer]]  # stack (-1 outside of all), block, layers
 
@@ -144,7 +145,8 @@ def _weighted_error(layer: Layer, weight: QuantizedWeight) -> float:
     original = layer.weight[::4].float()
     error = original - weight.dequantize()[::4].to(original)
     moment = torch.eye(original.shape[1]) if layer.input_moment is None else layer.input_moment.to(original)
-    return (((error @ moment) * error).sum() / ((original @ moment) * original).sum()).item()
+    power = ((original @ moment) * original).sum()
+    return (((error @ moment) * error).sum() / power).item() if power > 0 else 0.0  # a layer of zeros has no error
 
 
 class BlockQuantizer:
@@ -162,7 +164,9 @@ class BlockQuantizer:
     def __init__(self, model, layers: list[Layer], batches: list[dict], room: float, resume=None):
         self.model, self.layers, self.batches, self.room = model, layers, batches, room
         self.call = runner(model)
-        probe = next(slices_of(batches, 64, 1))
+        probe = next(slices_of(batches, 64, 1), None)
+        if probe is None:
+            raise ValueError("The calibration data has 0 rows, but at least 1 is needed; pass None to use no data.")
         self.stacks = stacks_of(model, lambda: self.call(probe))
         self.groups = _groups(layers, self.stacks)
         self.last = max(number for number, (_, _, own) in enumerate(self.groups) if own)
@@ -184,11 +188,14 @@ class BlockQuantizer:
             return False
         divergence = predicted_divergence(self.layers, self.spending.multiplier)
         if divergence > _BEARABLE:
+            about, nats = ("more than", _HOPELESS) if divergence > _HOPELESS else ("about", divergence)
             logger.warning(
-                "This budget costs about %.2f nats of divergence from the float model, whose perplexity grows by a"
-                " factor of some %.1f: ask for more bits, or train with qat.prepare_qat.",
-                divergence,
-                math.exp(divergence),
+                "This budget costs %s %.2f nats of divergence from the float model, whose perplexity grows by a factor"
+                " of %s %.1f: ask for more bits, or train with qat.prepare_qat.",
+                about,
+                nats,
+                about,
+                math.exp(nats),
             )
         blocks = sum(stack >= 0 for stack, _, _ in self.groups)
         with tqdm(total=2 * blocks * len(self.batches), desc="quantize", unit="batch") as bar:

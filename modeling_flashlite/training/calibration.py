@@ -38,7 +38,9 @@ LADDER = (2.0, 2.33, 2.67, 3.0, 3.33, 3.67, 4.0, 4.5, 5.0, 6.0)  # bits per weig
 def _batches(calibration, model, batch_size: int, data_collator: Callable | None) -> Iterable[dict]:
     """Batches of tensors from a loader, a list of batches, or a dataset of examples, which is padded here."""
     examples = iter(calibration)
-    first = next(examples)
+    first: dict = next(examples, {})
+    if not first:
+        raise ValueError("The data holds no batch, or an empty one, but at least 1 is needed; pass None to use none.")
     examples, ids = itertools.chain([first], examples), first.get("input_ids")
     if data_collator is None and (ids is None or isinstance(ids, torch.Tensor) and ids.dim() == 2):
         yield from examples
@@ -61,9 +63,14 @@ def _batches(calibration, model, batch_size: int, data_collator: Callable | None
 
 def batches_of(calibration, model, data_collator=None, batch_size: int = 8, max_batches: int | None = None) -> list:
     """The first batches of calibration data, in any form that [`quantize`] accepts; segments lose their memory."""
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches is {max_batches}, but must be at least 1, or None for all.")
     batches = itertools.islice(_batches(calibration, model, batch_size, data_collator), max_batches)
     carried = "memory_reset", "shift_labels"
-    return [{name: value for name, value in batch.items() if name not in carried} for batch in batches]
+    kept = [{name: value for name, value in batch.items() if name not in carried} for batch in batches]
+    if not all(kept):
+        raise ValueError(f"Batch {[bool(batch) for batch in kept].index(False)} of the data is empty; leave it out.")
+    return kept
 
 
 def with_labels(batch: dict, model) -> dict:

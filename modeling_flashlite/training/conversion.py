@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 
 from ..configuration_flashlite import FlashLiteConfig, FlashLiteEncoderConfig
 from ..modeling_flashlite import FlashLiteForCausalLM, FlashLiteForConditionalGeneration
-from .converted_files import check_output, write_checkpoint
-from .families import ConversionError, flashlite_config, one_line, parent_config, weight_names
+from .converted_files import check_output, staged, write_checkpoint
+from .families import ConversionError, check_decoder, flashlite_config, one_line, parent_config, weight_names
 from .source import Source, open_source
 
 __all__ = ["convert", "convert_back", "parent_of", "to_encoder_decoder", "transplant"]
@@ -62,7 +62,8 @@ def convert(
     source = open_source(model, max_length)
     converted = transplant(source, max_length, **axes)
     if output is not None:
-        write_checkpoint(converted, source, output)
+        with staged(output) as folder:
+            write_checkpoint(converted, source, folder)
     return converted
 
 
@@ -92,7 +93,9 @@ def transplant(source: Source, max_length: int | None = None, **axes: Any) -> Fl
     model.tie_weights()
     model.config.dtype = weights["model.decoder.embed_tokens.weight"].dtype
     if source.generation_config is not None:
-        model.generation_config = source.generation_config
+        model.generation_config = copy.deepcopy(source.generation_config)
+        # kinds of caches of the parent, in place of which the model has its own
+        model.generation_config.cache_implementation = model.generation_config.cache_config = None
     return model.eval()
 
 
@@ -158,9 +161,10 @@ def convert_back(model: FlashLiteForCausalLM, model_type: str = "llama") -> PreT
     Raises:
         ConversionError: where that family cannot express the model; the message names the field.
     """
+    check_decoder(model.config, type(model).__name__, "The model")
     parent = parent_of(model, parent_config(model.config, model_type))
     parent.config.dtype = model.config.dtype
-    parent.generation_config = model.generation_config
+    parent.generation_config = copy.deepcopy(model.generation_config)
     return parent
 
 
@@ -176,6 +180,7 @@ def to_encoder_decoder(model: FlashLiteForCausalLM) -> FlashLiteForConditionalGe
     Returns:
         [`FlashLiteForConditionalGeneration`]: in evaluation mode; it needs training.
     """
+    check_decoder(model.config, type(model).__name__, "The model")
     config = copy.deepcopy(model.config)
     stack = config.decoder.to_dict()
     shared = {name: stack[name] for name in FlashLiteEncoderConfig.__dataclass_fields__ if name in stack}

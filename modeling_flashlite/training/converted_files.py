@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -18,10 +18,8 @@ from .source import Source
 
 # licences and notices, which are copied beside the converted weights
 _PAPERS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*", re.IGNORECASE)
-_CARD = """---
-{head}
----
-
+_KEPT = ("license", "license_name", "license_link", "language")  # of the parent's card
+_CARD = """
 # {title}
 
 {parent} as a Flash-Lite model: the same weights, bit for bit, with attention that is full up to {dense:,} tokens and
@@ -29,16 +27,13 @@ sparse beyond.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{title}")
-model = AutoModelForCausalLM.from_pretrained("{title}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({path})
+model = AutoModelForCausalLM.from_pretrained({path}, trust_remote_code=True)
 ```
 
 Licence: {license}. It is the parent's, whose card says what the model was trained on, what it is for and what not.
 """
-_PLAIN_CARD = """---
-{head}
----
-
+_PLAIN_CARD = """
 # {title}
 
 {parent} as {what}, with the same weights.
@@ -71,28 +66,27 @@ def staged(output: str | Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_checkpoint(model: PreTrainedModel, source: Source, output: str | Path) -> None:
+def write_checkpoint(model: PreTrainedModel, source: Source, folder: Path) -> None:
     """Write a converted model with its parent's tokenizer and licence, and a card that names the parent."""
-    with staged(output) as folder:
-        model.save_pretrained(folder)
-        tokenizer = source.tokenizer()
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        for path in sorted(source.folder.iterdir()) if source.folder else ():
-            if path.is_file() and _PAPERS.fullmatch(path.name):
-                shutil.copyfile(path, folder / path.name)
-        (folder / "README.md").write_text(make_card(model, source), encoding="utf-8")
+    model.save_pretrained(folder)
+    tokenizer = source.tokenizer()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for path in sorted(source.folder.iterdir()) if source.folder else ():
+        if path.is_file() and _PAPERS.fullmatch(path.name):
+            shutil.copyfile(path, folder / path.name)
+    (folder / "README.md").write_text(make_card(model, source), encoding="utf-8")
 
 
 def parent_facts(source: Source) -> dict[str, Any]:
     """Name, licence and languages of a parent, from its card or GGUF file; the licence is `unknown` if unstated."""
-    facts: dict[str, Any] = {"name": source.name, "license": "unknown", "language": None}
+    facts: dict[str, Any] = {"name": source.name, "license": "unknown"}
     if source.folder and source.gguf:
         facts |= _gguf_facts(source.folder / source.gguf)
     elif source.folder and (source.folder / "README.md").is_file():
         with contextlib.suppress(Exception):  # an unreadable card gives no facts
-            data = ModelCard.load(source.folder / "README.md").data
-            facts |= {"license": data.license or "unknown", "language": data.language}
+            said = ModelCard.load(source.folder / "README.md").data.to_dict()
+            facts |= {name: said[name] for name in _KEPT if said.get(name)}
     if Path(facts["name"]).exists():
         facts["name"] = Path(facts["name"]).resolve().stem if source.gguf else Path(facts["name"]).resolve().name
     return facts
@@ -109,15 +103,19 @@ def _gguf_facts(path: Path) -> dict[str, Any]:
 def make_card(model: PreTrainedModel, source: Source) -> str:
     """The text of README.md."""
     facts = parent_facts(source)
-    head = [f"license: {facts['license']}", f"base_model: {facts['name']}", "library_name: transformers"]
-    head += ["pipeline_tag: text-generation", "tags: [flashlite]"]
-    if facts["language"]:
-        head.append(f"language: {json.dumps(facts['language'])}")
+    data = ModelCardData(
+        base_model=facts["name"],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["flashlite"],
+        **{name: facts[name] for name in _KEPT if name in facts},
+    )
     title = f"{Path(facts['name']).name}-flashlite"
+    known = " ".join(str(facts.get("license_name", facts["license"])).split())  # a licence in many lines is one name
+    texts = {"title": title, "parent": facts["name"], "license": known}
     if model.config.model_type != "flashlite" or model.config.is_encoder_decoder:
         what = "an encoder-decoder" if model.config.is_encoder_decoder else model.config.model_type
-        return _PLAIN_CARD.format(
-            head="\n".join(head), title=title, parent=facts["name"], what=what, license=facts["license"]
-        )
-    dense = dense_length(model.config)
-    return _CARD.format(head="\n".join(head), title=title, parent=facts["name"], dense=dense, license=facts["license"])
+        text = _PLAIN_CARD.format(what=what, **texts)
+    else:
+        text = _CARD.format(dense=dense_length(model.config), path=json.dumps(title), **texts)
+    return f"---\n{data}\n---\n{text}"

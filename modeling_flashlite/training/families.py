@@ -60,6 +60,20 @@ class ConversionError(ValueError):
     """A checkpoint cannot be converted; the message states the reason and the fix."""
 
 
+def check_decoder(config: FlashLiteConfig, kind: str, name: str) -> None:
+    """Refuse a Flash-Lite model that is no float decoder with a language-model head, before it is changed.
+
+    Args:
+        config (`FlashLiteConfig`): of the model.
+        kind (`str`): name of its class.
+        name (`str`): what the message calls it.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConversionError(f"{name} is quantized; dequantize() and save it first.")
+    if config.is_encoder_decoder or kind != "FlashLiteForCausalLM":
+        raise ConversionError(f"{name} is a {kind}, whose encoder or head would be lost; give a FlashLiteForCausalLM.")
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, in one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -237,7 +251,10 @@ def flashlite_config(config: PreTrainedConfig, max_length: int | None = None, **
     fields |= {name: value(config) if callable(value) else value for name, value in family.fixed.items()}
     if fields["no_rope_layers"] is not None and all(fields["no_rope_layers"]):
         fields["no_rope_layers"] = None
-    axes = {**default_axes(max_length or config.max_position_embeddings, axes.get("block_size") or 8), **axes}
+    default = default_axes(max_length or config.max_position_embeddings, axes.get("block_size") or 8)
+    if unknown := sorted(set(axes) - set(default)):
+        raise ConversionError(f"The sparse attention has no field {unknown[0]!r}; it has {', '.join(default)}.")
+    axes = {**default, **axes}
     try:
         return FlashLiteConfig(
             **fields,

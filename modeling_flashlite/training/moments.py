@@ -148,7 +148,7 @@ def slices_of(batches: Iterable[dict], tokens: int, most: int) -> Iterator[dict]
     for batch in batches:
         first = next(iter(batch.values()))
         ids = batch.get("input_ids", first)
-        length = max(1, ids[0].numel() if ids.dim() == 2 else 1)
+        length = max(1, ids.shape[1] if ids.dim() == 2 else 1)
         rows = max(1, tokens // length)
         for start in range(0, len(first), rows):
             part = {key: value[start : start + rows] if value.dim() else value for key, value in batch.items()}

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..modeling_flashlite import FlashLiteForCausalLM
-from .families import ConversionError
+from .families import ConversionError, check_decoder
 
 # calibration rows on which the model is run once without each layer
 _LAYER_ROWS = 4
@@ -36,10 +36,14 @@ def parse_target(text: str) -> dict[str, int]:
         if name not in (*TARGETS, "parameters"):
             raise ConversionError(f"--prune knows layers, {', '.join(TARGETS[1:])} and parameters, but not {name!r}.")
         unit = {"k": 1e3, "m": 1e6, "b": 1e9}.get(value[-1:].lower(), 1)
+        if name in target:
+            raise ConversionError(f"--prune has two values for {name}; leave one of them out.")
         try:
-            target[name] = round(float(value[:-1] if unit > 1 else value) * unit)
-        except ValueError:
-            raise ConversionError(f"--prune {name} is {value!r}, but a number such as 20 or 90M is needed.") from None
+            target[name] = round(float(value[:-1]) * unit) if unit > 1 else int(value)
+        except (ValueError, OverflowError):
+            raise ConversionError(
+                f"--prune {name} is {value!r}, but a whole number such as 20 or 90M is needed."
+            ) from None
     if "parameters" in target and len(target) > 1:
         raise ConversionError("--prune takes sizes or parameters, not both; leave one of them out.")
     return target
@@ -153,9 +157,11 @@ def sizes_for(config, parameters: int) -> dict[str, int]:
     stay. Of the 30 layers of SmolLM2-135M, keeping 26 is better than 21, 28 or 30 at 90 M parameters.
 
     Raises:
-        ConversionError: if even a quarter of both is too large.
+        ConversionError: the model has no more, or even a quarter of both is too large.
     """
     stack, best = config.decoder, None
+    if parameters >= (whole := count(config)):
+        raise ConversionError(f"parameters is {parameters:,}, but the model has {whole:,}; give fewer.")
     for layers in range(stack.num_hidden_layers, stack.num_hidden_layers // 4, -1):
         one, two = (count(config, num_hidden_layers=layers, intermediate_size=width) for width in (64, 128))
         width = (64 + int((parameters - one) / ((two - one) / 64))) // 32 * 32
@@ -190,6 +196,7 @@ def prune(
     Raises:
         ConversionError: for a size that is not smaller, or a model whose attention cannot be cut.
     """
+    check_decoder(model.config, type(model).__name__, "The model")
     config, stack = model.config, model.config.decoder
     if stack.position_encoding != "rotary" or stack.embedding_size != stack.hidden_size:
         raise ConversionError("Only models with rotary positions and unfactorised embeddings are pruned.")
@@ -197,6 +204,9 @@ def prune(
     for name, value in sizes.items():
         if not 1 <= value <= getattr(stack, name):
             raise ConversionError(f"{name} is {value}, but must be 1 to {getattr(stack, name)}, which the model has.")
+    if all(value == getattr(stack, name) for name, value in sizes.items()):
+        have = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        raise ConversionError(f"The model has {have} already; give a smaller size.")
     importance = measure_importance(model, rows)
     kept = _kept(stack, sizes, importance)
     small = _resized(config, sizes)

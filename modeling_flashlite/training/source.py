@@ -43,11 +43,11 @@ class Source:
     gguf: str | None = None
 
     @classmethod
-    def of_flashlite(cls, folder: str, model: PreTrainedModel) -> "Source":
+    def of_flashlite(cls, name: str, folder: Path, model: PreTrainedModel) -> "Source":
         """A Flash-Lite checkpoint as the source of a derived model."""
         weights = model.state_dict()
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-        return cls(folder, model.config, shapes, weights.__getitem__, model.generation_config, Path(folder))
+        return cls(name, model.config, shapes, weights.__getitem__, model.generation_config, folder)
 
     def tokenizer(self):
         """The tokenizer of the checkpoint; `None` where it has none."""
@@ -57,6 +57,16 @@ class Source:
             return AutoTokenizer.from_pretrained(self.folder, **({"gguf_file": self.gguf} if self.gguf else {}))
         except Exception as error:  # damaged tokenizer files can raise any exception
             raise ConversionError(f"The tokenizer of {self.name} cannot be read: {one_line(error)}") from error
+
+
+def local_folder(model: str | Path) -> Path:
+    """The folder of a checkpoint; one on the Hub is downloaded."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=_FILES))
+    except Exception as error:
+        raise ConversionError(f"{model} cannot be downloaded: {one_line(error)}") from error
 
 
 def open_source(model: PreTrainedModel | str | Path, max_length: int | None = None) -> Source:
@@ -84,19 +94,19 @@ def open_source(model: PreTrainedModel | str | Path, max_length: int | None = No
             lambda name: weights[name].detach().clone(),
             model.generation_config,
         )
+    if not isinstance(model, (str, Path)):
+        raise ConversionError(
+            f"A {type(model).__name__} cannot be converted; merge adapters (merge_and_unload), and give a "
+            "PreTrainedModel, a folder or a Hub id."
+        )
     path = Path(model)
     if path.suffix == ".gguf" and not path.is_file():
         raise ConversionError(f"There is no file {path}; give the path of a .gguf file.")
     if path.is_file():
         return _open_gguf(path, max_length)
-    folder = path
     if not path.is_dir():
-        config = _read_config(str(model))
-        flashlite_config(config, max_length)
-        try:
-            folder = Path(snapshot_download(str(model), allow_patterns=_FILES))
-        except Exception as error:
-            raise ConversionError(f"{model} cannot be downloaded: {one_line(error)}") from error
+        flashlite_config(_read_config(str(model)), max_length)
+    folder = local_folder(model)
     config = _read_config(str(folder))
     flashlite_config(config, max_length)
     shapes, read = _open_safetensors(folder)
@@ -158,7 +168,8 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({str(name) for name in places.values()})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ConversionError(f"{index} is no index of weights; download the checkpoint again.") from error
         for name in names:
