@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..checkpoint import BASE_CONFIG, read_config, read_tokenizer
+from ..checkpoint import BASE_CONFIG, load_merged, read_config, read_tokenizer
 from ..cli import banner
 from ..configuration_flashlite import FlashLiteConfig
 from ..data.batching import PaddingCollator, row_end, segment_streams, tokenize_texts
@@ -228,7 +228,7 @@ def load_model(
         changed = shape_changes(shape, config, model.model)
         if task.classes is not None:
             changed |= head_changes(config, task.classes)
-        loaded = auto.from_pretrained(model.model, **model.hub, **changed)
+        loaded = load_merged(auto, model.model, changed, **model.hub)
     else:
         loaded = auto.from_config(new_config(shape, tokenizer, task))
     if task.task.generates and task.task.name != "text-generation" and not task.encoder_decoder:
