@@ -263,7 +263,7 @@ def _class_ids(data: TaskData, dataset, rows: list[dict]) -> tuple[list[int], di
     """Map labels to the model's class ids by name (-1 for unknown names), with remarks for the results file.
 
     Numbers are compared only where one side has no names: integers in the data, or a model with `LABEL_0`, ... For
-    such a model, the names in the data are numbered in alphabetical order, as in training.
+    such a model, the names in the data are numbered in alphabetical order, as in training; they must be all of them.
     """
     column, known = data.columns["label"], data.classes or []
     labels, names = [row[column] for row in rows], names_of(dataset, column)
@@ -273,7 +273,7 @@ def _class_ids(data: TaskData, dataset, rows: list[dict]) -> tuple[list[int], di
     ids, texts = ids_by_name(known), [class_of(label, names) for label in labels]
     found = [class_id(text, ids) for text in texts]
     numbers = not isinstance(labels[0], str)
-    if nameless and not numbers and len(set(texts)) <= len(known):
+    if nameless and not numbers and len(set(texts)) == len(known):
         order = sorted(set(texts))
         return [order.index(text) for text in texts], {"labels": f"taken in the order {', '.join(order)}"}
     if numbers and (nameless or (names is None and not any(label is not None for label in found))):
