@@ -14,8 +14,8 @@ from transformers import set_seed
 from modeling_flashlite.checkpoint import CheckpointArgs, load_for_task, read_tokenizer
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.batching import row_end
-from modeling_flashlite.data.loading import load_data, pick_split
-from modeling_flashlite.data.tasks import get_task, resolve_task, text_of
+from modeling_flashlite.data.loading import load_data, pick_split, text_of
+from modeling_flashlite.data.tasks import get_task, resolve_task
 from modeling_flashlite.measure.cost import measure_generation, model_size, peak_memory_bytes
 from modeling_flashlite.measure.evaluation import evaluate_task
 from modeling_flashlite.measure.long_context import KINDS, evaluate_long_context, plot_depths

@@ -12,7 +12,7 @@ from datasets import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .loading import column_names, require_columns
+from .loading import column_names, require_columns, text_of
 
 __all__ = ["PaddingCollator", "join_rows", "pack", "row_end", "segment_streams", "tokenize_texts"]
 
@@ -42,7 +42,7 @@ def join_rows(dataset: Dataset, column: str, document_column: str) -> Dataset:
         raise ValueError("Streamed rows cannot be joined to documents; load them without streaming.")
     pairs = zip(dataset[document_column], dataset[column])
     documents = itertools.groupby(pairs, lambda pair: pair[0])
-    return Dataset.from_dict({column: ["\n".join(text or "" for _, text in rows) for _, rows in documents]})
+    return Dataset.from_dict({column: ["\n".join(text_of(text) for _, text in rows) for _, rows in documents]})
 
 
 def tokenize_texts(
@@ -70,7 +70,7 @@ def tokenize_texts(
     last = [tokenizer.eos_token_id] if end is None else tokenizer(end, add_special_tokens=False)["input_ids"]
 
     def encode(batch):
-        texts = [(text or "").removesuffix(end or "") for text in batch[column]]
+        texts = [text_of(text).removesuffix(end or "") for text in batch[column]]
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return {"input_ids": [ids + last for ids in encoded["input_ids"]]}
 
@@ -251,7 +251,7 @@ class PaddingCollator:
 
     def _stack(self, key: str, values: list[np.ndarray]) -> torch.Tensor:
         if values[0].ndim:
-            fill = {"labels": -100, "shift_labels": -100, "input_ids": self.tokenizer.pad_token_id}.get(key, 0)
+            fill = {"labels": -100, "shift_labels": -100, "input_ids": self.tokenizer.pad_token_id or 0}.get(key, 0)
             multiple = self.pad_to_multiple_of or 1
             length = -(-max(len(value) for value in values) // multiple) * multiple
             left = self.tokenizer.padding_side == "left"

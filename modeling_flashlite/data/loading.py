@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetGenerationError
 from ..spelling import did_you_mean
 from .corpus import hash_fraction, python_corpus
 
-__all__ = ["column_names", "hash_fraction", "load_data", "pick_split", "python_corpus", "require_columns"]
+__all__ = ["column_names", "hash_fraction", "load_data", "pick_split", "python_corpus", "require_columns", "text_of"]
 _BUILDERS = {
     ".json": "json",
     ".jsonl": "json",
@@ -113,6 +113,11 @@ def require_columns(dataset: Dataset | IterableDataset, columns: list[str], hint
                 f"Column {column!r} does not exist; the data set has {', '.join(available) or 'no columns'}"
                 f"{did_you_mean(column, available)}.{' ' + hint if hint else ''}"
             )
+
+
+def text_of(value: object) -> str:
+    """Text of a cell; an empty cell, which is `None`, becomes an empty text."""
+    return "" if value is None else str(value)
 
 
 def _take(rows, limit: int):

@@ -12,8 +12,9 @@ from transformers.utils import logging
 
 from ..data.batching import PaddingCollator
 from ..data.labels import class_id, class_of, ids_by_name, names_of
+from ..data.loading import text_of
 from ..data.preprocessing import cut_prompt, preprocess
-from ..data.tasks import TaskData, prompts_and_references, references_of, text_of
+from ..data.tasks import TaskData, prompts_and_references, references_of
 from ..data.tokenization import end_tokens
 from ..spans_flashlite import question_windows, span_scores
 from .metrics import METRICS, RESAMPLES
