@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..spans_flashlite import question_windows
+from ..spans_flashlite import cut_question, question_windows
 from .batching import join_rows, pack, row_end, tokenize_texts
 from .conversations import cut_at_turns, encode_conversation, messages_of
 from .labels import class_id, class_of, ids_by_name, names_of
@@ -50,7 +50,7 @@ def preprocess(
         max_target_length (`int`, *optional*, defaults to 128): tokens of the labels, `</s>` included.
         too_long (`str`, *optional*, defaults to `"truncate"`): what to do with rows above these limits: `truncate`,
             `drop` the row, or `error`. Conversations lose their last turns. Extractive question answering uses sliding
-            windows instead.
+            windows instead: only a question that fills one is too long.
         packed (`bool`, *optional*, defaults to `False`): conversations and prompts with answers, without an encoder:
             several in one row of `max_source_length` tokens, which see only themselves.
         num_proc (`int`, *optional*): worker processes.
@@ -223,6 +223,11 @@ class _Encoder:
 
     def _questions(self, row: dict) -> list[dict]:
         question, context = text_of(row[self.data.columns["question"]]), text_of(row[self.data.columns["context"]])
+        fitting = cut_question(self.tokenizer, question, self.max_source_length)
+        if fitting != question and self.too_long == "drop":
+            return []
+        if self.too_long == "truncate":
+            question = fitting
         span = answer_span(row[self.data.columns["answers"]], context)
         windows = question_windows(self.tokenizer, question, context, self.max_source_length)
         return [

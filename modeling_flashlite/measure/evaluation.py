@@ -16,7 +16,7 @@ from ..data.loading import text_of
 from ..data.preprocessing import cut_prompt, preprocess
 from ..data.tasks import TaskData, prompts_and_references, references_of
 from ..data.tokenization import end_tokens
-from ..spans_flashlite import question_windows, span_scores
+from ..spans_flashlite import cut_question, question_windows, span_scores
 from .metrics import METRICS, RESAMPLES
 from .perplexity import label_likelihood, text_likelihood
 from .results import write_results
@@ -221,10 +221,11 @@ def extract_answers(
         max_answer_tokens (`int`, *optional*, defaults to 30): longest span.
         batch_size, max_source_length, stride (`int`, *optional*): windows at a time, tokens of each and of overlaps.
     """
+    fitting = [(cut_question(tokenizer, question, max_source_length), context) for question, context in asked]
     windows = [
         (number, ids, offsets)
-        for number, (question, context) in enumerate(asked)
-        for ids, offsets in question_windows(tokenizer, question, context, max_source_length, stride)
+        for number, texts in enumerate(fitting)
+        for ids, offsets in question_windows(tokenizer, *texts, max_source_length, stride)
     ]
     best = [(float("-inf"), "")] * len(asked)
     # a context has no answer if none of its windows has one
