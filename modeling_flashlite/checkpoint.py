@@ -88,11 +88,17 @@ def read_config(model: str, **hub) -> PretrainedConfig:
 
 
 def read_tokenizer(model: str, **hub) -> PreTrainedTokenizerBase:
-    """Tokenizer of a checkpoint; an adapter without one uses its base's."""
+    """Tokenizer of a checkpoint; an adapter without one uses its base's.
+
+    Where there is no pad token, the end of sequence pads: masks and labels tell it from a real one.
+    """
     base, base_hub = base_of(model, **hub)
     if base != model and not _has(model, "tokenizer_config.json", hub):
         model, hub = base, base_hub
-    return AutoTokenizer.from_pretrained(model, **hub)
+    tokenizer = AutoTokenizer.from_pretrained(model, **hub)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _has(model: str, name: str, hub: dict) -> bool:

@@ -1,15 +1,16 @@
 """Adapters where a script expects a model: merged before they are trained, quantized or cut; one run in a folder."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from checkpoints import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-from verbs import RECIPES, TINY_RUN, argument_classes, load_script, run_verb, write_corpus
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from verbs import RECIPES, TINY_RUN, TINY_SHAPE, argument_classes, load_script, run_verb, write_corpus
 
-from modeling_flashlite.checkpoint import load_language_model
+from modeling_flashlite.checkpoint import load_language_model, read_tokenizer
 from modeling_flashlite.cli import parse_args
 from modeling_flashlite.ecq_config_flashlite import EcqConfig
 from modeling_flashlite.training.lora import add_lora
@@ -99,3 +100,50 @@ def test_an_adapter_of_a_coded_model_is_merged_into_its_weights(ground, tmp_path
     adapter = adapter_of(tmp_path / "coded", tmp_path / "adapter")
     run_verb("lora_tiny", dataset, tmp_path / "run", [f"--model={adapter}", "--lora_r=2", "--learning_rate=0"])
     torch.testing.assert_close(logits(tmp_path / "run"), logits(adapter), rtol=1e-2, atol=1e-2)
+
+
+def test_a_folder_holds_a_model_or_adapters(ground, tmp_path):
+    dataset, base, adapter = ground
+    for source, option in ((base, "--lora_r=2"), (adapter, "--lora_r=0")):
+        folder = tmp_path / option
+        shutil.copytree(source, folder)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(ValueError, match="output_dir is .*, where .* would be saved, but it holds"):
+            run_verb("lora_tiny", dataset, folder, [f"--model={base}", option, "--merge=false"])
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name in before} == before
+
+
+@pytest.mark.parametrize("family", ["flashlite", "llama"])
+def test_a_tokenizer_without_a_pad_token_will_do(family, ground, tmp_path):
+    dataset, base, _ = ground
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, **sizes))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").pad_token is None
+    assert read_tokenizer(str(tmp_path / "model")).pad_token == "</s>"
+    options = [f"--model={tmp_path / 'model'}", "--lora_r=2", "--load_best_model_at_end=false"]
+    run_verb("lora_classification", dataset, tmp_path / "class", options)
+    script = load_script("evaluate")
+    argv = [f"--dataset={dataset}", "--split=validation", "--resamples=0", f"--output={tmp_path / 'x.json'}"]
+    argv += ["--max_new_tokens=2", "--speed_prompts=2", "--speed_tokens=2"]
+    for name, task, columns in (
+        ("class", "classification", "text=sentence,label=label"),
+        ("model", "translation", "source=en,target=de"),
+    ):
+        given = [f"--model={tmp_path / name}", f"--task={task}", f"--columns={columns}", *argv]
+        assert script.main(*parse_args(argument_classes(script), given))
+
+
+def test_an_end_that_pads_is_learned(ground, tmp_path):
+    """In a new model, the embedding of its pad token would stay zero."""
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    run_verb("train_tiny", ground[0], tmp_path / "run", [*TINY_SHAPE, f"--tokenizer={tmp_path / 'tokenizer'}"])
+    table = load_language_model(str(tmp_path / "run")).get_input_embeddings()
+    assert table.weight[tokenizer.eos_token_id].any()

@@ -109,7 +109,7 @@ EDGES = {
 WORKSHOP_EDGES = {
     "checkpoint": {"data.tasks"},
     "cli": {"measure.cost", "spelling"},
-    "data.batching": {"data.loading"},
+    "data.batching": {"data.loading", "data.tokenization"},
     "data.corpus": set(),
     "data.labels": set(),
     "data.loading": {"data.corpus", "spelling"},
@@ -126,7 +126,7 @@ WORKSHOP_EDGES = {
     "data.tokenization": set(),
     "measure.benchmark": {"measure.cost", "measure.plots"},
     "measure.compression": {"measure.plots", "measure.results", "training.calibration", "training.moments"},
-    "measure.cost": set(),
+    "measure.cost": {"checkpoint"},
     "measure.evaluation": {
         "data.batching",
         "data.loading",
@@ -144,7 +144,7 @@ WORKSHOP_EDGES = {
     "measure.parallel": {"measure.scaling"},
     "measure.parity": set(),
     "measure.peers": set(),
-    "measure.perplexity": {"measure.metrics"},
+    "measure.perplexity": {"data.tokenization", "measure.metrics"},
     "measure.plots": set(),
     "measure.results": set(),
     "measure.scaling": set(),

@@ -95,7 +95,7 @@ def test_rows_that_are_lines_of_one_text(tokenizer, caplog):
         prepared("translation", tokenizer, end="newline")
 
 
-@pytest.mark.parametrize("labels", [["a", None], [0, None], [0.5, 1.5], [-1, 1]])
+@pytest.mark.parametrize("labels", [["a", None], [0, None], [0.5, 1.5], [-1, 1], [[0, 1], [1]], [{"a": 1}, {"a": 2}]])
 def test_labels_that_are_no_classes_are_refused(labels):
     with pytest.raises(ValueError, match="Column 'label' holds .* classes are all strings or all whole numbers"):
         label_names(Dataset.from_dict({"label": labels}), "label")
@@ -214,6 +214,18 @@ def test_windows_cover_a_long_context(closing):
     assert all(len(ids) <= 40 for ids, _ in windows) and len(windows) > 2
     with pytest.raises(ValueError, match="leaves no room for its context in 6 tokens"):
         question_windows(closing, "A question of several words?", CONTEXT, 6)
+
+
+def test_a_question_that_fills_a_window_is_too_long(closing):
+    rows = Dataset.from_dict({**DATA["extractive-qa"], "question": ["When?", "Who was it, and when? " * 20]})
+    data = resolve_task(get_task("extractive-qa"), rows)
+    limits = {"max_source_length": 40}
+    every, fitting = preprocess(data, rows, closing, **limits), preprocess(data, rows.select([0]), closing, **limits)
+    assert list(every)[: len(fitting)] == list(fitting) and any(every["end_positions"][len(fitting) :])
+    assert all(len(ids) <= 40 for ids in every["input_ids"])
+    assert list(preprocess(data, rows, closing, too_long="drop", **limits)) == list(fitting)
+    with pytest.raises(ValueError, match="leaves no room for its context in 40 tokens"):
+        preprocess(data, rows, closing, too_long="error", **limits)
 
 
 def test_an_answer_outside_the_window_is_no_answer(closing):
