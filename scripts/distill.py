@@ -129,9 +129,9 @@ def main(
     if distill.annotate_only:
         return finish({"rows": len(train_rows), "teacher_cache": distill.teacher_cache, "output_dir": args.output_dir})
     if distill.lora_r:
-        if not model_args.model or is_adapter(model_args.model, **model_args.hub):  # adapters must name their base
-            with args.main_process_first(desc="save the base"):
-                save_base(student, tokenizer, f"{args.output_dir}/base")
+        saved = model_args.model and not is_adapter(model_args.model, **model_args.hub)
+        if args.process_index == 0 and not saved:  # adapters must name what they change
+            save_base(student, tokenizer, f"{args.output_dir}/base")
         student = add_lora(student, distill.lora_r)
     trainer = make_trainer(
         DistillationTrainer,

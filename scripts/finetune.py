@@ -72,9 +72,9 @@ def main(model_args: ModelArgs, data: DataArgs, lora: LoraArgs, args: TrainArgs)
     measures = task_measures(task.task, args, model, tokenizer, data.max_target_length)
     rows = load_rows(task.for_model(model.config), data, args, tokenizer, splits)
     if lora.lora_r:
-        if is_adapter(model_args.model, **model_args.hub):  # merged, and new adapters must name what they change
-            with args.main_process_first(desc="save the base"):
-                save_base(model, tokenizer, f"{args.output_dir}/base")
+        # new adapters must name what they change; the first process saves them, too
+        if args.process_index == 0 and is_adapter(model_args.model, **model_args.hub):
+            save_base(model, tokenizer, f"{args.output_dir}/base")
         model = add_lora(
             model,
             lora.lora_r,
