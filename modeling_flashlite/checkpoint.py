@@ -23,8 +23,10 @@ __all__ = [
     "BASE_CONFIG",
     "CheckpointArgs",
     "add_adapter",
+    "is_adapter",
     "load_for_task",
     "load_language_model",
+    "load_merged",
     "read_config",
     "read_tokenizer",
 ]
@@ -71,6 +73,11 @@ def base_of(model: str, **hub) -> tuple[str, dict]:
     return base, {**hub, "revision": revision}
 
 
+def is_adapter(model: str, **hub) -> bool:
+    """Whether a folder or Hub id holds an adapter."""
+    return base_of(model, **hub)[0] != model
+
+
 def read_config(model: str, **hub) -> PretrainedConfig:
     """Configuration of a model, or of the base of an adapter, with the classes of the adapter's own head."""
     base, base_hub = base_of(model, **hub)
@@ -81,11 +88,17 @@ def read_config(model: str, **hub) -> PretrainedConfig:
 
 
 def read_tokenizer(model: str, **hub) -> PreTrainedTokenizerBase:
-    """Tokenizer of a checkpoint; an adapter without one uses its base's."""
+    """Tokenizer of a checkpoint; an adapter without one uses its base's.
+
+    Where there is no pad token, the end of sequence pads: masks and labels tell it from a real one.
+    """
     base, base_hub = base_of(model, **hub)
     if base != model and not _has(model, "tokenizer_config.json", hub):
         model, hub = base, base_hub
-    return AutoTokenizer.from_pretrained(model, **hub)
+    tokenizer = AutoTokenizer.from_pretrained(model, **hub)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _has(model: str, name: str, hub: dict) -> bool:
@@ -93,18 +106,50 @@ def _has(model: str, name: str, hub: dict) -> bool:
     return cached_file(model, name, **missing_ok) is not None
 
 
-def load_language_model(model: str, *, device: str | None = None, **options) -> PreTrainedModel:
+def load_merged(auto, model: str, changes: dict, **hub) -> PreTrainedModel:
+    """Load a model whose weights will be trained, quantized or cut: an adapter is merged into those of its base.
+
+    A coded base becomes a float model, since no adapter can be added to codes.
+
+    Args:
+        auto (`type`): the Auto class.
+        model (`str`): folder or Hub id of a model or an adapter.
+        changes (`dict`): of config fields; further arguments of `from_pretrained`.
+        **hub: `revision` and `trust_remote_code`.
+    """
+    base, base_hub = base_of(model, **hub)
+    if base == model:
+        return auto.from_pretrained(model, **hub, **changes)
+    from peft import PeftModel
+
+    config = read_config(model, **hub)
+    config.update({name: value for name, value in changes.items() if name != "ignore_mismatched_sizes"})
+    # a head of other classes, of the base or of the adapter, is initialized anew
+    loaded = auto.from_pretrained(base, config=config, ignore_mismatched_sizes=True, **base_hub)
+    if getattr(loaded, "hf_quantizer", None) is not None:
+        loaded.dequantize()
+    adapted = PeftModel.from_pretrained(loaded, model, ignore_mismatched_sizes=True, revision=hub.get("revision"))
+    merged = adapted.merge_and_unload()
+    _read_generation(merged, model, hub)
+    return merged.requires_grad_(True)  # adapters freeze their base
+
+
+def load_language_model(model: str, *, device: str | None = None, merged: bool = False, **options) -> PreTrainedModel:
     """Load an encoder-decoder as `AutoModelForSeq2SeqLM` and any other model as `AutoModelForCausalLM`, for inference.
 
     Args:
         model (`str`): folder or Hub id of a model or an adapter.
         device (`str`, *optional*): where it goes; the accelerator if there is one, else the CPU.
+        merged (`bool`, *optional*, defaults to `False`): see [`load_merged`].
         **options: of `from_pretrained`; `revision` and `trust_remote_code` also find the config.
     """
     hub = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
     auto = getattr(transformers, LANGUAGE_MODELS[bool(read_config(model, **hub).is_encoder_decoder)])
+    if merged:
+        changes = {name: value for name, value in options.items() if name not in hub}
+        return load_merged(auto, model, changes, **hub).to(device or _best_device()).eval()
     loaded = auto.from_pretrained(model, **options)
-    if base_of(model, **hub)[0] != model:
+    if is_adapter(model, **hub):
         _read_generation(loaded, model, hub)
     return loaded.to(device or _best_device()).eval()
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, PreTrainedModel
 
 from .measure.cost import count_parameters
@@ -19,7 +21,7 @@ from .spelling import did_you_mean
 __all__ = ["banner", "finish", "needs", "parse_args", "refuse_unused", "start"]
 
 # errors that always describe the input, and errors that do so only when raised by our own code
-_REFUSALS = ValueError, OSError, ImportError, FloatingPointError
+_REFUSALS = ValueError, OSError, ImportError, FloatingPointError, SafetensorError, TemplateError
 _WRITTEN_REFUSALS = TypeError, RuntimeError, KeyError, AttributeError
 _MOST_CHARACTERS = 800  # some libraries list everything they support
 

@@ -4,7 +4,14 @@
 import torch
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["question_windows", "span_scores"]
+__all__ = ["cut_question", "question_windows", "span_scores"]
+
+
+def cut_question(tokenizer: PreTrainedTokenizerBase, question: str, max_length: int = 384) -> str:
+    """The question, or its beginning, half a window long, where it leaves no room for its context."""
+    places = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    return question if len(places) < room else question[: places[max(1, room // 2) - 1][1]]
 
 
 def question_windows(

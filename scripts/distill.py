@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasets import load_dataset, load_from_disk
 
-from modeling_flashlite.checkpoint import load_language_model, read_tokenizer
+from modeling_flashlite.checkpoint import is_adapter, load_language_model, read_tokenizer
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.tasks import get_task
 from modeling_flashlite.training.checks import shape_changes, task_measures
@@ -29,7 +29,7 @@ from modeling_flashlite.training.launch import (
     run,
     stop_at_turns,
 )
-from modeling_flashlite.training.lora import add_lora
+from modeling_flashlite.training.lora import add_lora, save_base
 from modeling_flashlite.training.teacher_cache import TeacherCache, check_vocabulary
 
 
@@ -108,7 +108,9 @@ def main(
     refuse_what_would_be_ignored(model_args, data, distill)
     code = {"trust_remote_code": model_args.trust_remote_code}
     full = {"relevance_top_k": None, "memory_blocks": None} if distill.full_attention else {}
-    teacher = load_language_model(distill.teacher, device="cpu", **code, **full) if distill.teacher else None
+    teacher = None
+    if distill.teacher:
+        teacher = load_language_model(distill.teacher, device="cpu", merged=True, **code, **full)
     tokenizer = read_tokenizer(model_args.tokenizer or model_args.model or distill.teacher, **code)
     if teacher is not None and (model_args.tokenizer or model_args.model):
         with contextlib.suppress(OSError):  # a teacher without a tokenizer cannot be checked
@@ -127,6 +129,9 @@ def main(
     if distill.annotate_only:
         return finish({"rows": len(train_rows), "teacher_cache": distill.teacher_cache, "output_dir": args.output_dir})
     if distill.lora_r:
+        saved = model_args.model and not is_adapter(model_args.model, **model_args.hub)
+        if args.process_index == 0 and not saved:  # adapters must name what they change
+            save_base(student, tokenizer, f"{args.output_dir}/base")
         student = add_lora(student, distill.lora_r)
     trainer = make_trainer(
         DistillationTrainer,

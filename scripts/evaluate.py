@@ -14,8 +14,8 @@ from transformers import set_seed
 from modeling_flashlite.checkpoint import CheckpointArgs, load_for_task, read_tokenizer
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.batching import row_end
-from modeling_flashlite.data.loading import load_data, pick_split
-from modeling_flashlite.data.tasks import get_task, resolve_task, text_of
+from modeling_flashlite.data.loading import load_data, pick_split, text_of
+from modeling_flashlite.data.tasks import get_task, resolve_task
 from modeling_flashlite.measure.cost import measure_generation, model_size, peak_memory_bytes
 from modeling_flashlite.measure.evaluation import evaluate_task
 from modeling_flashlite.measure.long_context import KINDS, evaluate_long_context, plot_depths
@@ -77,20 +77,15 @@ def on_task(model_args: CheckpointArgs, data_args: DataArgs, eval_args: EvalArgs
     if eval_args.metrics and task.name == "text-generation":
         raise ValueError("text-generation makes no predictions to compare with --metrics; choose another task.")
     own_metrics = load_metrics(eval_args.metrics) if eval_args.metrics else None
-    splits = load_data(
-        data_args.dataset,
-        name=data_args.dataset_name,
-        streaming=data_args.streaming,
-        limit=data_args.limit,
-        columns=data_args.columns,
-    )
-    rows = pick_split(splits, data_args.split)
+    options = {"name": data_args.dataset_name, "streaming": data_args.streaming, "columns": data_args.columns}
+    rows = pick_split(load_data(data_args.dataset, limit=data_args.limit, **options), data_args.split)
     tokenizer = read_tokenizer(model_args.model, **model_args.hub)
     model = load_for_task(model_args, task, eval_args.memory_blocks)
     data = resolve_task(task, rows, columns=data_args.columns, config=model.config, prompt=data_args.prompt)
     if data_args.shots:
         instruct = tokenizer.chat_template is not None
-        data = data.with_shots(pick_split(splits, "train"), data_args.shots, instruct)
+        examples = pick_split(load_data(data_args.dataset, **options), "train")  # the limit is that of the evaluation
+        data = data.with_shots(examples, data_args.shots, instruct)
     chosen = {"num_beams": eval_args.num_beams, "max_new_tokens": eval_args.max_new_tokens}
     result = evaluate_task(
         data,

@@ -6,6 +6,7 @@ accelerate launch scripts/finetune.py --config scripts/recipes/lora_summarizatio
 
 from dataclasses import dataclass, field
 
+from modeling_flashlite.checkpoint import is_adapter
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.training.calibration import batches_of, merge_adapters
 from modeling_flashlite.training.checks import task_measures
@@ -22,7 +23,7 @@ from modeling_flashlite.training.launch import (
     make_trainer,
     run,
 )
-from modeling_flashlite.training.lora import add_lora
+from modeling_flashlite.training.lora import add_lora, save_base
 from modeling_flashlite.training.trainers import CarefulTrainer
 
 # for quantizing the merged weights of a coded base
@@ -71,6 +72,9 @@ def main(model_args: ModelArgs, data: DataArgs, lora: LoraArgs, args: TrainArgs)
     measures = task_measures(task.task, args, model, tokenizer, data.max_target_length)
     rows = load_rows(task.for_model(model.config), data, args, tokenizer, splits)
     if lora.lora_r:
+        # new adapters must name what they change; the first process saves them, too
+        if args.process_index == 0 and is_adapter(model_args.model, **model_args.hub):
+            save_base(model, tokenizer, f"{args.output_dir}/base")
         model = add_lora(
             model,
             lora.lora_r,

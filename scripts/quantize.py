@@ -39,7 +39,7 @@ from modeling_flashlite.training.launch import (
     make_trainer,
     run,
 )
-from modeling_flashlite.training.lora import add_lora
+from modeling_flashlite.training.lora import add_lora, save_base
 from modeling_flashlite.training.lsq import PlainLSQ
 from modeling_flashlite.training.qat import EcqCallback, prepare_qat, qat_optimizer
 from modeling_flashlite.training.sampling import with_conversations
@@ -182,8 +182,7 @@ def main(
             shutil.rmtree(blocks, ignore_errors=True)
             raise
         metrics["ptq_perplexity_increase"] = math.exp(mean_loss(model, evaluation) - base) - 1
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_base(model, tokenizer, folder)
         shutil.rmtree(blocks, ignore_errors=True)
     if method != "ptq":
         trainer = make_trainer(

@@ -26,7 +26,7 @@ def main(model_args: ModelArgs, shape: ArchitectureArgs, data: DataArgs, args: T
     splits = load_splits(data)
     task = load_task(data, model_args, splits)
     with args.main_process_first(desc="prepare the tokenizer"):
-        tokenizer = load_tokenizer(model_args, task, args.output_dir, splits)
+        tokenizer = load_tokenizer(model_args, task, args.output_dir, splits, args.resume)
     model = load_model(model_args, shape, tokenizer, task)
     measures = task_measures(task.task, args, model, tokenizer, data.max_target_length)
     rows = load_rows(task.for_model(model.config), data, args, tokenizer, splits)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from modeling_flashlite.cli import finish, start
 from modeling_flashlite.data.loading import load_data, pick_split, require_columns
+from modeling_flashlite.data.tasks import texts_of
 from modeling_flashlite.data.tokenization import train_tokenizer
 
 
@@ -29,14 +30,14 @@ class TokenizerArgs:
 
 
 def main(args: TokenizerArgs) -> dict:
-    splits = load_data(args.dataset, name=args.dataset_name, streaming=args.streaming, limit=args.limit)
-    rows = pick_split(splits, args.split)
-    columns = args.columns.split(",")
+    options = {"name": args.dataset_name, "streaming": args.streaming, "limit": args.limit, "columns": args.columns}
+    rows = pick_split(load_data(args.dataset, **options), args.split)
+    columns = [column.strip() for column in args.columns.split(",")]
     require_columns(rows, columns, "Name the text columns with --columns.")
 
     def texts() -> Iterator[str]:
         for row in rows:
-            yield from (row[column] for column in columns)
+            yield from (text for column in columns for text in texts_of(row[column]))
 
     tokenizer = train_tokenizer(
         texts(),
@@ -46,7 +47,7 @@ def main(args: TokenizerArgs) -> dict:
         total=None if args.streaming else len(rows) * len(columns),
     )
     tokenizer.save_pretrained(args.output_dir)
-    sample = next(texts())
+    sample = next(filter(None, texts()))
     result = {
         "output_dir": args.output_dir,
         "vocab_size": len(tokenizer),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from checkpoints import make_tokenizer
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 
 from modeling_flashlite import EcqConfig, FlashLiteForCausalLM
 from modeling_flashlite.cli import banner, finish, needs, parse_args, start
@@ -110,6 +112,8 @@ def stopped(call, capsys):
         (ValueError("k is 0, but\n   must be positive."), "run.py: k is 0, but must be positive.\n"),
         (FileNotFoundError(2, "No such file", "a.csv"), "run.py: [Errno 2] No such file: 'a.csv'\n"),
         (ImportError("matplotlib is missing"), "run.py: matplotlib is missing\n"),
+        (SafetensorError("I/O error: No space left on device"), "run.py: I/O error: No space left on device\n"),
+        (TemplateError("roles must alternate"), "run.py: roles must alternate\n"),
         (TypeError("streamed rows have no length"), "run.py: streamed rows have no length\n"),
         (KeyError("no such metric"), "run.py: no such metric\n"),
         (SystemExit("run.py: no model is given: pass --model."), "run.py: no model is given: pass --model.\n"),

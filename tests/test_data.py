@@ -134,6 +134,23 @@ class TestLoading:
         assert [row["translation.en"] for row in rows] == ["a", None]
         assert column_names(rows) == ["translation", "translation.en"]
 
+    def test_paths_may_contain_what_separates_splits(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for folder in ("w/lr=0.1", "lr=0.1"):
+            (tmp_path / folder).mkdir(parents=True)
+            write_rows(tmp_path / folder / "v.jsonl")
+            assert (
+                len(load_data(f"test={folder}/v.jsonl")["test"]) == len(load_data(f"{folder}/v.jsonl")["train"]) == 7
+            )
+            assert len(load_data(f"train={folder}/*.jsonl , test = {tmp_path}/{folder}/v.jsonl")["test"]) == 7
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize(("name", "head"), [("a.txt", ""), ("a.CSV", "text\n"), ("a.TXT", "")])
+    def test_files_of_other_systems_are_read(self, tmp_path, name, head, streaming):
+        (tmp_path / name).write_text(f"{head}one\ntwo\n", encoding="utf-8-sig")
+        rows = load_data(str(tmp_path / name), streaming=streaming)["train"]
+        assert [row["text"] for row in rows] == ["one", "two"]
+
     def test_files_that_cannot_be_read_are_named(self, tmp_path):
         (tmp_path / "a.txt").write_bytes(bytes(range(256)))
         with pytest.raises(ValueError, match=r"a\.txt cannot be read as \.txt: .*utf-8"):
@@ -354,6 +371,20 @@ class TestCollating:
         collate = PaddingCollator(train_tokenizer(["x"], 300))
         collate.tokenizer.padding_side = "left"
         assert collate([{"input_ids": [5, 6]}, {"input_ids": [7]}])["input_ids"].tolist() == [[5, 6], [0, 7]]
+
+    def test_columns_without_numbers_are_dropped(self, tokenizer):
+        text = {"tags": ["a", "b"], "messages": [{"role": "user"}], "name": None, "split": "x"}
+        rows = [{"input_ids": [5], "weight": 0.5, **text}, {"input_ids": [5, 6], "weight": 1, **text, "tags": []}]
+        assert set(PaddingCollator(tokenizer)(rows)) == {"input_ids", "attention_mask", "weight"}
+
+    def test_without_a_pad_token_the_mask_decides(self):
+        tokenizer = train_tokenizer(["x"], 300)
+        tokenizer.pad_token = None
+        batch = PaddingCollator(tokenizer)(
+            [{"input_ids": [5, 2], "labels": [5, 2]}, {"input_ids": [2], "labels": [2]}]
+        )
+        assert batch["input_ids"].tolist() == [[5, 2], [2, 0]] and batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+        assert batch["labels"].tolist() == [[5, 2], [2, -100]]
 
     def test_refuses_an_empty_batch(self, tokenizer):
         with pytest.raises(ValueError, match="0 rows"):

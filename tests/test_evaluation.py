@@ -1,5 +1,6 @@
 """Likelihoods against brute force, generation, extraction and classes, and tasks end to end."""
 
+import copy
 import json
 import math
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
+from verbs import argument_classes, load_script
 
 from modeling_flashlite import (
     FlashLiteForCausalLM,
@@ -17,11 +19,13 @@ from modeling_flashlite import (
     FlashLiteForSequenceClassification,
 )
 from modeling_flashlite.checkpoint import CheckpointArgs, load_for_task
+from modeling_flashlite.cli import parse_args
 from modeling_flashlite.data.tasks import TASKS, get_task, resolve_task
 from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.measure import cost as measurement
 from modeling_flashlite.measure import perplexity
 from modeling_flashlite.measure.evaluation import classify, evaluate_task, extract_answers, generate_texts
+from modeling_flashlite.training.lora import add_lora
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["the cat sat on the mat", "one two three four", "When was it built? In 1889, in Paris."]
@@ -94,6 +98,12 @@ class TestPerplexity:
         rows = [" = Title = ", "", " one two @-@ three . "]
         found, _ = perplexity.text_likelihood(make(FlashLiteForCausalLM), tokenizer, rows, end="\n")
         assert found["words"] == 3 + 1 + 1 + 5 + 1
+        endless = copy.deepcopy(tokenizer)
+        endless.eos_token = None
+        lines, _ = perplexity.text_likelihood(make(FlashLiteForCausalLM), endless, rows, end="\n")
+        assert lines["tokens"] == found["tokens"]
+        with pytest.raises(ValueError, match="no end-of-sequence token to close documents with"):
+            perplexity.text_likelihood(make(FlashLiteForCausalLM), endless, rows)
         assert found["bytes"] == len("\n".join(rows)) + 1
         document, _ = perplexity.text_likelihood(make(FlashLiteForCausalLM), tokenizer, ["\n".join(rows)], end="\n")
         hub, _ = perplexity.text_likelihood(
@@ -191,6 +201,10 @@ class TestExtraction:
         )
         assert found == ["1889", "42", ""]
 
+    def test_a_long_question_is_cut(self, tokenizer):
+        asked = [("When? " * 90, "it was built in 1889"), ("How?", "in 42 ways")]
+        assert extract_answers(self.Pointer(tokenizer), tokenizer, asked, max_source_length=64) == ["1889", "42"]
+
     def test_an_answer_is_always_given_unless_none_is_allowed(self, tokenizer):
         [text] = extract_answers(self.Pointer(tokenizer), tokenizer, [("Who?", TEXTS[0])])
         assert text and text in TEXTS[0]
@@ -214,6 +228,13 @@ class TestMeasurement:
         assert 32 < sizes["bits_per_weight"] < 40
         assert sizes["file_bytes"] > sizes["weight_bytes"]
         assert measurement.peak_memory_bytes() > 2**20
+        add_lora(FlashLiteForCausalLM.from_pretrained(tmp_path), r=2).save_pretrained(tmp_path / "adapter")
+        both, weights = (
+            measurement.model_size(model, tmp_path / "adapter"),
+            tmp_path / "adapter/adapter_model.safetensors",
+        )
+        assert both["weight_bytes"] == sizes["weight_bytes"] + weights.stat().st_size
+        assert both["bits_per_weight"] > sizes["bits_per_weight"] and both["parameters"] == sizes["parameters"]
 
 
 DATA = {
@@ -315,7 +336,20 @@ class TestClasses:
         model.config.id2label = {number: f"LABEL_{number}" for number in range(3)}
         value, details = accuracy([self.NAMES.index(answer) for answer in answers], self.NAMES)
         assert value == 100 and "by number" in details["labels"]
-        assert accuracy(answers)[0] == 100 or len(set(answers)) < 3  # in alphabetical order
+
+    def test_names_are_numbered_only_if_they_are_all_of_a_nameless_model_s(self, make, tokenizer):
+        model = make(FlashLiteForSequenceClassification, num_labels=3)
+        for labels in (["positive", "neutral", "negative"], ["neutral", "positive", "neutral"]):
+            rows = Dataset.from_dict({"text": TEXTS, "label": labels})
+            data = resolve_task(get_task("classification"), rows, config=model.config)
+            if len(set(labels)) == 3:
+                found = evaluate_task(data, model, tokenizer, rows, resamples=0)
+                assert [row["references"] for row in found["predictions"]] == [2, 1, 0]
+            else:  # which of the three the two are is unknown
+                with pytest.raises(
+                    ValueError, match="are neutral, positive, but the model's are LABEL_0, LABEL_1, LABE"
+                ):
+                    evaluate_task(data, model, tokenizer, rows, resamples=0)
 
 
 def test_script_writes_one_results_file(make, tokenizer, tmp_path):
@@ -346,6 +380,24 @@ def test_script_writes_one_results_file(make, tokenizer, tmp_path):
     assert (
         written["size"]["parameters"] > 0 and written["speed"] and str(tmp_path) not in json.dumps(written["command"])
     )
+
+
+def test_the_limit_is_not_that_of_the_examples(make, tokenizer, tmp_path):
+    make(FlashLiteForCausalLM).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for split, count in (("train", 3), ("test", 2)):
+        (tmp_path / f"{split}.csv").write_text("source,target\n" + "1,2\n" * count)
+    script = load_script("evaluate")
+    argv = [
+        f"--model={tmp_path}",
+        "--task=translation",
+        f"--dataset=train={tmp_path}/train.csv,test={tmp_path}/test.csv",
+    ]
+    argv += ["--shots=3", "--limit=1", "--max_new_tokens=2", "--speed_prompts=0", "--resamples=0"]
+    argv += [f"--output={tmp_path}/out.json", f"--predictions={tmp_path}/found.json"]
+    script.main(*parse_args(argument_classes(script), argv))
+    (row,) = json.loads((tmp_path / "found.json").read_text())
+    assert row["input"].count("<|assistant|>2<|end|>") == 3 and row["references"] == ["2"]
 
 
 def test_a_head_that_was_not_trained_is_not_evaluated(make, tmp_path):

@@ -73,6 +73,11 @@ class TestMetrics:
         assert metrics.bleu(TEXTS, [["x", text, "y"][: 2 + i % 2] for i, text in enumerate(TEXTS)])["bleu"] > 99.9
         assert metrics.rouge(["a b"], [["x", "a b"]])["rouge1"] == 100
 
+    @pytest.mark.parametrize("metric", [metrics.bleu, metrics.chrf, metrics.rouge])
+    def test_rows_without_a_reference_are_left_out_and_counted(self, metric):
+        found = metric([*TEXTS, "a", "b"], [*([text] for text in TEXTS), [], []])
+        assert found == metric(TEXTS, [[text] for text in TEXTS]) | {"without_reference": 2}
+
     @settings(deadline=None, max_examples=50)
     @given(texts=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=5))
     def test_rouge_is_the_mean_of_rouge_score(self, texts):
@@ -134,7 +139,8 @@ class TestMetrics:
     def test_refuses_references_without_text(self):
         with pytest.raises(ValueError, match="All references are empty"):
             metrics.bleu(["a"], [[]])
-        assert metrics.chrf(["a", "b"], [["a"], []]) == metrics.chrf(["a", "b"], [["a"], [""]])
+        with pytest.raises(ValueError, match="All references are empty"):
+            metrics.rouge(["a"], [[]])
         with pytest.raises(ValueError, match="No words, tokens or bytes"):
             metrics.likelihood([], [], [], [])
 

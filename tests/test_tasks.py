@@ -13,18 +13,15 @@ from modeling_flashlite import (
 )
 from modeling_flashlite.data.batching import PaddingCollator
 from modeling_flashlite.data.labels import label_names
-from modeling_flashlite.data.preprocessing import answer_span, cut_prompt, preprocess
+from modeling_flashlite.data.preprocessing import cut_prompt, preprocess
 from modeling_flashlite.data.tasks import (
     TASKS,
     TaskData,
     chat_turns,
     get_task,
-    messages_of,
     prompts_and_references,
-    references_of,
     resolve_columns,
     resolve_task,
-    texts_of,
 )
 from modeling_flashlite.data.tokenization import train_tokenizer
 from modeling_flashlite.measure.evaluation import evaluate_task
@@ -98,25 +95,7 @@ def test_rows_that_are_lines_of_one_text(tokenizer, caplog):
         prepared("translation", tokenizer, end="newline")
 
 
-def test_texts_are_read_out_of_any_cell():
-    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    assert texts_of(messages) == ["one", "two"] and texts_of("a") == ["a"] and texts_of(3) == []
-    assert texts_of({"text": ["1889"], "answer_start": [23]}) == ["1889"]
-    assert texts_of([{"from": "human", "value": "one"}]) == ["one"]
-
-
-def test_conversations_of_sharegpt_are_messages():
-    turns = [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]
-    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    assert messages_of(turns) == messages and messages_of(messages) == messages
-
-
-def test_empty_cells_are_empty_texts(tokenizer):
-    data = TaskData(get_task("translation"), {"source": "src", "target": "tgt"}, encoder_decoder=True)
-    assert prompts_and_references(data, {"src": None, "tgt": None}, tokenizer) == [("", [])]
-
-
-@pytest.mark.parametrize("labels", [["a", None], [0, None], [0.5, 1.5], [-1, 1]])
+@pytest.mark.parametrize("labels", [["a", None], [0, None], [0.5, 1.5], [-1, 1], [[0, 1], [1]], [{"a": 1}, {"a": 2}]])
 def test_labels_that_are_no_classes_are_refused(labels):
     with pytest.raises(ValueError, match="Column 'label' holds .* classes are all strings or all whole numbers"):
         label_names(Dataset.from_dict({"label": labels}), "label")
@@ -237,25 +216,23 @@ def test_windows_cover_a_long_context(closing):
         question_windows(closing, "A question of several words?", CONTEXT, 6)
 
 
+def test_a_question_that_fills_a_window_is_too_long(closing):
+    rows = Dataset.from_dict({**DATA["extractive-qa"], "question": ["When?", "Who was it, and when? " * 20]})
+    data = resolve_task(get_task("extractive-qa"), rows)
+    limits = {"max_source_length": 40}
+    every, fitting = preprocess(data, rows, closing, **limits), preprocess(data, rows.select([0]), closing, **limits)
+    assert list(every)[: len(fitting)] == list(fitting) and any(every["end_positions"][len(fitting) :])
+    assert all(len(ids) <= 40 for ids in every["input_ids"])
+    assert list(preprocess(data, rows, closing, too_long="drop", **limits)) == list(fitting)
+    with pytest.raises(ValueError, match="leaves no room for its context in 40 tokens"):
+        preprocess(data, rows, closing, too_long="error", **limits)
+
+
 def test_an_answer_outside_the_window_is_no_answer(closing):
     rows = prepared("extractive-qa", closing, max_source_length=24)
     assert len(rows) > 2
     spans = set(zip(rows["start_positions"], rows["end_positions"]))
     assert (0, 0) in spans and len(spans) > 1
-
-
-def test_answer_span_of_every_form():
-    assert answer_span({"text": ["1889"], "answer_start": [23]}, CONTEXT) == (23, 27)
-    assert answer_span({"text": [], "answer_start": []}, CONTEXT) is None
-    assert answer_span("Paris", CONTEXT) == (64, 69)
-    assert answer_span(["nowhere"], CONTEXT) is None
-
-
-def test_references_of_every_form():
-    assert references_of("a") == ["a"]
-    assert references_of(["a", "b"]) == ["a", "b"]
-    assert references_of({"text": ["a"], "answer_start": [0]}) == ["a"]
-    assert references_of([]) == []
 
 
 def test_labels_become_class_ids(tokenizer):

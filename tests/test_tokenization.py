@@ -1,5 +1,6 @@
 """Tokenizer training: lossless on any Unicode, fixed special ids, and a plain tokenizer that `AutoTokenizer` loads."""
 
+import json
 import subprocess
 import sys
 
@@ -7,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
+from verbs import argument_classes, load_script
 
-from modeling_flashlite.data.tokenization import CHAT_TOKENS, SPECIAL_TOKENS, train_tokenizer
+from modeling_flashlite.cli import parse_args
+from modeling_flashlite.data.tokenization import CHAT_TOKENS, SPECIAL_TOKENS, run_tokenizer, train_tokenizer
 
 TEXTS = [
     "the cat sat on the mat in 1984",
@@ -162,3 +165,30 @@ def test_chat_template_refuses_unknown_roles(tokenizer):
 def test_bad_training_input(texts, size, error, message):
     with pytest.raises(error, match=message):
         train_tokenizer(texts, size)
+
+
+@pytest.mark.parametrize("columns", ["translation.en,translation.de", "en, de"])
+def test_the_script_reads_any_columns_and_empty_cells(columns, tmp_path):
+    rows = [{"en": None, "de": "Schoene Gruesse"}, {"en": "the cat sat", "de": None}]
+    rows = [{**row, "translation": row} for row in rows]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = load_script("train_tokenizer")
+    argv = [
+        f"--dataset={tmp_path}/a.jsonl",
+        f"--columns={columns}",
+        "--vocab_size=300",
+        f"--output_dir={tmp_path}/tok",
+    ]
+    found = script.main(*parse_args(argument_classes(script), argv))
+    assert found["vocab_size"] >= 264 and AutoTokenizer.from_pretrained(tmp_path / "tok")("cat")["input_ids"]
+
+
+def test_a_run_trains_its_tokenizer_anew_for_other_data_or_options(tmp_path):
+    first = run_tokenizer(tmp_path, lambda: TEXTS, vocab_size=300).get_vocab()
+    written = (tmp_path / "tokenizer.json").stat().st_mtime_ns
+    assert run_tokenizer(tmp_path, lambda: iter(TEXTS), vocab_size=300).get_vocab() == first
+    assert run_tokenizer(tmp_path, lambda: ["a resumed run"], keep=True, vocab_size=290).get_vocab() == first
+    assert (tmp_path / "tokenizer.json").stat().st_mtime_ns == written  # read, not made
+    assert len(run_tokenizer(tmp_path, lambda: TEXTS, vocab_size=310)) == 310
+    assert run_tokenizer(tmp_path, lambda: TEXTS, vocab_size=310, add_eos_token=True)("a")["input_ids"][-1] == 2
+    assert run_tokenizer(tmp_path, lambda: ["other texts"] * 9, vocab_size=300).get_vocab() != first

@@ -12,7 +12,8 @@ from datasets import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .loading import column_names, require_columns
+from .loading import column_names, require_columns, text_of
+from .tokenization import row_end_tokens
 
 __all__ = ["PaddingCollator", "join_rows", "pack", "row_end", "segment_streams", "tokenize_texts"]
 
@@ -42,7 +43,7 @@ def join_rows(dataset: Dataset, column: str, document_column: str) -> Dataset:
         raise ValueError("Streamed rows cannot be joined to documents; load them without streaming.")
     pairs = zip(dataset[document_column], dataset[column])
     documents = itertools.groupby(pairs, lambda pair: pair[0])
-    return Dataset.from_dict({column: ["\n".join(text or "" for _, text in rows) for _, rows in documents]})
+    return Dataset.from_dict({column: ["\n".join(text_of(text) for _, text in rows) for _, rows in documents]})
 
 
 def tokenize_texts(
@@ -65,12 +66,10 @@ def tokenize_texts(
         num_proc (`int`, *optional*): worker processes.
     """
     require_columns(dataset, [column], "Name another with columns, e.g. text=content.")
-    if end is None and tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no end-of-sequence token to close documents with; set one, or pass end.")
-    last = [tokenizer.eos_token_id] if end is None else tokenizer(end, add_special_tokens=False)["input_ids"]
+    last = row_end_tokens(tokenizer, end)
 
     def encode(batch):
-        texts = [(text or "").removesuffix(end or "") for text in batch[column]]
+        texts = [text_of(text).removesuffix(end or "") for text in batch[column]]
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return {"input_ids": [ids + last for ids in encoded["input_ids"]]}
 
@@ -212,7 +211,7 @@ def _documents(dataset: Dataset, document_column: str | None) -> Iterator[np.nda
 
 @dataclass
 class PaddingCollator:
-    """Pad the per-token columns of a batch to the longest row and stack the others; text columns are dropped.
+    """Pad the per-token columns of a batch to the longest row and stack the others; all but numbers is dropped.
 
     Labels are padded with -100, `input_ids` with the tokenizer's pad token, everything else (masks, positions,
     cached teacher columns `[T, K]`) with 0. The model derives its decoder inputs from the labels. Where it does not
@@ -235,7 +234,8 @@ class PaddingCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         if not rows:
             raise ValueError("The batch has 0 rows, but at least 1 is needed; check the batch size.")
-        batch = {key: [np.asarray(row[key]) for row in rows] for key in rows[0] if not isinstance(rows[0][key], str)}
+        numeric = [key for key in rows[0] if all(_is_numeric(row[key]) for row in rows)]
+        batch = {key: [np.asarray(row[key]) for row in rows] for key in numeric}
         if "input_ids" in batch and not {"attention_mask", "position_ids"} & set(batch):
             batch["attention_mask"] = [np.ones(len(ids), dtype=np.int64) for ids in batch["input_ids"]]
         stacked = {key: self._stack(key, values) for key, values in batch.items()}
@@ -251,7 +251,7 @@ class PaddingCollator:
 
     def _stack(self, key: str, values: list[np.ndarray]) -> torch.Tensor:
         if values[0].ndim:
-            fill = {"labels": -100, "shift_labels": -100, "input_ids": self.tokenizer.pad_token_id}.get(key, 0)
+            fill = {"labels": -100, "shift_labels": -100, "input_ids": self.tokenizer.pad_token_id or 0}.get(key, 0)
             multiple = self.pad_to_multiple_of or 1
             length = -(-max(len(value) for value in values) // multiple) * multiple
             left = self.tokenizer.padding_side == "left"
@@ -260,6 +260,13 @@ class PaddingCollator:
             values = [_pad(value, length, fill, left) for value in values]
         stacked = torch.from_numpy(np.stack(values))
         return stacked if stacked.is_floating_point() or stacked.dtype == torch.bool else stacked.long()
+
+
+def _is_numeric(value: object) -> bool:
+    """Whether a cell holds a number, or numbers only, judged by the first."""
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return np.asarray(value).dtype.kind in "biuf"
 
 
 def _count_on(positions: np.ndarray, length: int, left: bool) -> np.ndarray:

@@ -1,15 +1,65 @@
 """Conversations to token ids, with the assistant's turns marked, whatever chat template a tokenizer has."""
 
+import json
 import re
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-__all__ = ["cut_at_turns", "encode_conversation"]
+__all__ = ["apply_template", "cut_at_turns", "encode_conversation", "messages_of"]
 
 logger = logging.get_logger(__name__)
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# ShareGPT's names, and OpenAI's newer one
+_ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
+
+
+def messages_of(value: Any) -> list[dict]:
+    """A conversation as messages with `role` and `content`, which is a text; none for an empty cell.
+
+    Accepts a list or its JSON, ShareGPT's `from` and `value`, and contents in OpenAI's forms: missing beside tool
+    calls, or a list of parts of text.
+
+    Raises:
+        `ValueError`: anything else.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"A conversation is the text {value[:40]!r}, but must be a list or its JSON.") from error
+    if not isinstance(value, list | None):
+        raise ValueError(f"A conversation is a {type(value).__name__}, but must be a list of messages; convert it.")
+    return [_message(turn) for turn in value or ()]
+
+
+def _message(turn: Any) -> dict:
+    if not isinstance(turn, Mapping) or not (turn.get("role") or turn.get("from")):
+        raise ValueError(f"A message is {turn!r}, but must have a role and content (or ShareGPT's from and value).")
+    # tables fill what other messages have, such as tool calls, with None
+    said = {name: part for name, part in turn.items() if part is not None}
+    role = said.pop("from", None) or said["role"]
+    content = said.pop("value", said.get("content", ""))
+    if isinstance(content, list):
+        if odd := [part for part in content if not isinstance(part, Mapping) or part.get("type", "text") != "text"]:
+            raise ValueError(f"A message has the part {odd[0]!r}, but only parts of text can be read; leave it out.")
+        content = "".join(part.get("text") or "" for part in content)
+    return {**said, "role": _ROLES.get(role, role), "content": str(content)}
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options):
+    """`tokenizer.apply_chat_template`; a `ValueError` says which roles a template refuses, and why."""
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"The chat template refuses a conversation of {roles} ({error}); change such rows, or the template."
+        ) from error
 
 
 def encode_conversation(
@@ -36,7 +86,7 @@ def encode_conversation(
         raise ValueError("The tokenizer has no chat template; set tokenizer.chat_template, or take an instruct model.")
     if _MARKER.search(tokenizer.get_chat_template()):
         options = {"return_dict": True, "return_assistant_tokens_mask": True, "tokenizer_kwargs": {"verbose": False}}
-        encoded = tokenizer.apply_chat_template(messages, **options)
+        encoded = apply_template(tokenizer, messages, **options)
         return [(encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]])]
     return encode_by_prefixes(tokenizer, messages)
 
@@ -53,7 +103,7 @@ def encode_by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: list[dict])
 
 
 def _text(tokenizer, messages: list[dict], **options) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return apply_template(tokenizer, messages, tokenize=False, **options)
 
 
 def _span(tokenizer, history: list[dict], reply: dict) -> tuple[str, int, int]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import ClassLabel, Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, IterableDataset, Value
 from transformers import PreTrainedConfig
 
 
@@ -16,10 +16,11 @@ def label_names(dataset: Dataset | IterableDataset, column: str) -> list[str]:
             f"The classes in column {column!r} of a streamed data set are unknown until all of it has been read; load "
             "it without streaming, or cast the column to a ClassLabel."
         )
-    values = set(dataset.unique(column))
+    # lists, of several labels, and mappings have no `unique`
+    values = set(dataset.unique(column)) if isinstance(dataset.features[column], Value) else dataset[column]
     if all(isinstance(value, str) for value in values):
         return sorted(values)
-    if odd := [value for value in values if isinstance(value, str) or value is None or value < 0 or value % 1]:
+    if odd := [value for value in values if not _is_class_number(value)]:
         raise ValueError(
             f"Column {column!r} holds {odd[0]!r}, but classes are all strings or all whole numbers from 0; correct "
             "it, or leave those rows out."
@@ -35,12 +36,16 @@ def class_of(value: Any, names: list[str] | None = None) -> str:
     """
     if isinstance(value, str):
         return value
-    if value is None or isinstance(value, (Sequence, Mapping)) or value < 0 or value % 1:
+    if not _is_class_number(value):
         raise ValueError(
             f"A label is {value!r}, but classes are all strings or all whole numbers from 0; correct it, or leave "
             "those rows out."
         )
     return str(int(value)) if names is None else names[int(value)]
+
+
+def _is_class_number(value: object) -> bool:
+    return isinstance(value, int | float) and value >= 0 and not value % 1
 
 
 def names_of(dataset: Dataset | IterableDataset, column: str) -> list[str] | None:

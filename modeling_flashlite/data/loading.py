@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetGenerationError
 from ..spelling import did_you_mean
 from .corpus import hash_fraction, python_corpus
 
-__all__ = ["column_names", "hash_fraction", "load_data", "pick_split", "python_corpus", "require_columns"]
+__all__ = ["column_names", "hash_fraction", "load_data", "pick_split", "python_corpus", "require_columns", "text_of"]
 _BUILDERS = {
     ".json": "json",
     ".jsonl": "json",
@@ -34,6 +34,8 @@ _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
 # text/tab-separated-values has no quoting: a field that begins with a quotation mark is taken literally
 _TSV_OPTIONS = {**_CSV_OPTIONS, "sep": "\t", "quoting": csv.QUOTE_NONE}
+# a byte order mark is no text
+_OPTIONS: dict[str, dict] = {".csv": _CSV_OPTIONS, ".tsv": _TSV_OPTIONS, ".txt": {"encoding": "utf-8-sig"}}
 # errors of the `datasets` builders for an empty file
 _NO_ROWS = ("corresponds to no data", "at least one example", "No columns to parse")
 
@@ -61,8 +63,8 @@ def load_data(
         revision (`str`, *optional*): git revision of a Hub data set.
         streaming (`bool`, *optional*, defaults to `False`): read rows on demand instead of preparing all of them.
         limit (`int`, *optional*): keep the first `limit` rows of every split.
-        columns (`str`, *optional*): `source=translation.en,...`: a name with a dot is a field inside a column, which
-            becomes a column itself.
+        columns (`str`, *optional*): `source=translation.en,...`, or names alone: a name with a dot is a field inside a
+            column, which becomes a column itself.
 
     Returns:
         `datasets.DatasetDict`, or `datasets.IterableDatasetDict` with `streaming`.
@@ -81,7 +83,7 @@ def load_data(
         splits = load_dataset(dataset, name, revision=revision, streaming=streaming, **_directory_options(dataset))
     if limit is not None:
         splits = type(splits)({split: _take(rows, limit) for split, rows in splits.items()})
-    if nested := [pair.partition("=")[2].strip() for pair in (columns or "").split(",") if "." in pair]:
+    if nested := [pair.rpartition("=")[2].strip() for pair in (columns or "").split(",") if "." in pair]:
         splits = type(splits)({split: _unfold(rows, nested) for split, rows in splits.items()})
     for split, rows in splits.items():
         if isinstance(rows, Dataset) and len(rows) == 0:
@@ -115,6 +117,11 @@ def require_columns(dataset: Dataset | IterableDataset, columns: list[str], hint
             )
 
 
+def text_of(value: object) -> str:
+    """Text of a cell; an empty cell, which is `None`, becomes an empty text."""
+    return "" if value is None else str(value)
+
+
 def _take(rows, limit: int):
     return rows.take(limit) if isinstance(rows, IterableDataset) else rows.select(range(min(limit, len(rows))))
 
@@ -131,14 +138,16 @@ def _unfold(rows, nested: list[str]):
 
 
 def _suffixes(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix in _COMPRESSIONS else path).suffix
+    return (path.with_suffix("") if path.suffix.lower() in _COMPRESSIONS else path).suffix.lower()
 
 
 def _data_files(dataset: str) -> dict[str, list[str]]:
     """Parse `split=path,split=path`; the result is empty if `dataset` does not describe local files."""
     files: dict[str, list[str]] = {}
-    for part in dataset.split(","):
-        split, _, path = part.rpartition("=")
+    for part in map(str.strip, dataset.split(",")):
+        split, equals, path = (word.strip() for word in part.partition("="))
+        if not equals or "/" in split or Path(part).is_file():  # any other = is part of a path
+            split, path = "", part
         if not (split or Path(path).is_file() or _suffixes(Path(path)) in _BUILDERS):
             return {}
         where = Path(path).expanduser()
@@ -155,7 +164,7 @@ def _directory_options(dataset: str) -> dict:
     suffixes = Counter(_suffixes(path) for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else {}
     known = [suffix for suffix in suffixes if suffix in _BUILDERS]
     suffix = max(known, key=lambda suffix: suffixes[suffix], default="")
-    return {".csv": _CSV_OPTIONS, ".tsv": _TSV_OPTIONS}.get(suffix, {})
+    return _OPTIONS.get(suffix, {})
 
 
 def _load_files(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
@@ -170,7 +179,7 @@ def _load_files(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
                 f"{group[0]!r} ends in {suffix or 'nothing'!r}, but data files end in one of "
                 f"{', '.join(sorted(_BUILDERS))}; convert it."
             )
-        options = {".csv": _CSV_OPTIONS, ".tsv": _TSV_OPTIONS}.get(suffix, {})
+        options = _OPTIONS.get(suffix, {})
         empty = [path for path in group if not Path(path).stat().st_size]
         if empty:
             raise ValueError(f"{empty[0]} is empty, but a data file needs at least 1 row; check what wrote it.")

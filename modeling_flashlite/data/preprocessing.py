@@ -7,12 +7,12 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..spans_flashlite import question_windows
+from ..spans_flashlite import cut_question, question_windows
 from .batching import join_rows, pack, row_end, tokenize_texts
-from .conversations import cut_at_turns, encode_conversation
+from .conversations import cut_at_turns, encode_conversation, messages_of
 from .labels import class_id, class_of, ids_by_name, names_of
-from .loading import column_names, require_columns
-from .tasks import TaskData, messages_of, prompts_and_references, references_of, text_of
+from .loading import column_names, require_columns, text_of
+from .tasks import TaskData, prompts_and_references, references_of
 from .tokenization import turn_end
 
 logger = logging.get_logger(__name__)
@@ -50,7 +50,7 @@ def preprocess(
         max_target_length (`int`, *optional*, defaults to 128): tokens of the labels, `</s>` included.
         too_long (`str`, *optional*, defaults to `"truncate"`): what to do with rows above these limits: `truncate`,
             `drop` the row, or `error`. Conversations lose their last turns. Extractive question answering uses sliding
-            windows instead.
+            windows instead: only a question that fills one is too long.
         packed (`bool`, *optional*, defaults to `False`): conversations and prompts with answers, without an encoder:
             several in one row of `max_source_length` tokens, which see only themselves.
         num_proc (`int`, *optional*): worker processes.
@@ -104,7 +104,7 @@ def preprocess(
 
 def _warn_of_lines(dataset: Dataset | IterableDataset, column: str) -> None:
     """Warn where the first hundred rows look like the lines of one text, which would be learned one at a time."""
-    first = [row[column] or "" for row in dataset.take(100)]
+    first = [text_of(row[column]) for row in dataset.take(100)]
     blank = sum(not text.strip() for text in first)
     if blank > len(first) / 10:
         logger.warning(
@@ -176,7 +176,7 @@ class _Encoder:
 
     def _conversation(self, messages: list[dict]) -> list[dict]:
         limit, examples = self.max_source_length, []
-        for ids, spoken in encode_conversation(self.tokenizer, messages):
+        for ids, spoken in encode_conversation(self.tokenizer, messages) if messages else ():
             if len(ids) > limit and self.too_long == "error":
                 _raise_too_long("conversation", len(ids), limit, "max_source_length")
             if len(ids) > limit and self.too_long == "drop":
@@ -223,6 +223,11 @@ class _Encoder:
 
     def _questions(self, row: dict) -> list[dict]:
         question, context = text_of(row[self.data.columns["question"]]), text_of(row[self.data.columns["context"]])
+        fitting = cut_question(self.tokenizer, question, self.max_source_length)
+        if fitting != question and self.too_long == "drop":
+            return []
+        if self.too_long == "truncate":
+            question = fitting
         span = answer_span(row[self.data.columns["answers"]], context)
         windows = question_windows(self.tokenizer, question, context, self.max_source_length)
         return [
@@ -248,13 +253,13 @@ def cut_prompt(ids: list[int], limit: int, from_start: bool = False) -> list[int
 
 def answer_span(answers: Mapping | list | str, context: str) -> tuple[int, int] | None:
     """Characters (start, end) of the first accepted answer in the context, or `None` if there is no answer."""
-    if isinstance(answers, Mapping) and "answer_start" in answers:
-        if not answers["text"]:
-            return None
-        start = answers["answer_start"][0]
-        return start, start + len(answers["text"][0])
     texts = references_of(answers)
-    start = context.find(texts[0]) if texts and texts[0] else -1
+    if not texts or not texts[0]:
+        return None
+    first = answers[0] if isinstance(answers, list) else answers
+    start = first.get("answer_start") if isinstance(first, Mapping) else None
+    start = start[0] if isinstance(start, list) else start
+    start = context.find(texts[0]) if start is None else start
     return (start, start + len(texts[0])) if start >= 0 else None
 
 

@@ -10,8 +10,9 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..spelling import did_you_mean
+from .conversations import apply_template, messages_of
 from .labels import classes_of, label_names
-from .loading import column_names, require_columns
+from .loading import column_names, require_columns, text_of
 
 # decoder alone, encoder-decoder
 LANGUAGE_MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
@@ -286,17 +287,25 @@ def _checked_prompt(task: Task, prompt: str) -> str:
 
 
 def references_of(value: Any) -> list[str]:
-    """Accepted answers from a string, a list or SQuAD's `{"text": [...]}`; `None` gives an empty list."""
-    if isinstance(value, Mapping):
-        value = value["text"]
-    if isinstance(value, str):
-        return [value]
-    return [str(answer) for answer in value or ()]
+    """Accepted answers of a cell: a text or a number, a list of them, or of SQuAD's forms; none for an empty cell.
 
+    SQuAD's forms are `{"text": [...]}`, as on the Hub, and `[{"text": ...}, ...]`, as in its own files.
 
-def text_of(value: object) -> str:
-    """Text of a cell; an empty cell, which is `None`, becomes an empty text."""
-    return "" if value is None else str(value)
+    Raises:
+        `ValueError`: the cell holds anything else.
+    """
+
+    def text_in(part):
+        return part["text"] if isinstance(part, Mapping) and "text" in part else part
+
+    found = text_in(value)
+    answers = [text_in(part) for part in found] if isinstance(found, list | tuple) else [found]
+    for answer in answers:
+        if not isinstance(answer, str | int | float | None):
+            raise ValueError(
+                f"An answer is {answer!r}, but must be a text, or a mapping with a 'text'; convert or drop it."
+            )
+    return [text_of(answer) for answer in answers if answer is not None]
 
 
 def texts_of(value: object) -> list[str]:
@@ -304,29 +313,18 @@ def texts_of(value: object) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        return texts_of(next(value[key] for key in ("content", "value", "text") if key in value))
+        return texts_of(next((value[key] for key in ("content", "value", "text") if key in value), None))
     if isinstance(value, Sequence):
         return [text for part in value for text in texts_of(part)]
     return []
 
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-
-
-def messages_of(value: list[dict]) -> list[dict]:
-    """A conversation as messages with `role` and `content`; ShareGPT's `from` and `value` are converted."""
-    return [
-        {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} if "from" in turn else turn
-        for turn in value
-    ]
-
-
 def chat_turns(messages: list[dict]) -> list[tuple[list[dict], str]]:
-    """Split a conversation into (history, reply) pairs, one for each assistant turn that has a history."""
+    """Split a conversation into (history, reply) pairs, one for each turn in which the assistant says something."""
     return [
         (messages[:turn], message["content"])
         for turn, message in enumerate(messages)
-        if message["role"] == "assistant" and turn
+        if message["role"] == "assistant" and turn and message["content"]
     ]
 
 
@@ -341,7 +339,7 @@ def prompts_and_references(
     task, columns = data.task, data.columns
     if task.name == "chat":
         return [
-            (tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True), [reply])
+            (apply_template(tokenizer, history, tokenize=False, add_generation_prompt=True), [reply])
             for history, reply in chat_turns(messages_of(row[columns["messages"]]))
         ]
     prompt = data.prompt_of(row, tokenizer.chat_template is not None and not data.encoder_decoder)
@@ -352,4 +350,4 @@ def prompts_and_references(
         return [("".join(f"{asked}\n{answer}\n\n" for asked, answer in data.shots) + prompt + "\n", references)]
     turns = [*(text for shot in data.shots for text in shot), prompt]
     messages = [{"role": "assistant" if turn % 2 else "user", "content": text} for turn, text in enumerate(turns)]
-    return [(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), references)]
+    return [(apply_template(tokenizer, messages, tokenize=False, add_generation_prompt=True), references)]

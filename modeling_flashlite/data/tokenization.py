@@ -1,11 +1,15 @@
 """Train a byte-level BPE tokenizer that `AutoTokenizer` loads anywhere, and find the tokens that end an answer."""
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -94,6 +98,26 @@ def train_tokenizer(
     )
 
 
+def run_tokenizer(
+    folder: Path, texts: Callable[[], Iterable[str]], *, keep: bool = False, **options
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in a run's folder; trained there first unless it was made of the same texts and options.
+
+    Args:
+        folder (`Path`): of the tokenizer.
+        texts (`Callable`): gives the texts from their beginning, of which the first thousand are compared.
+        keep (`bool`, *optional*, defaults to `False`): take the tokenizer that is there, as a model was trained on it.
+        **options: of [`train_tokenizer`].
+    """
+    first = hashlib.sha256("\0".join(islice(texts(), 1000)).encode("utf-8", "replace")).hexdigest()[:16]
+    made_of, record = {"first_texts": first, **options}, folder / "made_of.json"
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    if not (folder / "tokenizer.json").is_file() or (known != made_of and not keep):
+        train_tokenizer(texts(), **options).save_pretrained(folder)
+        record.write_text(json.dumps(made_of), encoding="utf-8")
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that closes an assistant turn in the chat template; `None` if there is none."""
     if tokenizer.chat_template is None:
@@ -107,6 +131,19 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"] if said in text else []
     return next((token for token in after if token in special), None)
+
+
+def row_end_tokens(tokenizer: PreTrainedTokenizerBase, end: str | None = None) -> list[int]:
+    """Ids that close a row of text: those of `end`, or the end of sequence if unset.
+
+    Raises:
+        `ValueError`: the tokenizer has no end of sequence.
+    """
+    if end is not None:
+        return tokenizer(end, add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no end-of-sequence token to close documents with; set one, or pass end.")
+    return [tokenizer.eos_token_id]
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None = None) -> list[int]:

@@ -12,6 +12,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoint import base_of
+
 # weight files as the library names them; a run's folder holds other tensors too
 WEIGHT_FILES = re.compile(r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)|.*\.gguf")
 
@@ -90,13 +92,17 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
 def model_size(model: PreTrainedModel, path: str | Path | None = None) -> dict[str, float]:
     """Parameters of the unquantized model and, given the directory it was loaded from, bytes that a user downloads.
 
+    Those of an adapter include its base's, if that is a directory, too; else they are left out.
+
     Returns:
         `dict` with `parameters` and, with `path`, `file_bytes` (all files), `weight_bytes` (weight files) and
         `bits_per_weight` (of the weight files, everything in them included).
     """
     sizes: dict[str, float] = {"parameters": count_parameters(model)}
-    if path is not None and Path(path).is_dir():
-        files = [file for file in Path(path).iterdir() if file.is_file() and not file.name.startswith(".")]
+    folders = {Path(path), Path(base_of(str(path))[0])} if path is not None and Path(path).is_dir() else set()
+    if folders and all(folder.is_dir() for folder in folders):
+        files = [file for folder in folders for file in folder.iterdir() if file.is_file()]
+        files = [file for file in files if not file.name.startswith(".")]
         weights = sum(file.stat().st_size for file in files if WEIGHT_FILES.fullmatch(file.name))
         sizes["file_bytes"] = sum(file.stat().st_size for file in files)
         sizes["weight_bytes"] = weights

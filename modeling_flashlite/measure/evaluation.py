@@ -12,10 +12,11 @@ from transformers.utils import logging
 
 from ..data.batching import PaddingCollator
 from ..data.labels import class_id, class_of, ids_by_name, names_of
+from ..data.loading import text_of
 from ..data.preprocessing import cut_prompt, preprocess
-from ..data.tasks import TaskData, prompts_and_references, references_of, text_of
+from ..data.tasks import TaskData, prompts_and_references, references_of
 from ..data.tokenization import end_tokens
-from ..spans_flashlite import question_windows, span_scores
+from ..spans_flashlite import cut_question, question_windows, span_scores
 from .metrics import METRICS, RESAMPLES
 from .perplexity import label_likelihood, text_likelihood
 from .results import write_results
@@ -220,10 +221,11 @@ def extract_answers(
         max_answer_tokens (`int`, *optional*, defaults to 30): longest span.
         batch_size, max_source_length, stride (`int`, *optional*): windows at a time, tokens of each and of overlaps.
     """
+    fitting = [(cut_question(tokenizer, question, max_source_length), context) for question, context in asked]
     windows = [
         (number, ids, offsets)
-        for number, (question, context) in enumerate(asked)
-        for ids, offsets in question_windows(tokenizer, question, context, max_source_length, stride)
+        for number, texts in enumerate(fitting)
+        for ids, offsets in question_windows(tokenizer, *texts, max_source_length, stride)
     ]
     best = [(float("-inf"), "")] * len(asked)
     # a context has no answer if none of its windows has one
@@ -263,7 +265,7 @@ def _class_ids(data: TaskData, dataset, rows: list[dict]) -> tuple[list[int], di
     """Map labels to the model's class ids by name (-1 for unknown names), with remarks for the results file.
 
     Numbers are compared only where one side has no names: integers in the data, or a model with `LABEL_0`, ... For
-    such a model, the names in the data are numbered in alphabetical order, as in training.
+    such a model, the names in the data are numbered in alphabetical order, as in training; they must be all of them.
     """
     column, known = data.columns["label"], data.classes or []
     labels, names = [row[column] for row in rows], names_of(dataset, column)
@@ -273,7 +275,7 @@ def _class_ids(data: TaskData, dataset, rows: list[dict]) -> tuple[list[int], di
     ids, texts = ids_by_name(known), [class_of(label, names) for label in labels]
     found = [class_id(text, ids) for text in texts]
     numbers = not isinstance(labels[0], str)
-    if nameless and not numbers and len(set(texts)) <= len(known):
+    if nameless and not numbers and len(set(texts)) == len(known):
         order = sorted(set(texts))
         return [order.index(text) for text in texts], {"labels": f"taken in the order {', '.join(order)}"}
     if numbers and (nameless or (names is None and not any(label is not None for label in found))):

@@ -40,6 +40,8 @@ def bleu(
 ) -> dict:
     """Corpus BLEU of detokenized text by sacreBLEU, `bleu` in 0..100, with its signature for comparison.
 
+    Rows without a reference are left out, as by chrF and ROUGE; `without_reference` counts them.
+
     Args:
         predictions (`Sequence[str]`): answers.
         references (`Sequence[Sequence[str]]`): the accepted answers of each.
@@ -47,16 +49,18 @@ def bleu(
         tokenize (`str`, *optional*): one of sacreBLEU's tokenizers; if unset, `zh` for references in Chinese, `char`
             for other scripts without spaces, else its default `13a`. The signature names it.
     """
+    predictions, references, left_out = _with_references(predictions, references)
     if tokenize is None:
         letters = _letters(references)
         han, unspaced = (len(re.findall(f"[{scripts}]", letters)) for scripts in (_HAN, _UNSPACED))
         tokenize = "13a" if han + unspaced <= _MOST_UNSPACED * len(letters) else "char" if unspaced else "zh"
-    return _sacrebleu("bleu", BLEU(tokenize=tokenize), predictions, references, resamples)
+    return _sacrebleu("bleu", BLEU(tokenize=tokenize), predictions, references, resamples) | left_out
 
 
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]], resamples: int = RESAMPLES) -> dict:
     """chrF2 by sacreBLEU, `chrf` in 0..100, with its signature."""
-    return _sacrebleu("chrf", CHRF(), predictions, references, resamples)
+    predictions, references, left_out = _with_references(predictions, references)
+    return _sacrebleu("chrf", CHRF(), predictions, references, resamples) | left_out
 
 
 class UnicodeTokenizer(Tokenizer):
@@ -93,7 +97,7 @@ def rouge(
             words; or `unicode`, without stemming. If unset, `unicode` if more than 1% of the references' letters are
             not ASCII.
     """
-    _check_pairs(predictions, references)
+    predictions, references, left_out = _with_references(predictions, references)
     names = ("rouge1", "rouge2", "rougeL")
     if tokenize is None:
         letters = _letters(references)
@@ -102,11 +106,10 @@ def rouge(
     if tokenize not in _ROUGE_TOKENIZERS:
         raise ValueError(f"tokenize is {tokenize!r}, but must be one of {', '.join(_ROUGE_TOKENIZERS)}.")
     scorer = RougeScorer(names, tokenizer=_ROUGE_TOKENIZERS[tokenize])
-    scores = [
-        scorer.score_multi(list(answers) or [""], text) for text, answers in zip(predictions, references, strict=True)
-    ]
+    scores = [scorer.score_multi(answers, text) for text, answers in zip(predictions, references, strict=True)]
     result: dict = {
-        "rouge_signature": f"tok:{tokenize}|stem:{'yes' if tokenize == 'english' else 'no'}|version:{_ROUGE}"
+        "rouge_signature": f"tok:{tokenize}|stem:{'yes' if tokenize == 'english' else 'no'}|version:{_ROUGE}",
+        **left_out,
     }
     for name in names:
         result |= with_interval(name, [100 * score[name].fmeasure for score in scores], resamples)
@@ -207,22 +210,32 @@ def _interval(name: str, samples: Sequence[float]) -> dict[str, float]:
 
 
 def _sacrebleu(name: str, metric: Any, predictions, references, resamples: int) -> dict:
-    _check_pairs(predictions, references)
     # sacreBLEU wants one list per reference number, with None where a sentence has fewer
     count = max(len(answers) for answers in references)
-    if not count:
-        raise ValueError("All references are empty, so there is nothing to score; check the target column.")
-    references = [list(answers) or [""] for answers in references]
     padded = [[answers[i] if i < len(answers) else None for answers in references] for i in range(count)]
-    score = metric.corpus_score(list(predictions), padded).score
+    score = metric.corpus_score(predictions, padded).score
     result = {name: float(score), f"{name}_signature": str(metric.get_signature())}
     # sacreBLEU's bootstrap fails if a resample scores 0, so sentence statistics are resampled here
-    counts = np.asarray(metric._extract_corpus_statistics(list(predictions), padded))
+    counts = np.asarray(metric._extract_corpus_statistics(predictions, padded))
     samples = [
         float(metric._compute_score_from_stats(counts[picks].sum(0).tolist()).score)
         for picks in _resampled_indices(len(counts), resamples)
     ]
     return result | _interval(name, samples)
+
+
+def _with_references(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list, list, dict]:
+    """The rows that have a reference, and how many have none, if any: nothing is known of their answers."""
+    _check_pairs(predictions, references)
+    kept = [(text, list(answers)) for text, answers in zip(predictions, references, strict=True) if len(answers)]
+    if not kept:
+        raise ValueError("All references are empty, so there is nothing to score; check the target column.")
+    without = len(references) - len(kept)
+    return (
+        [text for text, _ in kept],
+        [answers for _, answers in kept],
+        {"without_reference": without} if without else {},
+    )
 
 
 def _letters(references: Sequence[Sequence[str]]) -> str:

@@ -7,6 +7,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.tokenization import row_end_tokens
 from .metrics import RESAMPLES, likelihood
 
 # bootstrap pieces of one text: enough of them for an interval, and long enough to be nearly independent
@@ -28,10 +29,10 @@ def text_likelihood(
 ) -> tuple[dict, dict]:
     """Perplexities and bits per byte of consecutive rows of text.
 
-    Every token of every row is scored exactly once; the end-of-sequence token before the first row is only context.
-    Word-level perplexity follows WikiText-103: the total negative log-likelihood over the original number of words,
-    where each line counts one more for its `<eos>`, so that models with different tokenizers are comparable. Bits per
-    byte divides by the UTF-8 bytes of the rows, plus one for the end of each.
+    Every token of every row is scored exactly once; the end-of-sequence token (without one, the end of a row) before
+    the first row is only context. Word-level perplexity follows WikiText-103: the total negative log-likelihood over
+    the original number of words, where each line counts one more for its `<eos>`, so that models with different
+    tokenizers are comparable. Bits per byte divides by the UTF-8 bytes of the rows, plus one for the end of each.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
@@ -64,8 +65,8 @@ def text_likelihood(
         raise ValueError(f"{type(model).__name__} has no segment memory; set memory=False, and stride for overlap.")
     if memory and stride != segment_length:
         raise ValueError(f"stride is {stride} with memory, but consecutive segments cannot overlap; leave stride out.")
-    first = tokenizer.eos_token_id
-    last = [first] if end is None else tokenizer(end, add_special_tokens=False)["input_ids"]
+    last = row_end_tokens(tokenizer, end)
+    first = last[-1] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     rows = [row.removesuffix(end or "") for row in rows]
     encoded = tokenizer(rows, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     lengths = np.array([len(ids) + len(last) for ids in encoded])

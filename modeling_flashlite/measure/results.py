@@ -138,14 +138,16 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Short commit hash of the checkout that this package runs from, or `None`."""
+    """Short commit hash of the checkout that this package runs from, or `None`; scripts are part of its code."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        if not git("ls-files", "--", "__init__.py"):
+            return None  # installed in a folder of another project
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(top)scripts")
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..data.tasks import Task
 from .trainers import LAST_FILE
 
-__all__ = ["Unset", "check_resume", "shape_changes", "task_measures"]
+__all__ = ["Unset", "check_folder", "check_resume", "shape_changes", "task_measures"]
 
 logger = logging.get_logger(__name__)
 # config fields of a Flash-Lite decoder on which no weight depends
@@ -33,6 +33,20 @@ def check_resume(folder: str | None) -> None:
         raise ValueError(
             f"resume_from_checkpoint is {folder}, which has no {LAST_FILE} and is therefore incomplete; name a "
             f"complete checkpoint, or use --resume."
+        )
+
+
+def check_folder(folder: str, adapters: bool) -> None:
+    """Raise `ValueError` where a run would save adapters beside a model, or a model beside adapters.
+
+    Whoever loads such a folder would get the adapters of one run on top of the weights of the other.
+    """
+    other = Path(folder) / ("config.json" if adapters else "adapter_config.json")
+    if other.is_file():
+        kinds = ("adapters", "a model") if adapters else ("a model", "adapters")
+        raise ValueError(
+            f"output_dir is {folder}, where {kinds[0]} would be saved, but it holds {kinds[1]} ({other.name}), and "
+            "both would be loaded together; choose another folder, or remove what is there."
         )
 
 

@@ -8,7 +8,6 @@ import torch
 import transformers
 from datasets import Dataset, IterableDataset
 from transformers import (
-    AutoTokenizer,
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -16,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..checkpoint import BASE_CONFIG, read_config, read_tokenizer
+from ..checkpoint import BASE_CONFIG, load_merged, read_config, read_tokenizer
 from ..cli import banner
 from ..configuration_flashlite import FlashLiteConfig
 from ..data.batching import PaddingCollator, row_end, segment_streams, tokenize_texts
@@ -24,9 +23,9 @@ from ..data.labels import class_id, classes_of, ids_by_name
 from ..data.loading import column_names, load_data, pick_split
 from ..data.preprocessing import preprocess
 from ..data.tasks import TaskData, get_task, resolve_task, texts_of
-from ..data.tokenization import end_tokens, train_tokenizer
+from ..data.tokenization import end_tokens, run_tokenizer
 from ..measure.plots import plot_losses
-from .checks import Unset, check_resume, shape_changes
+from .checks import Unset, check_folder, check_resume, shape_changes
 from .teacher import check_separation
 from .trainers import CarefulTrainer, last_checkpoint
 
@@ -171,19 +170,24 @@ def load_task(data: DataArgs, model: ModelArgs, splits) -> TaskData:
     return task
 
 
-def load_tokenizer(model: ModelArgs, task: TaskData, output_dir: str, splits) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, or train one on the data set's texts and save it in the run's folder."""
+def load_tokenizer(
+    model: ModelArgs, task: TaskData, output_dir: str, splits, resume: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, or train one on the data set's texts and save it in the run's folder.
+
+    A run that resumes keeps the one in its folder; any other run trains it anew unless it was made of the same.
+    """
     if source := model.tokenizer or model.model:
         return read_tokenizer(source, **model.hub)
-    folder = Path(output_dir) / "tokenizer"
-    if not (folder / "tokenizer.json").is_file():
-        rows = pick_split(splits, "train")
-        columns = task.columns.values()
-        texts = ("\n".join(texts_of(row[column])) for row in rows for column in columns)
-        total = len(rows) * len(columns) if isinstance(rows, Dataset) else None
-        tokenizer = train_tokenizer(texts, model.vocab_size, add_eos_token=task.encoder_decoder, total=total)
-        tokenizer.save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    rows, columns = pick_split(splits, "train"), task.columns.values()
+    return run_tokenizer(
+        Path(output_dir) / "tokenizer",
+        lambda: ("\n".join(texts_of(row[column])) for row in rows for column in columns),
+        keep=resume,
+        vocab_size=model.vocab_size,
+        add_eos_token=task.encoder_decoder,
+        total=len(rows) * len(columns) if isinstance(rows, Dataset) else None,
+    )
 
 
 def label_tables(classes: list[str]) -> dict:
@@ -228,7 +232,7 @@ def load_model(
         changed = shape_changes(shape, config, model.model)
         if task.classes is not None:
             changed |= head_changes(config, task.classes)
-        loaded = auto.from_pretrained(model.model, **model.hub, **changed)
+        loaded = load_merged(auto, model.model, changed, **model.hub)
     else:
         loaded = auto.from_config(new_config(shape, tokenizer, task))
     if task.task.generates and task.task.name != "text-generation" and not task.encoder_decoder:
@@ -246,9 +250,11 @@ def new_config(shape: ArchitectureArgs, tokenizer: PreTrainedTokenizerBase, task
             raise ValueError(f"{said}; leave it out, or set encoder_decoder.")
         logger.warning(f"{said}: it is left out.")  # a recipe's, whose encoder_decoder the command line overrides
         encoder_layers = None
+    # the embedding of a pad token is not trained: where the end of sequence pads, a model that masks needs none
+    closes = tokenizer.pad_token_id == tokenizer.eos_token_id and not task.encoder_decoder
     return FlashLiteConfig(
         vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=None if closes else tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         is_encoder_decoder=task.encoder_decoder,
@@ -377,6 +383,7 @@ def run(trainer: CarefulTrainer, name: str) -> dict:
     end token, are saved beside adapters.
     """
     args = trainer.args
+    check_folder(args.output_dir, adapters=hasattr(trainer.model, "peft_config"))
     if trainer.is_world_process_zero():
         sys.stderr.write(banner(name, trainer.model, args) + "\n")
     checkpoint = args.resume_from_checkpoint or (last_checkpoint(args.output_dir) if args.resume else None)

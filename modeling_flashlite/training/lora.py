@@ -1,11 +1,13 @@
 """Low-rank adapters with peft: one call prepares a model for training."""
 
-from transformers import PreTrainedModel
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..ecq_modules_flashlite import EcqModule
 from ..lora_targets_flashlite import TARGET_MODULES, register_lora_targets
 
-__all__ = ["TARGET_MODULES", "add_lora"]
+__all__ = ["TARGET_MODULES", "add_lora", "save_base"]
 
 # modules that peft trains in full by default for these tasks
 _TRAINED_HEADS = {
@@ -73,6 +75,13 @@ def add_lora(
     # checkpointed layers need an input that requires a gradient, which a frozen embedding does not give
     model.enable_input_require_grads()
     return get_peft_model(model, config)
+
+
+def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Save a model that is no checkpoint yet where its adapters, which are saved without it, will look for it."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model.name_or_path = str(folder)
 
 
 def _coded(model: PreTrainedModel, names: list[str]) -> list[str]:

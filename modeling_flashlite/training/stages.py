@@ -160,10 +160,12 @@ def print_line(text: str) -> None:
 
 def weight_cost(model, folder: Path, adapter: Path | None = None) -> dict:
     """Parameters of a saved model, and bytes and bits per parameter of its weight files, an adapter's included."""
-    size = model_size(model, folder)
-    weights = size["weight_bytes"] + (model_size(model, adapter)["weight_bytes"] if adapter else 0)
-    parameters = size["parameters"]
-    return {"parameters": parameters, "bits_per_weight": 8 * weights / parameters, "file_bytes": weights}
+    size = model_size(model, adapter or folder)
+    return {
+        "parameters": size["parameters"],
+        "bits_per_weight": size["bits_per_weight"],
+        "file_bytes": size["weight_bytes"],
+    }
 
 
 def reload_elsewhere(base: Path, adapter: Path, prompt: str | list[dict], **generation) -> str:
