@@ -89,6 +89,16 @@ def test_deadline_and_cancellation_free_the_worker(engine):
     assert gone.finish_reason == "cancelled"
 
 
+def test_a_job_that_cannot_be_admitted_leaves_the_worker(engine):
+    prompt = engine.encode(["Licensed"])[0]
+    broken = Settings(4, 1.0)
+    broken.seed = 2**70  # past the check of ranges, as any fault of our own would be
+    job = engine.submit(prompt, broken)
+    assert "".join(job) == "" and (job.finish_reason, job.error) == ("error", "generation failed")
+    after = engine.submit(prompt, Settings(4, 0.0))
+    assert list(after) and after.finish_reason == "length"
+
+
 def test_tokens_are_chosen_by_the_settings():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
 

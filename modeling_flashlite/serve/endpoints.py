@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse
-from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 
 from .engine import Engine
@@ -158,8 +157,8 @@ def create_app(
             raise ApiError(400, message, "tools", "unsupported_value")
         try:
             prompt = await asyncio.to_thread(engine.encode_chat, messages, tools)
-        except TemplateError as error:
-            raise ApiError(400, f"The chat template refuses these messages: {error}", "messages") from None
+        except ValueError as error:
+            raise ApiError(400, str(error), "messages") from None
         calls = bool(tools) and marks_calls(template)
         if body.demanded() and not calls:
             message = f"tool_choice needs a chat template with <tool_call>, which {engine.name} has not; leave it out."

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..checkpoint import CheckpointArgs, add_adapter, load_language_model, read_tokenizer
@@ -137,15 +138,22 @@ class Engine:
         return [self.tokenizer(text)["input_ids"] for text in texts]
 
     def encode_chat(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
-        """Turn a conversation, and descriptions of tools, into a prompt; an encoder-decoder reads the last message."""
+        """Turn a conversation, and descriptions of tools, into a prompt; an encoder-decoder reads the last message.
+
+        Raises:
+            ValueError: the chat template refuses the messages.
+        """
         if self.is_encoder_decoder:
             return self.tokenizer(messages[-1]["content"])["input_ids"]
         if self.tokenizer.chat_template is None:
             text = "".join(f"{message['content']}\n" for message in messages)
             return self.tokenizer(text)["input_ids"]
-        return self.tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        except TemplateError as error:
+            raise ValueError(f"The chat template refuses these messages: {error}") from None
 
     def submit(self, prompt: list[int], settings: Settings) -> Job:
         """Queue one answer.
@@ -218,7 +226,8 @@ class Engine:
             if not held.is_wanted():
                 held = None
             elif batch.admits(held):
-                batch.admit(held)
+                with self._failing_apart(partial(list, [held])):
+                    batch.admit(held)
                 held = None
             else:
                 return held, closing

@@ -11,7 +11,19 @@ import torch
 
 from .grammar import Grammar, GrammarError
 
-__all__ = ["Answer", "Job", "Limits", "QueueFull", "Settings", "TextAssembler", "TokenLogprob", "pick"]
+__all__ = ["RANGES", "Answer", "Job", "Limits", "QueueFull", "Settings", "TextAssembler", "TokenLogprob", "pick"]
+
+# least and largest value of each number in `Settings`, whoever gives it: a flag, a command or a request
+RANGES: dict[str, tuple[float, float]] = {
+    "max_tokens": (0, float("inf")),
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 10),  # logits are divided by it, and must stay finite
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
+    "seed": (-(2**63), 2**63 - 1),
+}
 
 
 @dataclass(frozen=True)
@@ -39,10 +51,10 @@ class Limits:
 
 @dataclass
 class Settings:
-    """How one answer is generated; `temperature` 0 is greedy.
+    """How one answer is generated; `temperature` 0 is greedy. Numbers outside [`RANGES`] are a `ValueError`.
 
     Args:
-        max_tokens (`int`): most new tokens.
+        max_tokens (`int`): most new tokens; 0 only with `echo`.
         temperature (`float`), top_p (`float`), top_k (`int`, 0 for all), min_p (`float`): sampling.
         repetition_penalty (`float`): divides the logits of tokens that are in prompt or answer, as in transformers.
         frequency_penalty, presence_penalty (`float`): logits taken off per earlier occurrence, and once.
@@ -66,6 +78,14 @@ class Settings:
     logprobs: int | None = None
     echo: bool = False
     grammar: Grammar | None = None
+
+    def __post_init__(self):
+        for name, (least, largest) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= largest:
+                raise ValueError(f"{name} is {value}, but must be from {least} to {largest}.")
+        if not (self.max_tokens or self.echo):
+            raise ValueError("max_tokens is 0, which only makes sense with echo; ask for at least 1.")
 
 
 class TokenLogprob(NamedTuple):
