@@ -59,6 +59,29 @@ class BodyLimit:
         return await self.app(scope, replay, send)
 
 
+class Measured:
+    """Count responses and their seconds. FastAPI's own middleware would hide from an answer that its client left."""
+
+    def __init__(self, app, server: Server):
+        self.app, self.server = app, server
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, status = time.monotonic(), 500
+
+        async def noted(message):
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        finally:
+            self.server.responses[status] += 1
+            self.server.seconds += time.monotonic() - start
+
+
 async def accepted(server: Server, request: Request, kind):
     """The body of an authorized request, and the engine that it asks for."""
     server.authorize(request)
@@ -92,14 +115,8 @@ def create_app(
 
     app.add_middleware(BodyLimit, limit=body_limit)
 
-    # added last, so that it also handles requests refused by the limit
-    @app.middleware("http")
-    async def measure(request: Request, call_next):
-        start = time.monotonic()
-        response = await call_next(request)
-        server.responses[response.status_code] += 1
-        server.seconds += time.monotonic() - start
-        return response
+    # added last, so that it also counts requests refused by the limit
+    app.add_middleware(Measured, server=server)
 
     @app.exception_handler(ApiError)
     async def on_api_error(request, error):
@@ -145,7 +162,8 @@ def create_app(
         if not prompts:
             raise ApiError(400, "prompt is empty; give at least one.", "prompt")
         ids = prompts if isinstance(prompts[0], list) else await asyncio.to_thread(engine.encode, prompts)
-        return await server.answer(request, engine, server.submit(engine, ids, body, "prompt"), body, chat=False)
+        answers = await server.submit(engine, ids, body, "prompt")
+        return await server.answer(request, engine, answers, body, chat=False)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request):
@@ -163,7 +181,7 @@ def create_app(
         if body.demanded() and not calls:
             message = f"tool_choice needs a chat template with <tool_call>, which {engine.name} has not; leave it out."
             raise ApiError(400, message, "tool_choice", "unsupported_value")
-        jobs = await asyncio.to_thread(server.submit, engine, [prompt], body, "messages")
-        return await server.answer(request, engine, jobs, body, chat=True, calls=calls)
+        answers = await server.submit(engine, [prompt], body, "messages")
+        return await server.answer(request, engine, answers, body, chat=True, calls=calls)
 
     return app

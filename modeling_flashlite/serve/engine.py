@@ -155,8 +155,8 @@ class Engine:
         except TemplateError as error:
             raise ValueError(f"The chat template refuses these messages: {error}") from None
 
-    def submit(self, prompt: list[int], settings: Settings) -> Job:
-        """Queue one answer.
+    def submit(self, prompt: list[int], settings: Settings, put: Callable[[str | None], None] | None = None) -> Job:
+        """Queue one answer, to be read by iteration, or by `put` (see [`Job`]).
 
         Raises:
             QueueFull: too many are waiting.
@@ -168,7 +168,7 @@ class Engine:
             raise ValueError(f"The prompt has {len(prompt)} tokens, the limit is {self.limits.prompt_tokens}; cut it.")
         if min(prompt) < 0 or max(prompt) >= self.vocabulary:
             raise ValueError(f"The prompt has a token outside 0..{self.vocabulary - 1}; use this model's tokenizer.")
-        job = Job(prompt, settings, time.monotonic() + self.limits.seconds)
+        job = Job(prompt, settings, time.monotonic() + self.limits.seconds, put)
         if self.batch is None and settings.logprobs is not None:
             raise ValueError("logprobs need a decoder-only model; leave them out.")
         if self.batch is not None and self.batch.bytes_of(job) > self.limits.cache_bytes:

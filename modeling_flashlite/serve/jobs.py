@@ -1,9 +1,11 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
 """One answer to one prompt: limits, sampling settings, and incremental text."""
 
+import math
 import queue
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ __all__ = ["RANGES", "Answer", "Job", "Limits", "QueueFull", "Settings", "TextAs
 
 # least and largest value of each number in `Settings`, whoever gives it: a flag, a command or a request
 RANGES: dict[str, tuple[float, float]] = {
-    "max_tokens": (0, float("inf")),
+    "max_tokens": (0, math.inf),
     "temperature": (0, 2),
     "top_p": (0, 1),
     "min_p": (0, 1),
@@ -154,9 +156,17 @@ class Job:
         prompt (`list[int]`): token ids.
         settings (`Settings`): how to generate.
         deadline (`float`): time by `time.monotonic` after which the job is dropped.
+        put (`Callable`, *optional*): takes each piece of text, and `None` at the end, in the thread that generates
+            them; then there is nothing to iterate over.
     """
 
-    def __init__(self, prompt: list[int], settings: Settings, deadline: float):
+    def __init__(
+        self,
+        prompt: list[int],
+        settings: Settings,
+        deadline: float,
+        put: Callable[[str | None], None] | None = None,
+    ):
         self.prompt, self.settings, self.deadline = prompt, settings, deadline
         self.new_tokens = 0
         self.logprobs: list[TokenLogprob] = []
@@ -164,12 +174,13 @@ class Job:
         self.error: str | None = None
         self.cancelled = False
         self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.put = put or self.pieces.put
 
     def finish(self, reason: str, error: str | None = None) -> None:
         """End the job; later calls change nothing."""
         if self.finish_reason is None:
             self.finish_reason, self.error = reason, error
-            self.pieces.put(None)
+            self.put(None)
 
     def is_wanted(self) -> bool:
         """Whether somebody still waits for it; a job that was cancelled or is late ends here."""
@@ -275,7 +286,7 @@ class Answer:
         if ended or (full and not self.text.stopped):
             piece += self.text.finish()
         if piece:
-            job.pieces.put(piece)
+            job.put(piece)
         if ended or self.text.stopped:
             job.finish("stop")
         elif full:
