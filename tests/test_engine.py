@@ -129,6 +129,14 @@ def test_repetition_penalty_is_that_of_transformers(engine_tokenizer, reads_prom
     assert answer.choose(logits) == int(expected.argmax()) and torch.equal(logits, kept)
 
 
+def test_a_special_token_among_the_stop_texts_ends_the_answer(engine_tokenizer):
+    asked = Job([0], Settings(9, 0.0, stop=["<|user|>", "never"]), time.monotonic() + 60)
+    answer = Answer(asked, engine_tokenizer, set(), Counter())
+    for token in engine_tokenizer("May you<|user|>")["input_ids"]:
+        answer.take(token)
+    assert "".join(asked) == "May you" and asked.finish_reason == "stop"
+
+
 def test_penalties_count_the_answer_alone(engine_tokenizer):
     asked = Job([0, 0], Settings(5, 0.0, frequency_penalty=1.0), time.monotonic() + 60)
     answer = Answer(asked, engine_tokenizer, set(), Counter())

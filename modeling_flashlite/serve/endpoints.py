@@ -155,8 +155,7 @@ def create_app(
     @app.post("/v1/completions")
     async def completions(request: Request):
         body, engine = await accepted(server, request, CompletionRequest)
-        prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-        prompts = [prompts] if prompts and isinstance(prompts[0], int) else prompts
+        prompts = body.prompts()
         if len(prompts) > engine.limits.choices:
             raise ApiError(400, f"{len(prompts)} prompts are above the limit of {engine.limits.choices}.", "prompt")
         if not prompts:

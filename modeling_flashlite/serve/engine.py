@@ -176,6 +176,9 @@ class Engine:
                 f"Prompt and answer may take {self.batch.bytes_of(job)} bytes of cache, the limit is "
                 f"{self.limits.cache_bytes}; ask for fewer tokens."
             )
+        if not settings.max_tokens and settings.logprobs is None:
+            job.finish("length")
+            return job
         if self._waiting.qsize() >= self.limits.waiting:
             raise QueueFull(f"{self.limits.waiting} answers are waiting already; try again in a moment.")
         self._waiting.put(job)

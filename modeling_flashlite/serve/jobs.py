@@ -13,7 +13,18 @@ import torch
 
 from .grammar import Grammar, GrammarError
 
-__all__ = ["RANGES", "Answer", "Job", "Limits", "QueueFull", "Settings", "TextAssembler", "TokenLogprob", "pick"]
+__all__ = [
+    "RANGES",
+    "Answer",
+    "Job",
+    "Limits",
+    "QueueFull",
+    "Settings",
+    "TextAssembler",
+    "TokenLogprob",
+    "pick",
+    "special_tokens",
+]
 
 # least and largest value of each number in `Settings`, whoever gives it: a flag, a command or a request
 RANGES: dict[str, tuple[float, float]] = {
@@ -60,7 +71,7 @@ class Settings:
         temperature (`float`), top_p (`float`), top_k (`int`, 0 for all), min_p (`float`): sampling.
         repetition_penalty (`float`): divides the logits of tokens that are in prompt or answer, as in transformers.
         frequency_penalty, presence_penalty (`float`): logits taken off per earlier occurrence, and once.
-        stop (`list[str]`): texts that end the answer; they are not part of it.
+        stop (`list[str]`): texts, or special tokens, that end the answer; they are not part of it.
         seed (`int`, *optional*): the same seed gives the same answer, whatever else is in the batch.
         logprobs (`int`, *optional*): log-probabilities of each token and of this many of the likeliest ones.
         echo (`bool`): log-probabilities of the prompt's tokens too.
@@ -100,6 +111,11 @@ class TokenLogprob(NamedTuple):
 
 class QueueFull(RuntimeError):
     """Too many answers are waiting; try again later."""
+
+
+def special_tokens(tokenizer) -> dict[str, int]:
+    """Tokens that decoded text leaves out, by what they are called."""
+    return {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 class TextAssembler:
@@ -236,6 +252,10 @@ class Answer:
 
     def __init__(self, job: Job, tokenizer, ends: set[int], counters: Counter, reads_prompt: bool = True):
         self.job, self.ends, self.counters = job, ends, counters
+        if job.settings.stop:  # the text has no special tokens, so they are looked for among the tokens
+            self.ends = ends | {
+                token for name, token in special_tokens(tokenizer).items() if name in job.settings.stop
+            }
         self.before = job.prompt if reads_prompt else []
         self.text = TextAssembler(tokenizer, job.settings.stop)
         self.tokens: list[int] = []

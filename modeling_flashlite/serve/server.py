@@ -20,6 +20,7 @@ from .jobs import Job, QueueFull, Settings
 from .openai_schema import (
     ApiError,
     ChatRequest,
+    CompletionRequest,
     Sampling,
     StreamOptions,
     chat_logprobs,
@@ -209,13 +210,16 @@ class Server:
             events = self.stream(answers, frame, chat, body, calls)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         texts = await self.gather(request, answers)
-        decode = engine.tokenizer.decode
-        choices = []
-        for index, (text, job) in enumerate(zip(texts, answers.jobs)):
-            if job.settings.echo:
-                text = decode(job.prompt) + text
-            choices.append(self.choice(engine, index, text, job, chat, calls))
-        return JSONResponse({**frame, "choices": choices, "usage": usage(answers.jobs, body.n or 1)})
+        count = body.n or 1
+        if isinstance(body, CompletionRequest) and body.echo:
+            given = [text if isinstance(text, str) else engine.tokenizer.decode(text) for text in body.prompts()]
+            texts = [given[index // count] + text for index, text in enumerate(texts)]
+        # in a thread: texts of thousands of tokens with their likeliest ones take a second
+        choices = [
+            await asyncio.to_thread(self.choice, engine, index, text, job, chat, calls)
+            for index, (text, job) in enumerate(zip(texts, answers.jobs))
+        ]
+        return JSONResponse({**frame, "choices": choices, "usage": usage(answers.jobs, count)})
 
     async def gather(self, request: Request, answers: Answers) -> list[str]:
         """Collect the complete texts; cancel the jobs when the client disconnects."""
@@ -287,8 +291,8 @@ class Server:
                 said["message"] |= {"content": content, "tool_calls": found}
                 reason = "tool_calls"
         if job.settings.logprobs is not None:
-            shape = chat_logprobs if chat else completion_logprobs
-            logprobs = shape(job.logprobs, engine.tokenizer)
+            given = job.logprobs, engine.tokenizer
+            logprobs = chat_logprobs(*given) if chat else completion_logprobs(*given, text)
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
 
     @staticmethod
