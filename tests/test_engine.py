@@ -16,7 +16,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from modeling_flashlite.checkpoint import CheckpointArgs
 from modeling_flashlite.serve.engine import Engine
 from modeling_flashlite.serve.grammar import Grammars
-from modeling_flashlite.serve.jobs import Answer, Job, Limits, QueueFull, Settings, TextAssembler, pick
+from modeling_flashlite.serve.jobs import LIKELIEST, Answer, Job, Limits, QueueFull, Settings, TextAssembler, pick
 from modeling_flashlite.serve.tools import split_calls
 
 
@@ -115,6 +115,10 @@ def test_tokens_are_chosen_by_the_settings():
     )
     share = torch.bincount(torch.tensor(draw(4000)), minlength=4) / 4000
     torch.testing.assert_close(share, logits.softmax(-1), atol=0.04, rtol=0)
+    logits = torch.linspace(1e-3, 0, 3 * LIKELIEST)  # more tokens than are sorted at first share what top_p asks for
+    assert LIKELIEST < max(draw(300, top_p=0.8)) < 2.5 * LIKELIEST
+    with pytest.raises(FloatingPointError, match="not numbers"):
+        pick(torch.tensor([0.0, float("nan")]), Settings(1), torch.Generator())
 
 
 @pytest.mark.parametrize("reads_prompt", [True, False])

@@ -14,6 +14,7 @@ import torch
 from .grammar import Grammar, GrammarError
 
 __all__ = [
+    "LIKELIEST",
     "RANGES",
     "Answer",
     "Job",
@@ -99,6 +100,10 @@ class Settings:
                 raise ValueError(f"{name} is {value}, but must be from {least} to {largest}.")
         if not (self.max_tokens or self.echo):
             raise ValueError("max_tokens is 0, which only makes sense with echo; ask for at least 1.")
+
+
+# tokens that are sorted for top_p; all of them only if these do not reach it
+LIKELIEST = 1024
 
 
 class TokenLogprob(NamedTuple):
@@ -218,9 +223,9 @@ class Job:
 
 
 def pick(logits: torch.Tensor, settings: Settings, generator: torch.Generator) -> int:
-    """Choose one token from logits `[V]`."""
+    """Choose one token from logits `[V]`, float32 on the CPU."""
     if settings.temperature < 1e-3:
-        return int(logits.argmax())
+        return int(logits.numpy().argmax())  # NumPy's is ten times as fast as PyTorch's
     logits = logits / settings.temperature
     if 0 < settings.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[-1], float("-inf"))
@@ -228,14 +233,25 @@ def pick(logits: torch.Tensor, settings: Settings, generator: torch.Generator) -
     if settings.min_p:
         probabilities = probabilities.where(probabilities >= settings.min_p * probabilities.max(), 0.0)
         probabilities = probabilities / probabilities.sum()
-    if settings.top_p < 1.0:
+    if settings.top_p == 1.0:
+        return _draw(probabilities, generator)
+    ordered, order = probabilities.topk(min(LIKELIEST, len(probabilities)))
+    if ordered.sum() < settings.top_p:
         ordered, order = probabilities.sort(descending=True)
-        # keep the smallest set that reaches top_p: tokens with less than that accumulated before them
-        beyond = ordered.cumsum(-1) - ordered >= settings.top_p
-        beyond[0] = False
-        ordered[beyond] = 0.0
-        probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    # keep the smallest set that reaches top_p: tokens with less than that accumulated before them
+    beyond = ordered.cumsum(-1) - ordered >= settings.top_p
+    beyond[0] = False
+    return int(order[_draw(ordered.masked_fill(beyond, 0.0), generator)])
+
+
+def _draw(weights: torch.Tensor, generator: torch.Generator) -> int:
+    """One place of weights `[V]`, as often as it weighs; `torch.multinomial` draws a number for each of them."""
+    sums = weights.double().cumsum(-1)
+    if not sums[-1] > 0:
+        raise FloatingPointError("The model's logits are not numbers.")
+    return int(
+        torch.searchsorted(sums, sums[-1:] * torch.rand(1, generator=generator, dtype=torch.double), right=True)
+    )
 
 
 class Answer:
@@ -273,11 +289,11 @@ class Answer:
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token, from the model's logits `[V]`."""
-        settings, logits = self.job.settings, logits.float().cpu().clone()
+        settings, logits = self.job.settings, logits.float().cpu()
         if settings.repetition_penalty != 1.0 and (seen := sorted({*self.before, *self.tokens})):
             # reduces the logit, whether positive or negative
             factor = torch.where(logits[seen] < 0, settings.repetition_penalty, 1 / settings.repetition_penalty)
-            logits[seen] = logits[seen] * factor
+            logits = logits.index_put((torch.tensor(seen),), logits[seen] * factor)
         if settings.frequency_penalty or settings.presence_penalty:
             counts = torch.bincount(torch.tensor(self.tokens, dtype=torch.long), minlength=logits.numel())
             logits = logits - settings.frequency_penalty * counts - settings.presence_penalty * (counts > 0)
