@@ -62,6 +62,11 @@ class Limits:
     seconds: float = 120.0
     cache_bytes: int = 2 << 30
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"The limit {name} is {value}, but must be above 0.")
+
 
 @dataclass
 class Settings:
