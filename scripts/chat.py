@@ -7,6 +7,7 @@ Each line of a pipe is one turn, and only the answers are printed. Commands: see
 """
 
 import contextlib
+import os
 import sys
 from dataclasses import dataclass, field
 
@@ -28,6 +29,11 @@ class ChatArgs:
     top_p: float = field(default=1.0, metadata={"help": "nucleus sampling"})
     seed: int | None = field(default=None, metadata={"help": "makes sampling repeatable"})
     native: bool = field(default=False, metadata={"help": "decode coded models by code compiled on this machine"})
+
+    def __post_init__(self):
+        if self.system is not None:  # bytes that are not UTF-8 arrive as halves of characters
+            self.system = os.fsencode(self.system).decode(errors="replace")
+        self.settings = Settings(self.max_tokens, self.temperature, self.top_p, seed=self.seed)
 
 
 def converse(chat: Chat, interactive: bool) -> bool:
@@ -63,13 +69,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"chat: {error}", file=sys.stderr)
         return 2
     engine = Engine(checkpoint, limits=Limits(new_tokens=args.max_tokens, batch=1, seconds=3600.0))
-    settings = Settings(args.max_tokens, args.temperature, args.top_p, seed=args.seed)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (editing and history of the line)
         print(f"{engine.name}: {count_parameters(engine.model) / 1e6:.1f}M parameters. /help lists the commands.")
-    succeeded = converse(Chat(engine, settings, args.system), interactive)
+    succeeded = converse(Chat(engine, args.settings, args.system), interactive)
     engine.close(timeout=5.0)
     return int(not succeeded and not interactive)
 

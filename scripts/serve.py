@@ -47,17 +47,9 @@ class ServeArgs:
     max_body: int = field(default=1 << 20, metadata={"help": "largest request, in bytes"})
     timeout: float = field(default=Limits.seconds, metadata={"help": "seconds one request may take"})
 
-    def named_adapters(self) -> dict[str, str]:
-        """Folder or Hub id of each adapter by its name."""
-        pairs = [pair.partition("=") for pair in (self.adapters or "").split(",") if pair]
-        if any(not (name and folder) for name, _, folder in pairs) or len({name for name, *_ in pairs}) < len(pairs):
-            raise ValueError(f"adapters is {self.adapters!r}, but must read name=folder,name=folder, no name twice.")
-        return {name: folder for name, _, folder in pairs}
-
-    @property
-    def limits(self) -> Limits:
-        """Limits of one engine; the memory for keys and values is shared by the model and its adapters."""
-        return Limits(
+    def __post_init__(self):
+        # of one engine; the memory for keys and values is shared by the model and its adapters
+        self.limits = Limits(
             prompt_tokens=self.max_prompt_tokens,
             new_tokens=self.max_new_tokens,
             batch=self.max_batch,
@@ -65,6 +57,13 @@ class ServeArgs:
             seconds=self.timeout,
             cache_bytes=self.cache_bytes // (1 + len(self.named_adapters())),
         )
+
+    def named_adapters(self) -> dict[str, str]:
+        """Folder or Hub id of each adapter by its name."""
+        pairs = [pair.partition("=") for pair in (self.adapters or "").split(",") if pair]
+        if any(not (name and folder) for name, _, folder in pairs) or len({name for name, *_ in pairs}) < len(pairs):
+            raise ValueError(f"adapters is {self.adapters!r}, but must read name=folder,name=folder, no name twice.")
+        return {name: folder for name, _, folder in pairs}
 
 
 def is_loopback(host: str) -> bool:

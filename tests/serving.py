@@ -1,9 +1,13 @@
 """Starting the server, and an engine of a tiny model."""
 
+import contextlib
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 from modeling_flashlite.checkpoint import CheckpointArgs
@@ -28,7 +32,27 @@ def start(folder: Path, *arguments: str, **environment: str) -> tuple[subprocess
     return process, re.search(r"http://\S+?(?=/v1)", line)[0]
 
 
-def make_engine(folder: Path) -> Engine:
+def make_engine(folder: Path, **limits) -> Engine:
     """An engine with small limits; the caller closes it."""
-    limits = Limits(prompt_tokens=100, new_tokens=50, batch=4, waiting=6, seconds=60)
-    return Engine(CheckpointArgs(str(folder), device="cpu"), limits=limits)
+    limits = {"prompt_tokens": 100, "new_tokens": 50, "batch": 4, "waiting": 6, "seconds": 60, **limits}
+    return Engine(CheckpointArgs(str(folder), device="cpu"), limits=Limits(**limits))
+
+
+@contextlib.contextmanager
+def served(engine: Engine):
+    """The address of a server in this process; the engine is closed at the end."""
+    import uvicorn
+
+    from modeling_flashlite.serve.endpoints import create_app
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(engine), log_level="warning", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(60)

@@ -42,8 +42,9 @@ def chat(engine):
     return Chat(engine, Settings(12, 1.0, seed=0))
 
 
-def pipe(folder, text: str, monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+def pipe(folder, text: str | bytes, monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    content = text if isinstance(text, bytes) else text.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
     code = chat_script.main(["--model", str(folder), "--device", "cpu", "--max-tokens", "8", *arguments])
     return code, *capsys.readouterr()
 
@@ -83,8 +84,12 @@ def test_commands(chat, capsys, tmp_path):
         ("/bogus", "Unknown command"),
         ("/save", "missing argument"),
         ("/set colour red", "takes one of"),
-        ("/set top_p 2", "out of range"),
+        ("/set top_p 2", "top_p is 2.0, but must be from 0 to 1"),
+        ("/set temperature nan", "temperature is nan, but must be"),
+        ("/set max_tokens 0", "ask for at least 1"),
         ("/set max_tokens many", "invalid literal"),
+        ("/set max_tokens 5 now", "takes one of"),
+        ("/set seed 99999999999999999999", "seed is 99999999999999999999, but must be"),
         ("/retry", "no answer to retry"),
     ],
 )
@@ -93,10 +98,40 @@ def test_bad_command_is_one_sentence(chat, line, message):
         chat.command(line)
 
 
+@pytest.mark.parametrize("given", ["seed=99999999999999999999", "temperature=-1", "top_p=2", "max_tokens=-3"])
+def test_flags_have_the_ranges_of_set(given, folder, capsys):
+    with pytest.raises(SystemExit) as stop:
+        chat_script.main(["--model", str(folder), f"--{given}"])
+    assert stop.value.code == 2 and f"{given.replace('=', ' is ')}" in capsys.readouterr().err
+
+
+def test_a_template_that_refuses_leaves_the_conversation(chat, monkeypatch):
+    refusing = "{% if messages|length > 1 %}{{ raise_exception('roles must alternate') }}{% endif %}x"
+    chat.answer("Who grants?")
+    before = list(chat.messages)
+    monkeypatch.setattr(chat.engine.tokenizer, "chat_template", refusing)
+    with pytest.raises(ValueError, match="chat template refuses these messages: roles must alternate"):
+        chat.answer("And who else?")
+    chat.system = "Be brief."
+    monkeypatch.setattr(chat.engine.tokenizer, "chat_template", refusing.replace("> 1", "> 0"))
+    with pytest.raises(ValueError, match="roles must alternate"):
+        chat.command("/retry")
+    assert chat.messages == before
+
+
+def test_retry_needs_a_question(chat):
+    chat.messages = [{"role": "assistant", "content": "Hello."}]
+    with pytest.raises(ValueError, match="no answer to retry"):
+        chat.command("/retry")
+
+
 def test_load_refuses_what_is_not_a_conversation(chat, tmp_path):
     (tmp_path / "bad.json").write_text('[{"role": "user"}]')
     with pytest.raises(ValueError, match="is not a conversation"):
         chat.command(f"/load {tmp_path / 'bad.json'}")
+    (tmp_path / "half.json").write_text('[{"role": "user", "content": "\\ud800"}]')
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        chat.command(f"/load {tmp_path / 'half.json'}")
 
 
 def test_pipe_prints_answers_only(folder, monkeypatch, capsys, chat):
@@ -105,6 +140,12 @@ def test_pipe_prints_answers_only(folder, monkeypatch, capsys, chat):
     assert output.endswith("\n") and ">" not in output.splitlines()[0][:2]
     code, _, errors = pipe(folder, "/bogus\n", monkeypatch, capsys)
     assert code == 1 and errors.splitlines()[-1].startswith("chat: Unknown command")
+
+
+def test_bytes_that_are_not_text_are_replaced(folder, monkeypatch, capsys):
+    given = "--system", "Be br\udcffef."
+    code, output, errors = pipe(folder, b"Who gr\xffnts?\n/history\n", monkeypatch, capsys, *given)
+    assert code == 0 and "system: Be br\ufffdef.\nuser: Who gr\ufffdnts?" in output and "chat:" not in errors
 
 
 def test_too_long_a_turn_leaves_the_conversation(folder, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from modeling_flashlite.checkpoint import CheckpointArgs
 from modeling_flashlite.serve.engine import Engine
 from modeling_flashlite.serve.grammar import Grammars
-from modeling_flashlite.serve.jobs import Answer, Job, Limits, QueueFull, Settings, TextAssembler, pick
+from modeling_flashlite.serve.jobs import LIKELIEST, Answer, Job, Limits, QueueFull, Settings, TextAssembler, pick
 from modeling_flashlite.serve.tools import split_calls
 
 
@@ -89,6 +89,16 @@ def test_deadline_and_cancellation_free_the_worker(engine):
     assert gone.finish_reason == "cancelled"
 
 
+def test_a_job_that_cannot_be_admitted_leaves_the_worker(engine):
+    prompt = engine.encode(["Licensed"])[0]
+    broken = Settings(4, 1.0)
+    broken.seed = 2**70  # past the check of ranges, as any fault of our own would be
+    job = engine.submit(prompt, broken)
+    assert "".join(job) == "" and (job.finish_reason, job.error) == ("error", "generation failed")
+    after = engine.submit(prompt, Settings(4, 0.0))
+    assert list(after) and after.finish_reason == "length"
+
+
 def test_tokens_are_chosen_by_the_settings():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
 
@@ -105,6 +115,10 @@ def test_tokens_are_chosen_by_the_settings():
     )
     share = torch.bincount(torch.tensor(draw(4000)), minlength=4) / 4000
     torch.testing.assert_close(share, logits.softmax(-1), atol=0.04, rtol=0)
+    logits = torch.linspace(1e-3, 0, 3 * LIKELIEST)  # more tokens than are sorted at first share what top_p asks for
+    assert LIKELIEST < max(draw(300, top_p=0.8)) < 2.5 * LIKELIEST
+    with pytest.raises(FloatingPointError, match="not numbers"):
+        pick(torch.tensor([0.0, float("nan")]), Settings(1), torch.Generator())
 
 
 @pytest.mark.parametrize("reads_prompt", [True, False])
@@ -117,6 +131,14 @@ def test_repetition_penalty_is_that_of_transformers(engine_tokenizer, reads_prom
     expected = RepetitionPenaltyLogitsProcessor(1.7)(seen, logits[None].clone())[0]
     kept = logits.clone()
     assert answer.choose(logits) == int(expected.argmax()) and torch.equal(logits, kept)
+
+
+def test_a_special_token_among_the_stop_texts_ends_the_answer(engine_tokenizer):
+    asked = Job([0], Settings(9, 0.0, stop=["<|user|>", "never"]), time.monotonic() + 60)
+    answer = Answer(asked, engine_tokenizer, set(), Counter())
+    for token in engine_tokenizer("May you<|user|>")["input_ids"]:
+        answer.take(token)
+    assert "".join(asked) == "May you" and asked.finish_reason == "stop"
 
 
 def test_penalties_count_the_answer_alone(engine_tokenizer):

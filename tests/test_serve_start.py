@@ -21,14 +21,17 @@ def folder(tmp_path_factory):
     return save_checkpoint("causal", tmp_path_factory.mktemp("serve") / "tiny-lm")
 
 
-@pytest.mark.parametrize("given", ["caller={folder}", "caller", "a={folder},a={folder}"])
-def test_adapters_that_do_not_fit_are_one_sentence(given, folder, monkeypatch, capsys):
-    argv = ["serve.py", f"--model={folder}", "--port=0", f"--adapters={given.format(folder=folder)}"]
+@pytest.mark.parametrize(
+    "given",
+    ["adapters=caller={folder}", "adapters=caller", "adapters=a={folder},a={folder}", "max_batch=0", "timeout=-1"],
+)
+def test_options_that_do_not_fit_are_one_sentence(given, folder, monkeypatch, capsys):
+    argv = ["serve.py", f"--model={folder}", "--port=0", f"--{given.format(folder=folder)}"]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "scripts" / "serve.py"), run_name="__main__")
     said = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and re.search("is no adapter of this model|must read name=folder", said)
+    assert stop.value.code == 2 and re.search("is no adapter of this model|must read name=folder|above 0", said)
 
 
 def test_key_is_asked_for_and_running_answers_end_before_the_stop(folder):

@@ -229,6 +229,9 @@ class ContinuousBatch:
             self.prompts.popleft()
             if len(prompt.tokens) >= SHORTEST_PREFIX and self._fits_kept(prompt):
                 self._kept.append((prompt.tokens, copy.deepcopy(prompt.cache)))
+            if not prompt.answer.job.settings.max_tokens:
+                prompt.answer.job.finish("length")
+                continue
             token = prompt.answer.choose(newest)
             prompt.answer.take(token, newest)
             if not prompt.answer.done:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse
-from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 
 from .engine import Engine
@@ -60,6 +59,29 @@ class BodyLimit:
         return await self.app(scope, replay, send)
 
 
+class Measured:
+    """Count responses and their seconds. FastAPI's own middleware would hide from an answer that its client left."""
+
+    def __init__(self, app, server: Server):
+        self.app, self.server = app, server
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, status = time.monotonic(), 500
+
+        async def noted(message):
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        finally:
+            self.server.responses[status] += 1
+            self.server.seconds += time.monotonic() - start
+
+
 async def accepted(server: Server, request: Request, kind):
     """The body of an authorized request, and the engine that it asks for."""
     server.authorize(request)
@@ -93,14 +115,8 @@ def create_app(
 
     app.add_middleware(BodyLimit, limit=body_limit)
 
-    # added last, so that it also handles requests refused by the limit
-    @app.middleware("http")
-    async def measure(request: Request, call_next):
-        start = time.monotonic()
-        response = await call_next(request)
-        server.responses[response.status_code] += 1
-        server.seconds += time.monotonic() - start
-        return response
+    # added last, so that it also counts requests refused by the limit
+    app.add_middleware(Measured, server=server)
 
     @app.exception_handler(ApiError)
     async def on_api_error(request, error):
@@ -139,14 +155,14 @@ def create_app(
     @app.post("/v1/completions")
     async def completions(request: Request):
         body, engine = await accepted(server, request, CompletionRequest)
-        prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-        prompts = [prompts] if prompts and isinstance(prompts[0], int) else prompts
+        prompts = body.prompts()
         if len(prompts) > engine.limits.choices:
             raise ApiError(400, f"{len(prompts)} prompts are above the limit of {engine.limits.choices}.", "prompt")
         if not prompts:
             raise ApiError(400, "prompt is empty; give at least one.", "prompt")
         ids = prompts if isinstance(prompts[0], list) else await asyncio.to_thread(engine.encode, prompts)
-        return await server.answer(request, engine, server.submit(engine, ids, body, "prompt"), body, chat=False)
+        answers = await server.submit(engine, ids, body, "prompt")
+        return await server.answer(request, engine, answers, body, chat=False)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request):
@@ -158,13 +174,13 @@ def create_app(
             raise ApiError(400, message, "tools", "unsupported_value")
         try:
             prompt = await asyncio.to_thread(engine.encode_chat, messages, tools)
-        except TemplateError as error:
-            raise ApiError(400, f"The chat template refuses these messages: {error}", "messages") from None
+        except ValueError as error:
+            raise ApiError(400, str(error), "messages") from None
         calls = bool(tools) and marks_calls(template)
         if body.demanded() and not calls:
             message = f"tool_choice needs a chat template with <tool_call>, which {engine.name} has not; leave it out."
             raise ApiError(400, message, "tool_choice", "unsupported_value")
-        jobs = await asyncio.to_thread(server.submit, engine, [prompt], body, "messages")
-        return await server.answer(request, engine, jobs, body, chat=True, calls=calls)
+        answers = await server.submit(engine, [prompt], body, "messages")
+        return await server.answer(request, engine, answers, body, chat=True, calls=calls)
 
     return app

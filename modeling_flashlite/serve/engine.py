@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..checkpoint import CheckpointArgs, add_adapter, load_language_model, read_tokenizer
@@ -137,18 +138,25 @@ class Engine:
         return [self.tokenizer(text)["input_ids"] for text in texts]
 
     def encode_chat(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
-        """Turn a conversation, and descriptions of tools, into a prompt; an encoder-decoder reads the last message."""
+        """Turn a conversation, and descriptions of tools, into a prompt; an encoder-decoder reads the last message.
+
+        Raises:
+            ValueError: the chat template refuses the messages.
+        """
         if self.is_encoder_decoder:
             return self.tokenizer(messages[-1]["content"])["input_ids"]
         if self.tokenizer.chat_template is None:
             text = "".join(f"{message['content']}\n" for message in messages)
             return self.tokenizer(text)["input_ids"]
-        return self.tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        except TemplateError as error:
+            raise ValueError(f"The chat template refuses these messages: {error}") from None
 
-    def submit(self, prompt: list[int], settings: Settings) -> Job:
-        """Queue one answer.
+    def submit(self, prompt: list[int], settings: Settings, put: Callable[[str | None], None] | None = None) -> Job:
+        """Queue one answer, to be read by iteration, or by `put` (see [`Job`]).
 
         Raises:
             QueueFull: too many are waiting.
@@ -160,7 +168,7 @@ class Engine:
             raise ValueError(f"The prompt has {len(prompt)} tokens, the limit is {self.limits.prompt_tokens}; cut it.")
         if min(prompt) < 0 or max(prompt) >= self.vocabulary:
             raise ValueError(f"The prompt has a token outside 0..{self.vocabulary - 1}; use this model's tokenizer.")
-        job = Job(prompt, settings, time.monotonic() + self.limits.seconds)
+        job = Job(prompt, settings, time.monotonic() + self.limits.seconds, put)
         if self.batch is None and settings.logprobs is not None:
             raise ValueError("logprobs need a decoder-only model; leave them out.")
         if self.batch is not None and self.batch.bytes_of(job) > self.limits.cache_bytes:
@@ -168,6 +176,9 @@ class Engine:
                 f"Prompt and answer may take {self.batch.bytes_of(job)} bytes of cache, the limit is "
                 f"{self.limits.cache_bytes}; ask for fewer tokens."
             )
+        if not settings.max_tokens and settings.logprobs is None:
+            job.finish("length")
+            return job
         if self._waiting.qsize() >= self.limits.waiting:
             raise QueueFull(f"{self.limits.waiting} answers are waiting already; try again in a moment.")
         self._waiting.put(job)
@@ -218,7 +229,8 @@ class Engine:
             if not held.is_wanted():
                 held = None
             elif batch.admits(held):
-                batch.admit(held)
+                with self._failing_apart(partial(list, [held])):
+                    batch.admit(held)
                 held = None
             else:
                 return held, closing

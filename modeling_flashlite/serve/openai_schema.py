@@ -1,15 +1,17 @@
 # Copyright 2026 The Flash-Lite team. Licensed under the Apache License, Version 2.0.
 """OpenAI's completions protocol: requests, errors and events (needs the `serve` extra)."""
 
-import itertools
+import codecs
 import json
+import math
+import re
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError, model_validator
 
-from .jobs import TokenLogprob
+from .jobs import RANGES, TokenLogprob, special_tokens
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error"}
 
@@ -25,6 +27,11 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
 
+def _within(setting: str):
+    least, largest = RANGES[setting]
+    return Field(ge=least, le=None if largest == math.inf else largest)
+
+
 class StreamOptions(BaseModel):
     """Options of a stream: `include_usage` adds a last chunk with token counts."""
 
@@ -37,16 +44,16 @@ class Sampling(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False, extra="allow")
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: Annotated[int, _within("max_tokens")] | None = None
+    temperature: Annotated[float, _within("temperature")] | None = None
+    top_p: Annotated[float, _within("top_p")] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    min_p: Annotated[float, _within("min_p")] | None = None
+    repetition_penalty: Annotated[float, _within("repetition_penalty")] | None = None
+    frequency_penalty: Annotated[float, _within("frequency_penalty")] | None = None
+    presence_penalty: Annotated[float, _within("presence_penalty")] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, _within("seed")] | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -71,6 +78,11 @@ class CompletionRequest(Sampling):
     suffix: str | None = None
     best_of: int | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, as texts or as tokens."""
+        given: list = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return [given] if given and isinstance(given[0], int) else given
 
     def likeliest(self) -> int | None:
         return self.logprobs
@@ -173,7 +185,7 @@ class ChatRequest(Sampling):
     """Body of `/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, _within("max_tokens")] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
@@ -238,25 +250,84 @@ def usage(jobs: list, n: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def completion_logprobs(entries: list[TokenLogprob], tokenizer) -> dict:
-    """Log-probabilities in the shape of `/v1/completions`; the first token of an echoed prompt has none."""
-    tokens = [tokenizer.decode([entry.token]) for entry in entries]
-    lengths = itertools.accumulate(map(len, tokens), initial=0)
-    top = [{tokenizer.decode([token]): value for token, value in entry.top} for entry in entries]
-    return {
-        "tokens": tokens,
-        "token_logprobs": [entry.logprob for entry in entries],
-        "top_logprobs": [None if entry.logprob is None else best for entry, best in zip(entries, top)],
-        "text_offset": list(lengths)[:-1],
-    }
+class TokenTexts:
+    """What single tokens add to a text: bytes, which may be a part of a character only, and a text that names them."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.special = {token: content for content, token in special_tokens(tokenizer).items()}
+        # some decoders drop the space of the first token of a text
+        self._before = tokenizer.encode("a", add_special_tokens=False)
+        self._known = len(tokenizer.decode(self._before))
+
+    def bytes_of(self, token: int, first: bool) -> bytes | None:
+        """Bytes of a token, the first of a text or a later one; `None` for a special token, which texts leave out."""
+        if token in self.special:
+            return None
+        text = self.tokenizer.decode([token])
+        if "\ufffd" in text:
+            return _piece_bytes(self.tokenizer.convert_ids_to_tokens(token))
+        if not first:
+            text = self.tokenizer.decode([*self._before, token])[self._known :]
+        return text.encode()
+
+    def name(self, token: int, first: bool) -> str:
+        """Text of a token; `bytes:\\xf0` where it is a part of a character, so that no two have the same."""
+        raw = self.bytes_of(token, first)
+        if raw is None:
+            return self.special[token]
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return f"bytes:{str(raw)[2:-1]}"
+
+
+# byte-level vocabularies write each byte as a visible character: itself, or one from 256 on
+_VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
+_BYTE_OF = {chr(byte): byte for byte in _VISIBLE} | {chr(256 + place): byte for place, byte in enumerate(_HIDDEN)}
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """Bytes of an entry of a vocabulary: `<0xF0>` of SentencePiece, or byte-level."""
+    if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(match[1])
+    if set(piece) <= _BYTE_OF.keys():
+        return bytes(_BYTE_OF[character] for character in piece)
+    return piece.encode()
+
+
+def completion_logprobs(entries: list[TokenLogprob], tokenizer, text: str) -> dict:
+    """Log-probabilities in the shape of `/v1/completions`; the first token of an echoed prompt has none.
+
+    Special tokens count in the offsets only where `text`, the prompt or the answer, has them.
+    """
+    texts = TokenTexts(tokenizer)
+    decoder, place = codecs.getincrementaldecoder("utf-8")("replace"), 0
+    offsets, tokens, top = [], [], []
+    for token, logprob, likeliest in entries:
+        first = place == 0
+        offsets.append(place)
+        tokens.append(texts.name(token, first))
+        top.append(None if logprob is None else {texts.name(other, first): value for other, value in likeliest})
+        if (raw := texts.bytes_of(token, first)) is not None:
+            place += len(decoder.decode(raw))
+        elif text.startswith(tokens[-1], place):
+            place += len(tokens[-1])
+    values = [entry.logprob for entry in entries]
+    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
 def chat_logprobs(entries: list[TokenLogprob], tokenizer) -> dict:
-    """Log-probabilities in the shape of `/v1/chat/completions`."""
+    """Log-probabilities in the shape of `/v1/chat/completions`; `bytes` of all tokens are those of the content."""
+    texts = TokenTexts(tokenizer)
 
-    def one(token: int, logprob: float | None) -> dict:
-        text = tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def one(token: int, logprob: float | None, first: bool) -> dict:
+        raw = texts.bytes_of(token, first)
+        return {"token": texts.name(token, first), "logprob": logprob, "bytes": None if raw is None else list(raw)}
 
-    content = [{**one(e.token, e.logprob), "top_logprobs": [one(*pair) for pair in e.top]} for e in entries]
+    content = [
+        {**one(token, logprob, not place), "top_logprobs": [one(*pair, not place) for pair in likeliest]}
+        for place, (token, logprob, likeliest) in enumerate(entries)
+    ]
     return {"content": content, "refusal": None}

@@ -2,7 +2,7 @@
 """A page to try a model in the browser (needs the `web` extra: gradio)."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # the page talks to this machine only
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -16,9 +16,9 @@ from .jobs import QueueFull, Settings
 def make_page(engine: Engine) -> gr.Blocks:
     """One text field in, the answer streamed out; a decoder with a chat template gets a conversation."""
 
-    def answer(prompt: list[int], max_tokens: float, temperature: float) -> Iterator[str]:
+    def answer(encode: Callable[[], list[int]], max_tokens: float, temperature: float) -> Iterator[str]:
         try:
-            job = engine.submit(prompt, Settings(max_tokens=int(max_tokens), temperature=temperature))
+            job = engine.submit(encode(), Settings(max_tokens=int(max_tokens), temperature=temperature))
         except (ValueError, QueueFull) as error:
             raise gr.Error(str(error)) from None
         text = ""
@@ -32,10 +32,11 @@ def make_page(engine: Engine) -> gr.Blocks:
 
     def chat(message: str, history: list[dict], max_tokens: float, temperature: float) -> Iterator[str]:
         turns = [{"role": turn["role"], "content": _plain(turn["content"])} for turn in history]
-        yield from answer(engine.encode_chat([*turns, {"role": "user", "content": message}]), max_tokens, temperature)
+        asked = [*turns, {"role": "user", "content": message}]
+        yield from answer(lambda: engine.encode_chat(asked), max_tokens, temperature)
 
     def complete(text: str, max_tokens: float, temperature: float) -> Iterator[str]:
-        yield from answer(engine.encode([text])[0], max_tokens, temperature)
+        yield from answer(lambda: engine.encode([text])[0], max_tokens, temperature)
 
     limit = engine.limits.new_tokens
     settings = [

@@ -2,11 +2,14 @@
 """From requests in OpenAI's form to jobs of an engine, and back to whole or streamed answers."""
 
 import asyncio
+import contextlib
 import hmac
 import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -17,6 +20,7 @@ from .jobs import Job, QueueFull, Settings
 from .openai_schema import (
     ApiError,
     ChatRequest,
+    CompletionRequest,
     Sampling,
     StreamOptions,
     chat_logprobs,
@@ -34,6 +38,56 @@ def delta_of(text: str) -> tuple[dict, bool]:
     content, calls = split_calls(text)
     called = [{"index": place, **call} for place, call in enumerate(calls)]
     return {"content": content, **({"tool_calls": called} if called else {})}, bool(called)
+
+
+class Answers:
+    """The answers to one request; the engine's thread hands their text to the event loop, so no thread waits for it.
+
+    Iterate over it for `(index, piece)` as they come; the piece is `None` at the end of each answer.
+    """
+
+    def __init__(self):
+        self.jobs: list[Job] = []
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
+
+    def add(self, engine: Engine, prompt: list[int], settings: Settings) -> None:
+        """Queue one more answer; raises what [`Engine.submit`] raises."""
+        self.jobs.append(engine.submit(prompt, settings, partial(self._put, len(self.jobs))))
+
+    def _put(self, index: int, piece: str | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped, and nobody reads
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))
+
+    def cancel(self) -> None:
+        """End those that still run."""
+        for job in self.jobs:
+            job.cancelled = job.finish_reason is None
+
+    def _expire(self) -> None:
+        for job in self.jobs:
+            job.finish("timeout")
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, str | None]]:
+        # slightly later than the worker, which stops at the deadline if it is alive
+        left = max(job.deadline for job in self.jobs) - time.monotonic() + 1.0
+        timer = self._loop.call_later(left, self._expire)
+        try:
+            running = set(range(len(self.jobs)))
+            while running:
+                index, piece = await self._pieces.get()
+                if piece is None:
+                    running.discard(index)
+                yield index, piece
+        finally:
+            timer.cancel()
+
+    async def texts(self) -> list[str]:
+        """The complete texts."""
+        texts = [""] * len(self.jobs)
+        async for index, piece in self:
+            texts[index] += piece or ""
+        return texts
 
 
 class Server:
@@ -101,47 +155,51 @@ class Server:
         if len(stop) > 4 or not all(0 < len(text) <= 200 for text in stop):
             raise ApiError(400, "stop takes at most 4 texts of 1 to 200 characters.", "stop")
         limit = engine.limits.new_tokens
-        asked = getattr(body, "max_completion_tokens", None) or body.max_tokens or min(256, limit)
+        given = getattr(body, "max_completion_tokens", None), body.max_tokens, min(256, limit)
+        asked = next(tokens for tokens in given if tokens is not None)
         if asked > limit:
             raise ApiError(400, f"max_tokens is {asked}, the limit is {limit}; ask for less.", "max_tokens")
         names = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
-        given = {name: getattr(body, name) for name in names} | {"top_k": body.top_k and max(body.top_k, 0)}
-        return Settings(
-            max_tokens=asked,
-            stop=stop,
-            seed=body.seed,
-            logprobs=body.likeliest(),
-            echo=bool(getattr(body, "echo", None)),
-            grammar=self.grammar(engine, body),
-            **{k: v for k, v in given.items() if v is not None},
-        )
+        sampling = {name: getattr(body, name) for name in names} | {"top_k": body.top_k and max(body.top_k, 0)}
+        grammar = self.grammar(engine, body)
+        try:
+            return Settings(
+                max_tokens=asked,
+                stop=stop,
+                seed=body.seed,
+                logprobs=body.likeliest(),
+                echo=bool(getattr(body, "echo", None)),
+                grammar=grammar,
+                **{k: v for k, v in sampling.items() if v is not None},
+            )
+        except ValueError as error:  # no tokens are asked for, and nothing else
+            raise ApiError(400, str(error), "max_tokens") from None
 
-    def submit(self, engine: Engine, prompts: list[list[int]], body: Sampling, param: str) -> list[Job]:
+    async def submit(self, engine: Engine, prompts: list[list[int]], body: Sampling, param: str) -> Answers:
         """Queue `n` answers to each prompt, or none at all."""
-        base, count = self.settings(engine, body), body.n or 1
+        base, count = await asyncio.to_thread(self.settings, engine, body), body.n or 1
         if len(prompts) * count > engine.limits.choices:
             limit = engine.limits.choices
             raise ApiError(400, f"{len(prompts)} prompts times n = {count} is above the limit of {limit}.", "n")
-        jobs: list[Job] = []
+        answers = Answers()
         try:
             for prompt in prompts:
                 for choice in range(count):
                     # choices of one request get different, reproducible seeds
                     seed = None if base.seed is None else (base.seed + choice) % 2**63
-                    jobs.append(engine.submit(prompt, Settings(**{**vars(base), "seed": seed})))
+                    answers.add(engine, prompt, replace(base, seed=seed))
         except (ValueError, QueueFull) as error:
-            for job in jobs:
-                job.cancelled = True
+            answers.cancel()
             if isinstance(error, QueueFull):
                 raise ApiError(429, str(error), code="rate_limit_exceeded") from None
             code = "context_length_exceeded" if "limit" in str(error) else None
             raise ApiError(400, str(error), param, code) from None
-        return jobs
+        return answers
 
     async def answer(
-        self, request: Request, engine: Engine, jobs: list[Job], body: Sampling, chat: bool, calls: bool = False
+        self, request: Request, engine: Engine, answers: Answers, body: Sampling, chat: bool, calls: bool = False
     ) -> Response:
-        """Wait for the jobs, or stream them; with `calls`, read calls of tools out of them."""
+        """Wait for the answers, or stream them; with `calls`, read calls of tools out of them."""
         frame = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if chat else "text_completion",
@@ -149,30 +207,32 @@ class Server:
             "model": engine.name,
         }
         if body.stream:
-            events = self.stream(jobs, frame, chat, body, calls)
+            events = self.stream(answers, frame, chat, body, calls)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        texts = await self.gather(request, jobs)
-        decode = engine.tokenizer.decode
-        choices = []
-        for index, (text, job) in enumerate(zip(texts, jobs)):
-            if job.settings.echo:
-                text = decode(job.prompt) + text
-            choices.append(self.choice(engine, index, text, job, chat, calls))
-        return JSONResponse({**frame, "choices": choices, "usage": usage(jobs, body.n or 1)})
+        texts = await self.gather(request, answers)
+        count = body.n or 1
+        if isinstance(body, CompletionRequest) and body.echo:
+            given = [text if isinstance(text, str) else engine.tokenizer.decode(text) for text in body.prompts()]
+            texts = [given[index // count] + text for index, text in enumerate(texts)]
+        # in a thread: texts of thousands of tokens with their likeliest ones take a second
+        choices = [
+            await asyncio.to_thread(self.choice, engine, index, text, job, chat, calls)
+            for index, (text, job) in enumerate(zip(texts, answers.jobs))
+        ]
+        return JSONResponse({**frame, "choices": choices, "usage": usage(answers.jobs, count)})
 
-    async def gather(self, request: Request, jobs: list[Job]) -> list[str]:
+    async def gather(self, request: Request, answers: Answers) -> list[str]:
         """Collect the complete texts; cancel the jobs when the client disconnects."""
-        waiting = asyncio.gather(*(asyncio.to_thread("".join, job) for job in jobs))
+        waiting = asyncio.create_task(answers.texts())
         try:
             while not waiting.done():
                 await asyncio.wait([waiting], timeout=0.5)
                 if not waiting.done() and await request.is_disconnected():
                     break
         finally:
-            for job in jobs:
-                job.cancelled = job.finish_reason is None
+            answers.cancel()
         texts = await waiting
-        for job in jobs:
+        for job in answers.jobs:
             if status := STATUS_OF_REASON.get(job.finish_reason or "error"):
                 raise ApiError(
                     status, f"The answer was not finished ({job.finish_reason}); try again or ask for less."
@@ -180,50 +240,45 @@ class Server:
         return texts
 
     async def stream(
-        self, jobs: list[Job], frame: dict, chat: bool, body: Sampling, calls: bool
+        self, answers: Answers, frame: dict, chat: bool, body: Sampling, calls: bool
     ) -> AsyncIterator[str]:
         """Server-sent events: pieces of all choices as they come, their ends, optionally usage, and `[DONE]`.
 
         An answer that may hold calls of tools comes as one piece, since its text shows only at its end which they are.
         """
-        options = body.stream_options or StreamOptions()
+        options, jobs = body.stream_options or StreamOptions(), answers.jobs
         frame = {**frame, "object": "chat.completion.chunk" if chat else "text_completion"}
-        queue: asyncio.Queue = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def forward(index: int, job: Job) -> None:
-            for piece in ["".join(job)] if calls else job:
-                loop.call_soon_threadsafe(queue.put_nowait, (index, piece))
-            loop.call_soon_threadsafe(queue.put_nowait, (index, None))
-
-        readers = [asyncio.create_task(asyncio.to_thread(forward, i, job)) for i, job in enumerate(jobs)]
         extra = {"usage": None} if options.include_usage else {}
+
+        def chunk(index: int, piece: str | None, reason: str | None = None, **said) -> str:
+            return event({**frame, "choices": [{**self.chunk(index, piece, reason, chat), **said}], **extra})
+
+        texts = [""] * len(jobs)
         try:
             if chat:
                 for index in range(len(jobs)):
-                    opening = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-                    yield event({**frame, "choices": [opening], **extra})
-            open_jobs, called = len(jobs), set()
-            while open_jobs:
-                index, piece = await queue.get()
-                open_jobs -= piece is None
-                reason = jobs[index].finish_reason if piece is None else None
+                    yield chunk(index, None, delta={"role": "assistant", "content": ""})
+            async for index, piece in answers:
+                if piece is not None:
+                    texts[index] += piece
+                    if not calls:
+                        yield chunk(index, piece)
+                    continue
+                reason = jobs[index].finish_reason
                 if reason in STATUS_OF_REASON:
                     message = f"The answer was not finished ({reason}); try again or ask for less."
                     yield event({"error": {"message": message, "type": "server_error", "param": None, "code": reason}})
                     continue
-                chunk = self.chunk(index, piece, "tool_calls" if piece is None and index in called else reason, chat)
-                if calls and piece is not None:
-                    chunk["delta"], found = delta_of(piece)
-                    called |= {index} if found else set()
-                yield event({**frame, "choices": [chunk], **extra})
+                if calls:
+                    delta, found = delta_of(texts[index])
+                    yield chunk(index, None, delta=delta)
+                    reason = "tool_calls" if found else reason
+                yield chunk(index, None, reason)
             if options.include_usage:
                 yield event({**frame, "choices": [], "usage": usage(jobs, body.n or 1)})
             yield "data: [DONE]\n\n"
         finally:
-            for job in jobs:
-                job.cancelled = job.finish_reason is None
-            await asyncio.gather(*readers)
+            answers.cancel()
 
     @staticmethod
     def choice(engine: Engine, index: int, text: str, job: Job, chat: bool, calls: bool) -> dict:
@@ -236,8 +291,8 @@ class Server:
                 said["message"] |= {"content": content, "tool_calls": found}
                 reason = "tool_calls"
         if job.settings.logprobs is not None:
-            shape = chat_logprobs if chat else completion_logprobs
-            logprobs = shape(job.logprobs, engine.tokenizer)
+            given = job.logprobs, engine.tokenizer
+            logprobs = chat_logprobs(*given) if chat else completion_logprobs(*given, text)
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
 
     @staticmethod

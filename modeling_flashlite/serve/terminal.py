@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from .engine import Engine
@@ -43,10 +44,13 @@ class Chat:
     def reset(self) -> None:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
-    def answer(self, text: str) -> None:
-        """Print the answer while it is generated; after an error the conversation is unchanged."""
-        turn = {"role": "user", "content": text}
-        job = self.engine.submit(self.engine.encode_chat([*self.messages, turn]), self.settings)
+    def answer(self, text: str, again: bool = False) -> None:
+        """Print the answer while it is generated, in place of the last one with `again`.
+
+        After an error the conversation is unchanged.
+        """
+        asked = [*(self.messages[:-2] if again else self.messages), {"role": "user", "content": text}]
+        job = self.engine.submit(self.engine.encode_chat(asked), self.settings)
         pieces = []
         try:
             for piece in job:
@@ -57,7 +61,7 @@ class Chat:
         self._write("\n")
         if job.error:
             raise ValueError(f"The answer failed: {job.error}.")
-        self.messages += [turn, {"role": "assistant", "content": "".join(pieces)}]
+        self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
 
     def command(self, line: str) -> bool:
         """Run a `/command`; return whether the chat goes on."""
@@ -75,12 +79,11 @@ class Chat:
             self.system = rest or None
             self.reset()
         elif name == "/set":
-            self.set(*rest.split())
+            self.set(rest)
         elif name == "/retry":
-            if not self.messages or self.messages[-1]["role"] != "assistant":
+            if [message["role"] for message in self.messages[-2:]] != ["user", "assistant"]:
                 raise ValueError("There is no answer to retry yet.")
-            self.messages, turn = self.messages[:-2], self.messages[-2]
-            self.answer(turn["content"])
+            self.answer(self.messages[-2]["content"], again=True)
         elif name == "/save" and rest:
             Path(rest).write_text(json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         elif name == "/load" and rest:
@@ -96,16 +99,16 @@ class Chat:
             for m in messages
         ):
             raise ValueError(f"{path} is not a conversation; it must be a list of role and content, as /save writes.")
+        json.dumps(messages, ensure_ascii=False).encode()  # halves of characters would fail later, in the tokenizer
         self.messages = messages
 
-    def set(self, name: str | None = None, value: str | None = None) -> None:
+    def set(self, given: str) -> None:
+        """Change a setting by its name and value, or print all if none is given."""
         kinds = {"temperature": float, "top_p": float, "max_tokens": int, "seed": int}
-        if name is None:
+        if not given:
             self._write(" ".join(f"{known}={getattr(self.settings, known)}" for known in kinds) + "\n")
             return
-        if name not in kinds or value is None:
+        name, *values = given.split()
+        if name not in kinds or len(values) != 1:
             raise ValueError(f"/set takes one of {', '.join(kinds)} and a value.")
-        number = kinds[name](value)
-        if name != "seed" and not 0 <= number <= {"temperature": 2.0, "top_p": 1.0}.get(name, float("inf")):
-            raise ValueError(f"{name} = {value} is out of range.")
-        setattr(self.settings, name, number)
+        self.settings = replace(self.settings, **{name: kinds[name](values[0])})
