@@ -24,6 +24,7 @@ from modeling_flashlite.ecq_layers_flashlite import collect_layers
 from modeling_flashlite.measure.benchmark import format_table
 from modeling_flashlite.measure.compression import add_points, rate_curve, write_report
 from modeling_flashlite.training.calibration import batches_of, mean_loss, quantize
+from modeling_flashlite.training.checks import check_folder
 from modeling_flashlite.training.distillation import DistillationTrainer, SegmentDistillationTrainer
 from modeling_flashlite.training.divergence import KDLoss
 from modeling_flashlite.training.launch import (
@@ -122,9 +123,7 @@ def refuse_what_would_be_lost(model: str, options: QuantizeArgs, output: Path, f
     for name, source in (("model", model), ("start", options.start)):
         if source and Path(source).resolve() in (output.resolve(), folder.resolve()):
             raise ValueError(f"output_dir is {output}, which would overwrite --{name} {source}; give another folder.")
-    other, what = ("config.json", "a model") if folder != output else ("adapter_config.json", "adapters")
-    if (output / other).is_file():
-        raise ValueError(f"output_dir {output} holds {what} of another run; remove them, or give another folder.")
+    check_folder(str(output), adapters=folder != output)
 
 
 def main(
