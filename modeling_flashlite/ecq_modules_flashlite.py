@@ -169,7 +169,7 @@ class EcqModule(_Layer):
     def rare(self) -> RareDigits | None:
         """What is added to single codes."""
         held = self._parameters
-        return None if held["rare_starts"] is None else RareDigits(*(held[name].data for name in _RARE))
+        return None if held["rare_starts"] is None else RareDigits(*(held[name] for name in _RARE))
 
     def prepared(self) -> KernelWeight:
         """The codes and steps for [`int4_few_rows`]; no bias."""
