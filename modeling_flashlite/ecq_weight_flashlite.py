@@ -194,36 +194,44 @@ class TiledWeight(_Scaled):
 def thin_out(weights: Sequence[TiledWeight]) -> list[TiledWeight]:
     """The same matrices, columns of higher digits that are nearly all zero taken out of their tiles.
 
+    Each matrix decides for itself, so that its products are the same whatever it lies beside.
+
     Args:
         weights (sequence of [`TiledWeight`]): matrices with the same wide columns, and no rare digits. The wide
-            columns that are left are the same for all, and their tiles neighbours in memory, as for one product.
+            columns that are left are those of all of them, and their tiles neighbours in memory, as for one product.
     """
     columns, (second, third) = weights[0].shape[1], weights[0].wide
-    starts, sizes = (columns, columns + len(second)), [len(weight.tiles) for weight in weights]
-    column = 32 * sum(sizes)  # bytes of a column of digits
-    if (len(second) + len(third)) * column < _LEAST_SAVED:
+    kept = [_often(weight.tiles[:, columns : columns + len(second) + len(third)]) for weight in weights]
+    some = torch.stack(kept).any(0)
+    if some.all() and all(own.all() for own in kept):
         return list(weights)
-    words = [weight.tiles[:, columns : starts[1] + len(third)].view(torch.int64) for weight in weights]
-    counts = torch.stack([(own != _ZEROS).sum((0, 2)) for own in words]).sum(0)
-    often = counts > _RARE * 4 * sum(sizes)
-    if int((~often).sum()) * column < _LEAST_SAVED:
-        return list(weights)
-    second_often, third_often = often[: len(second)], often[len(second) :]
-    wide = second[second_often], third[third_often]
-    places = torch.cat([torch.arange(columns, device=often.device), columns + often.nonzero().flatten()])
-    tiles = empty_tiles(TILE_ROWS * sum(sizes), len(places), often.device)
-    found = []
-    for weight, own in zip(weights, tiles.split(sizes)):
-        own[:, len(places) :] = 0x88
+    wide = second[some[: len(second)]], third[some[len(second) :]]
+    places, sizes = columns + some.nonzero().flatten(), [len(weight.tiles) for weight in weights]
+    tiles, found = empty_tiles(TILE_ROWS * sum(sizes), columns + len(places), some.device), []
+    for weight, own, often in zip(weights, tiles.split(sizes), kept):
         own[:, :columns] = weight.tiles[:, :columns]
-        own[:, columns : len(places)] = weight.tiles[:, places[columns:]]
+        own[:, columns:] = 0x88
+        held = often[places - columns]
+        own[:, columns : columns + len(places)][:, held] = weight.tiles[:, places[held]]
         parts = [
-            _entries(weight.tiles[:, start : start + len(numbers)], ~kept, numbers, unit)
-            for start, numbers, kept, unit in zip(starts, (second, third), (second_often, third_often), (16, 256))
+            _entries(weight.tiles[:, columns:][:, part], ~often[part], numbers, unit)
+            for part, numbers, unit in (
+                (slice(0, len(second)), second, 16),
+                (slice(len(second), len(often)), third, 256),
+            )
         ]
         rows, numbers, values = map(torch.cat, zip(*parts))
         found.append(replace(weight, tiles=own, wide=wide, rare=RareDigits.of(rows, numbers, values, weight.shape[0])))
     return found
+
+
+def _often(digits: torch.Tensor) -> torch.Tensor:
+    """Which columns of tiles of digits `[T, columns, 32]` stay; all of them where too little would be saved."""
+    column = 32 * len(digits)  # bytes
+    if digits.shape[1] * column < _LEAST_SAVED:
+        return torch.ones(digits.shape[1], dtype=torch.bool, device=digits.device)
+    often = (digits.view(torch.int64) != _ZEROS).sum((0, 2)) > _RARE * 4 * len(digits)
+    return often | (int((~often).sum()) * column < _LEAST_SAVED)
 
 
 def _entries(

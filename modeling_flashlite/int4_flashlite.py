@@ -176,7 +176,7 @@ class KernelWeight(NamedTuple):
         own = rows if rows.shape[1] == self.columns else rows.narrow(1, 0, self.columns)
         if len(rows) == 1:
             return self.scaled.add_to(out, own)
-        return torch.addcmul(out, self.rare.product(own), self.scales[0, :, 0])
+        return torch.addcmul(out.float(), self.rare.product(own.float()), self.scales[0, :, 0]).to(out.dtype)
 
 
 def spread(x: torch.Tensor, numbers: torch.Tensor | None, factors: torch.Tensor | None) -> torch.Tensor:
@@ -343,7 +343,7 @@ def _with_rare(out: torch.Tensor, x: torch.Tensor, factors, rare: RareDigits | N
     if rare is None:
         return out
     x = x if factors is None else x * factors[: x.shape[1]].to(x.dtype)
-    return out + rare.product(x.to(torch.bfloat16))
+    return out + rare.product(x.float())  # more than bfloat16: the first digits of these codes cancel a part of it
 
 
 def int4_linear(

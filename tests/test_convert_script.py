@@ -108,8 +108,9 @@ def test_a_converted_model_comes_with_its_report(tokens, ground, tmp_path):
     assert found == {"output": str(tmp_path / "out"), **kept}
 
 
-def test_a_model_of_the_hub_is_written_as_its_family(ground, tmp_path):
+def test_a_model_of_the_hub_is_written_as_its_family(ground, tmp_path, monkeypatch):
     """The cache of the Hub stands in for it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     repo = Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--flashlite-test--convert"
     try:
         shutil.copytree(ground / "flash", repo / "snapshots" / "0")
