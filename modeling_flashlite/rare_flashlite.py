@@ -57,12 +57,10 @@ class RareDigits(NamedTuple):
     def slice(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows (from 0), columns and values of the entries of rows `first` to `last`, which may lie past the end."""
         first, last = (min(row, len(self.starts) - 1) for row in (first, last))
-        starts = self.starts[first : last + 1].long()
+        starts = self.starts[first : last + 1]
         begin, end = int(starts[0]), int(starts[-1])
-        rows = torch.arange(last - first, device=starts.device).repeat_interleave(
-            starts.diff(), output_size=end - begin
-        )
-        return rows, self.columns[begin:end].long(), self.values[begin:end]
+        part = RareDigits(starts - begin, self.columns[begin:end], self.values[begin:end])
+        return part.rows(), part.columns.long(), part.values
 
     def add_to(self, codes: torch.Tensor, first: int) -> torch.Tensor:
         """Codes `[K or more, n]` of the rows from `first` on, columns first, with the entries added in place."""
