@@ -118,8 +118,7 @@ class KernelWeight(NamedTuple):
         scales (`torch.Tensor` bfloat16 `[Kp / group, 64 * tiles, 2]`): steps rounded to bfloat16, and zeros.
         numbers (`torch.Tensor` int64 `[Kp]`, *optional*): the input that each column of the tiles multiplies.
         factors (`torch.Tensor` bfloat16 `[Kp]` or `[K]`, *optional*): what that input is multiplied by before.
-        rare ([`RareDigits`], *optional*): of `64 * tiles` rows.
-        scaled ([`ScaledDigits`], *optional*): the same with their steps.
+        rare ([`ScaledDigits`], *optional*): of `64 * tiles` rows.
     """
 
     packed: torch.Tensor
@@ -128,8 +127,7 @@ class KernelWeight(NamedTuple):
     scales: torch.Tensor
     numbers: torch.Tensor | None = None
     factors: torch.Tensor | None = None
-    rare: RareDigits | None = None
-    scaled: ScaledDigits | None = None
+    rare: ScaledDigits | None = None
 
     @classmethod
     def of(
@@ -146,11 +144,8 @@ class KernelWeight(NamedTuple):
         steps = F.pad(step.detach().to(torch.bfloat16), (0, rows - len(step)))
         scales = torch.stack([steps, torch.zeros_like(steps)], -1).expand(tiles.shape[1] // group, -1, -1)
         factors = None if factors is None else factors.detach().to(torch.bfloat16)
-        packed, scales = _kernel_form(tiles), scales.contiguous()
-        if rare is None:
-            return cls(packed, columns, group, scales, numbers, factors)
-        rare, scaled = rare.padded(rows), ScaledDigits.of(rare, step)
-        return cls(packed, columns, group, scales, numbers, factors, rare, scaled)
+        scaled = None if rare is None else ScaledDigits.of(rare.padded(rows), step)
+        return cls(_kernel_form(tiles), columns, group, scales.contiguous(), numbers, factors, scaled)
 
     @staticmethod
     def most_rows() -> int:
@@ -159,24 +154,17 @@ class KernelWeight(NamedTuple):
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         """x `[M, K]` of any floating dtype times the weight: bfloat16 `[M, 64 * tiles]`."""
-        rows, numbers, factors = x.to(torch.bfloat16), self.numbers, self.factors
-        if numbers is not None:
-            rows = rows.index_select(1, numbers)
-        if factors is not None:
-            rows = rows * factors
-        return self.product(rows)
+        return self.product(spread(x.to(torch.bfloat16), self.numbers, self.factors))
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         """As [`rows`], of inputs bfloat16 `[M, K or Kp]` that have their numbers and factors."""
         padded = 2 * self.packed.shape[1]
         wide = rows.contiguous() if padded == rows.shape[1] else F.pad(rows, (0, padded - rows.shape[1]))
         out = torch.ops.aten._weight_int4pack_mm_for_cpu.default(wide, self.packed, self.group, self.scales)
-        if self.rare is None or self.scaled is None:
+        if self.rare is None:
             return out
         own = rows if rows.shape[1] == self.columns else rows.narrow(1, 0, self.columns)
-        if len(rows) == 1:
-            return self.scaled.add_to(out, own)
-        return torch.addcmul(out.float(), self.rare.product(own.float()), self.scales[0, :, 0]).to(out.dtype)
+        return self.rare.add_to(out, own, self.scales[0, :, 0])
 
 
 def spread(x: torch.Tensor, numbers: torch.Tensor | None, factors: torch.Tensor | None) -> torch.Tensor:

@@ -69,16 +69,18 @@ def _whole(tiles: torch.Tensor, first: int, columns: int, numbers, factors, rare
 
 def _fits(tiles: torch.Tensor, columns: int, numbers, factors, rare: RareDigits | None) -> bool:
     """Whether codes with all digits are guaranteed to be in -128..127."""
-    if rare is not None and not -128 < rare.values.min() <= rare.values.max() < 128:
-        return False
 
     def look(tiles: torch.Tensor) -> bool:
+        if rare is not None and not -128 < rare.values.min() <= rare.values.max() < 128:
+            return False
+        if numbers is None:
+            return True
         second = tiles[:, columns:]
         # a digit of -8 is the nibble 0, and the sum of 16 * -8 and a negative code is below -128
         lowest = min(int((second & 15).min()), int((second >> 4).min()))
         return lowest > 0 and float(digits_of(numbers, factors, columns).max()) <= 16
 
-    return numbers is None or derived(_fitting, tiles, look)
+    return numbers is None and rare is None or derived(_fitting, tiles, look)
 
 
 def _noise(x: torch.Tensor, peak: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ from .attention_dense_flashlite import joint_weights
 from .attention_flashlite import multi_axis_attention
 from .cache_flashlite import EncoderCacheLayer, FlashLiteCacheLayer
 from .ecq_modules_flashlite import EcqLinear, join
-from .int4_flashlite import KernelWeight, int4_few_rows
+from .int4_flashlite import KernelWeight, int4_few_rows, spread
 from .layers_flashlite import FlashLiteDecoderLayer
 from .linear_flashlite import Linear, is_hooked, linear
 from .positions_flashlite import nearer
@@ -86,14 +86,9 @@ def _branch_end(module: nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor
         if not few:
             return module.forward(states.to(dtype))
         # attention's output comes in float32: one cast, after the factors
-        return kernel.product(_inputs(states, kernel.numbers, kernel.factors).to(dtype))
+        return kernel.product(spread(states, kernel.numbers, kernel.factors).to(dtype))
 
     return product
-
-
-def _inputs(states: torch.Tensor, numbers: torch.Tensor | None, factors: torch.Tensor | None) -> torch.Tensor:
-    states = states if numbers is None else states.index_select(1, numbers)
-    return states if factors is None else states * factors
 
 
 def _is_whole(kernel: KernelWeight, size: int) -> bool:
@@ -163,7 +158,7 @@ def _in_a_row(parts: list[torch.Tensor]) -> torch.Tensor:
 def _few_normed_rows(norm: nn.RMSNorm, layer: EcqLinear) -> Callable[[torch.Tensor], torch.Tensor]:
     """`layer(norm(x))` of few rows `[B, D]`, the norm's weight and the layer's factors being multiplied as one."""
     kernel, (weight, floor) = layer.prepared(), _norm_weight(norm)
-    numbers, weight = kernel.numbers, _inputs(weight[None], kernel.numbers, kernel.factors)[0]
+    numbers, weight = kernel.numbers, spread(weight, kernel.numbers, kernel.factors)
 
     def product(states: torch.Tensor) -> torch.Tensor:
         rows, dtype = states.to(weight.dtype), states.dtype

@@ -54,18 +54,16 @@ class RareDigits(NamedTuple):
         )
         return bags.t()
 
-    def slice(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows (from 0), columns and values of the entries of rows `first` to `last`, which may lie past the end."""
-        first, last = (min(row, len(self.starts) - 1) for row in (first, last))
-        starts = self.starts[first : last + 1]
+    def add_to(self, codes: torch.Tensor, first: int) -> torch.Tensor:
+        """Codes `[K or more, n]` of the rows from `first` on, columns first, with the entries added in place.
+
+        The rows may go on past the end of the matrix.
+        """
+        starts = self.starts[first : first + codes.shape[1] + 1]
         begin, end = int(starts[0]), int(starts[-1])
         part = RareDigits(starts - begin, self.columns[begin:end], self.values[begin:end])
-        return part.rows(), part.columns.long(), part.values
-
-    def add_to(self, codes: torch.Tensor, first: int) -> torch.Tensor:
-        """Codes `[K or more, n]` of the rows from `first` on, columns first, with the entries added in place."""
-        rows, columns, values = self.slice(first, first + codes.shape[1])
-        codes.view(-1).index_add_(0, columns * codes.shape[1] + rows, values.to(codes.dtype))
+        places = part.columns.long() * codes.shape[1] + part.rows()
+        codes.view(-1).index_add_(0, places, part.values.to(codes.dtype))
         return codes
 
     def look_up(self, ids: torch.Tensor, columns: int) -> torch.Tensor:
@@ -98,27 +96,30 @@ class RareDigits(NamedTuple):
 
 
 class ScaledDigits(NamedTuple):
-    """[`RareDigits`] times the steps of their rows, for a product of one row of inputs.
+    """[`RareDigits`], and for a product of one row of inputs their rows and weights.
 
     Attributes:
-        rows, columns (`torch.Tensor` int32 `[E]`): places of the entries.
-        weights (`torch.Tensor` float32 `[E]`): values times steps.
+        digits ([`RareDigits`]): the entries.
+        rows (`torch.Tensor` int32 `[E]`): their rows.
+        weights (`torch.Tensor` float32 `[E]`): their values times the steps of the rows.
     """
 
+    digits: RareDigits
     rows: torch.Tensor
-    columns: torch.Tensor
     weights: torch.Tensor
 
     @classmethod
-    def of(cls, rare: RareDigits, step: torch.Tensor) -> ScaledDigits:
-        """With the steps float32 `[N]` of all rows."""
-        rows = rare.rows()
-        return cls(rows.to(torch.int32), rare.columns, rare.values * step.detach()[rows])
+    def of(cls, digits: RareDigits, step: torch.Tensor) -> ScaledDigits:
+        """With the steps float32 of all rows that have entries."""
+        rows = digits.rows()
+        return cls(digits, rows.to(torch.int32), digits.values * step.detach()[rows])
 
-    def add_to(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """`out` `[1, N]` plus the product with x `[1, K]`, in out's dtype."""
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """`out` `[M, N]` plus the product with x `[M, K]` and the steps `[N]`, in out's dtype."""
+        if len(x) > 1:
+            return torch.addcmul(out.float(), self.digits.product(x.float()), step).to(out.dtype)
         # for one dimension these operators take a fourth of the time
-        added = x.view(-1).index_select(0, self.columns) * self.weights
+        added = x.view(-1).index_select(0, self.digits.columns) * self.weights
         return out.float().view(-1).index_add_(0, self.rows, added).to(out.dtype).view(out.shape)
 
 

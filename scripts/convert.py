@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from modeling_flashlite.checkpoint import base_of, read_config
+from modeling_flashlite.checkpoint import is_adapter, read_config
 from modeling_flashlite.cli import finish, refuse_unused, start
 from modeling_flashlite.data.loading import load_data, pick_split, require_columns
 from modeling_flashlite.measure.cost import count_parameters
@@ -175,7 +175,7 @@ def config_of(model: str) -> PreTrainedConfig | None:
     if Path(model).is_file() or Path(model).suffix == ".gguf":
         return None
     try:
-        if base_of(model)[0] == model:
+        if not is_adapter(model):
             return read_config(model)
     except (OSError, ValueError) as error:
         raise ConversionError(
